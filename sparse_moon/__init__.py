@@ -1,0 +1,42 @@
+"""Sparse training that is really faster, for models that know what they do not know."""
+
+from sparse_moon import ops
+from sparse_moon.algorithms import SET, Dense, Method, RigL, Static
+from sparse_moon.allocation import allocate
+from sparse_moon.averaging import WeightAverage, refresh_batch_norm
+from sparse_moon.losses import UnknownAwareLoss
+from sparse_moon.nn import (
+    SparseConv2d,
+    SparseLinear,
+    densify,
+    layer_sparsities,
+    overall_sparsity,
+    sparse_layers,
+    sparsify,
+)
+from sparse_moon.schedules import Constant, Cosine, Linear
+from sparse_moon.topology import Topology
+
+__all__ = [
+    "SET",
+    "Constant",
+    "Cosine",
+    "Dense",
+    "Linear",
+    "Method",
+    "RigL",
+    "SparseConv2d",
+    "SparseLinear",
+    "Static",
+    "Topology",
+    "UnknownAwareLoss",
+    "WeightAverage",
+    "allocate",
+    "densify",
+    "layer_sparsities",
+    "ops",
+    "overall_sparsity",
+    "refresh_batch_norm",
+    "sparse_layers",
+    "sparsify",
+]

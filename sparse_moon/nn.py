@@ -1,0 +1,500 @@
+"""Drop-in sparse layers and the conversion of whole models."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_moon import ops
+from sparse_moon.allocation import Allocation, allocate, check_sparsity
+from sparse_moon.topology import (
+    Topology,
+    block_grid,
+    block_shape,
+    matrix_shape,
+    matrix_to_weight,
+    pattern_name,
+    weight_to_matrix,
+)
+
+Pattern = str | tuple[int, int]
+Exclude = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Size2d = int | tuple[int, int]
+
+
+class SparseLayer(nn.Module):
+    """What :class:`SparseLinear` and :class:`SparseConv2d` share: compact ``values`` on a ``topology``.
+
+    Attributes:
+        values: the only weight parameter: (n,) numbers, or (n, bh, bw) blocks, in row order of the topology.
+        topology: which weights exist.
+        bias: (out,) or None.
+    """
+
+    values: nn.Parameter
+    topology: Topology
+    bias: nn.Parameter | None
+    weight_shape: tuple[int, ...]
+
+    def _init_sparse(
+        self, dense: nn.Linear | nn.Conv2d, topology: Topology, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.weight_shape = tuple(dense.weight.shape)
+        self.topology = topology.to(device)
+        device = self.topology.col.device
+        self.values = nn.Parameter(torch.empty(self.topology.values_shape, device=device, dtype=dtype))
+        bias = None
+        if dense.bias is not None:
+            bias = nn.Parameter(torch.empty(dense.bias.shape, device=device, dtype=dtype))
+        self.register_parameter("bias", bias)
+
+    def reset_parameters(self) -> None:
+        """Initialise like the dense layer: uniform in ``+-1/sqrt(fan_in)`` with the dense fan-in."""
+        bound = 1.0 / math.sqrt(max(math.prod(self.weight_shape[1:]), 1))
+        nn.init.uniform_(self.values, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights that do not exist."""
+        return self.topology.sparsity
+
+    def dense_weight(self) -> Tensor:
+        """The weight as a dense tensor of ``weight_shape``, zeros where nothing exists; differentiable."""
+        return matrix_to_weight(self.topology.to_dense(self.values), self.weight_shape, self.topology.block[1])
+
+    def mask(self) -> Tensor:
+        """Bool tensor of ``weight_shape``, True where a weight exists."""
+        return matrix_to_weight(self.topology.mask(), self.weight_shape, self.topology.block[1])
+
+    def _take_over(self, dense: nn.Linear | nn.Conv2d) -> None:
+        with torch.no_grad():
+            self.values.copy_(self.topology.gather(weight_to_matrix(dense.weight, self.topology.block[1])))
+            if self.bias is not None:
+                self.bias.copy_(cast(Tensor, dense.bias))
+        self.values.requires_grad_(dense.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(cast(Tensor, dense.bias).requires_grad)
+        self.train(dense.training)
+
+    def _hand_over(self, dense: nn.Linear | nn.Conv2d) -> None:
+        with torch.no_grad():
+            dense.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                cast(Tensor, dense.bias).copy_(self.bias)
+        dense.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            cast(Tensor, dense.bias).requires_grad_(self.bias.requires_grad)
+        dense.train(self.training)
+
+    def _sparse_repr(self) -> str:
+        return f"sparsity={self.sparsity:.4f}, pattern={pattern_name(self.topology.block)!r}"
+
+
+def _topology_of(
+    weight: Tensor, mask: Tensor | None, sparsity: float | None, block: tuple[int, int], selection: str
+) -> Topology:
+    """Topology of a dense weight: of its mask, or of a share of it chosen at random or by magnitude."""
+    if (mask is None) == (sparsity is None):
+        raise ValueError("give either a mask or a sparsity")
+    if mask is not None:
+        if mask.shape != weight.shape:
+            raise ValueError(f"mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+        return Topology.from_mask(weight_to_matrix(mask, block[1]), block)
+    sparsity = cast(float, sparsity)
+    check_sparsity(sparsity)
+    if selection == "random":
+        return Topology.random(matrix_shape(tuple(weight.shape)), 1.0 - sparsity, block)
+    if selection == "magnitude":
+        return Topology.from_scores(weight_to_matrix(weight.detach().abs(), block[1]), 1.0 - sparsity, block)
+    raise ValueError(f"selection must be 'random' or 'magnitude', got {selection!r}")
+
+
+class SparseLinear(SparseLayer):
+    """``nn.Linear`` whose weight (out, in) exists only in part.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        sparsity: share of weights to leave out, in [0, 1); their number is exact, their places drawn by torch's default
+            CPU generator.
+        pattern: ``"unstructured"``, ``"vector8"`` (8 neighbouring outputs of one input), ``"block32"``, or the block
+            shape itself, (1, 1), (V, 1) or (b, b).
+
+    Shapes:
+        input (..., in_features), output (..., out_features).
+
+    Raises:
+        ValueError: a sparsity outside [0, 1), an unknown pattern, or a block that does not divide the weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparsity: float,
+        pattern: Pattern = "unstructured",
+    ) -> None:
+        super().__init__()
+        check_sparsity(sparsity)
+        dense = nn.Linear(in_features, out_features, bias, device="meta")
+        topology = Topology.random((out_features, in_features), 1.0 - sparsity, block_shape(pattern))
+        self._init_linear(dense, topology, device or torch.get_default_device(), dtype)
+        self.reset_parameters()
+
+    def _init_linear(self, dense: nn.Linear, topology: Topology, device: Any, dtype: torch.dtype | None) -> None:
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self._init_sparse(dense, topology, device, dtype)
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Linear,
+        mask: Tensor | None = None,
+        *,
+        sparsity: float | None = None,
+        pattern: Pattern = "unstructured",
+        selection: Literal["random", "magnitude"] = "random",
+    ) -> Self:
+        """Sparse copy of a linear layer.
+
+        Args:
+            dense: the layer; not changed.
+            mask: bool (out, in), True = kept; or
+            sparsity: share to leave out, at ``selection`` ``"random"`` places or the smallest in ``"magnitude"``.
+            pattern: as in the constructor; a mask must consist of whole blocks.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        topology = _topology_of(dense.weight, mask, sparsity, block_shape(pattern), selection)
+        self._init_linear(dense, topology, dense.weight.device, dense.weight.dtype)
+        self._take_over(dense)
+        return self
+
+    def to_dense(self) -> nn.Linear:
+        """Dense copy, with zeros where nothing exists."""
+        values = self.values
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, values.device, values.dtype)
+        self._hand_over(dense)
+        return dense
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.sparse_linear(input, self.values, self.topology, self.bias, probe=self.topology.probe)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._sparse_repr()}"
+
+
+class SparseConv2d(SparseLayer):
+    """``nn.Conv2d`` whose weight (out, in / groups, kh, kw) exists only in part.
+
+    Args:
+        in_channels ... dtype: as ``nn.Conv2d``.
+        sparsity, pattern: as :class:`SparseLinear`; a (b, b) block spans output and input channels at one kernel tap.
+
+    Shapes:
+        input (N, C, H, W) or (C, H, W), contiguous or channels_last; the output follows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparsity: float,
+        pattern: Pattern = "unstructured",
+    ) -> None:
+        super().__init__()
+        check_sparsity(sparsity)
+        dense = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+                          device="meta")  # fmt: skip
+        block = block_shape(pattern)
+        _check_block(tuple(dense.weight.shape), block)
+        topology = Topology.random(matrix_shape(tuple(dense.weight.shape)), 1.0 - sparsity, block)
+        self._init_conv(dense, topology, device or torch.get_default_device(), dtype)
+        self.reset_parameters()
+
+    def _init_conv(self, dense: nn.Conv2d, topology: Topology, device: Any, dtype: torch.dtype | None) -> None:
+        self.in_channels, self.out_channels, self.groups = dense.in_channels, dense.out_channels, dense.groups
+        self.kernel_size, self.stride = cast(Any, dense.kernel_size), cast(Any, dense.stride)
+        self.dilation, self.padding, self.padding_mode = cast(Any, dense.dilation), dense.padding, dense.padding_mode
+        self._init_sparse(dense, topology, device, dtype)
+
+        sides = [(0, 0), (0, 0)]  # (before, after) for height and width
+        if self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            sides = [(total // 2, total - total // 2) for total in totals]
+        elif not isinstance(self.padding, str):
+            sides = [(p, p) for p in self.padding]
+        by_kernel = self.padding_mode == "zeros" and all(before == after for before, after in sides)
+        self._kernel_padding = (sides[0][0], sides[1][0]) if by_kernel else (0, 0)
+        self._explicit_padding = None if by_kernel else (*sides[1], *sides[0])
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Conv2d,
+        mask: Tensor | None = None,
+        *,
+        sparsity: float | None = None,
+        pattern: Pattern = "unstructured",
+        selection: Literal["random", "magnitude"] = "random",
+    ) -> Self:
+        """Sparse copy of a convolution, as :meth:`SparseLinear.from_dense` with a mask (out, in / groups, kh, kw)."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        block = block_shape(pattern)
+        _check_block(tuple(dense.weight.shape), block)
+        topology = _topology_of(dense.weight, mask, sparsity, block, selection)
+        self._init_conv(dense, topology, dense.weight.device, dense.weight.dtype)
+        self._take_over(dense)
+        return self
+
+    def to_dense(self) -> nn.Conv2d:
+        """Dense copy, with zeros where nothing exists."""
+        dense = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, cast(Any, self.padding), self.dilation,
+            self.groups, self.bias is not None, cast(Any, self.padding_mode), self.values.device, self.values.dtype,
+        )  # fmt: skip
+        self._hand_over(dense)
+        return dense
+
+    def forward(self, input: Tensor) -> Tensor:
+        batched = input.dim() != 3
+        if not batched:
+            input = input.unsqueeze(0)
+        if self._explicit_padding is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._explicit_padding, mode=mode)
+        output = ops.sparse_conv2d(
+            input, self.values, self.topology, self.bias, weight_shape=cast(Any, self.weight_shape), stride=self.stride,
+            padding=self._kernel_padding, dilation=self.dilation, groups=self.groups, probe=self.topology.probe,
+        )  # fmt: skip
+        return output if batched else output.squeeze(0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"padding_mode={self.padding_mode!r}, {self._sparse_repr()}"
+        )
+
+
+def _check_block(weight_shape: tuple[int, ...], block: tuple[int, int]) -> None:
+    """Raise ``ValueError`` where the block does not divide output and input channels."""
+    block_grid((weight_shape[0], weight_shape[1]), block)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The model's sparse layers by name; layers that share their weight are listed once, under the first name."""
+    seen: set[int] = set()
+    layers: dict[str, SparseLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLayer) and id(module.values) not in seen:
+            seen.add(id(module.values))
+            layers[name] = module
+    return layers
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d | SparseLayer]:
+    """Every linear and convolution layer, sparse or dense, by name; layers that share their weight are listed once."""
+    seen: set[int] = set()
+    layers: dict[str, nn.Linear | nn.Conv2d | SparseLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | SparseLayer):
+            weight = module.values if isinstance(module, SparseLayer) else module.weight
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                layers[name] = module
+    return layers
+
+
+def layer_sparsities(model: nn.Module) -> dict[str, float]:
+    """Sparsity of every linear and convolution layer, 0 for dense ones."""
+    return {n: m.sparsity if isinstance(m, SparseLayer) else 0.0 for n, m in weight_layers(model).items()}
+
+
+def overall_sparsity(model: nn.Module) -> float:
+    """Share of weights of all linear and convolution layers that do not exist (biases and norms do not count)."""
+    present = total = 0
+    for module in weight_layers(model).values():
+        if isinstance(module, SparseLayer):
+            present, total = present + module.topology.nnz, total + module.topology.numel
+        else:
+            present, total = present + module.weight.numel(), total + module.weight.numel()
+    return 1.0 - present / total if total else 0.0
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float,
+    allocation: Allocation = "erk",
+    *,
+    pattern: Pattern = "unstructured",
+    exclude: Iterable[Exclude] | Exclude = (),
+    selection: Literal["random", "magnitude"] = "random",
+    first_dense: bool = True,
+    input_size: tuple[int, ...] | None = None,
+) -> nn.Module:
+    """Replace the linear and 2-d convolution layers of a model by sparse ones, in place.
+
+    Layers to which the allocation gives density 1 stay dense modules, and so do layers that the block does not divide
+    (with one warning that names them), subclasses of ``nn.Linear`` and ``nn.Conv2d`` (their code may read ``weight``),
+    and weights shared with another kind of module. Two layers that share a weight share ``values`` and topology
+    afterwards. Layers that are sparse already are left as they are and take no part.
+
+    Args:
+        model: any module; changed in place. Build the optimizer afterwards.
+        sparsity: overall share to leave out of the layers that take part, in [0, 1).
+        allocation: ``"erk"``, ``"er"`` or ``"uniform"``; see :func:`sparse_moon.allocation.allocate`.
+        pattern: as in :class:`SparseLinear`.
+        exclude: layers to keep dense: names (with ``*`` and ``?``), module types, or predicates
+            ``(name, module) -> bool``.
+        selection: ``"random"`` places, or ``"magnitude"`` to keep the largest weights of a trained model.
+        first_dense: with ``"uniform"``, whether the first layer stays dense.
+        input_size: shape of one example without the batch dimension; when given, layers are ordered by their first
+            use in one forward pass instead of by definition, which matters for what "first" is.
+
+    Returns:
+        The model itself (or, where the model is itself such a layer, its replacement).
+
+    Raises:
+        ValueError: a bad argument, no layer to convert, or a sparsity that cannot be reached.
+    """
+    check_sparsity(sparsity)
+    block = block_shape(pattern)
+    rules = (exclude,) if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
+    places = _convertible(model, rules)
+    if input_size is not None:
+        places = _in_order_of_use(model, places, input_size)
+    indivisible = [names[0] for module, names in places.items() if not _divides(module, block)]
+    if indivisible:
+        warnings.warn(f"block {block} does not divide these layers, they stay dense: {indivisible}", stacklevel=2)
+        places = {module: names for module, names in places.items() if names[0] not in indivisible}
+    if not places:
+        raise ValueError("the model has no linear or 2-d convolution layer to make sparse")
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    first_with: dict[int, str] = {}  # weight -> the first layer that has it
+    for module, names in places.items():
+        if first_with.setdefault(id(module.weight), names[0]) == names[0]:
+            shapes[names[0]] = tuple(module.weight.shape)
+    densities = allocate(shapes, sparsity, allocation, first_dense=first_dense)
+
+    done: dict[str, SparseLayer] = {}
+    for module, names in places.items():
+        owner = first_with[id(module.weight)]
+        if densities[owner] >= 1.0:
+            continue
+        kind = SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
+        if owner in done:  # tied to a layer converted before
+            sparse = kind.from_dense(module, mask=done[owner].mask(), pattern=block)  # type: ignore[arg-type]
+            sparse.values, sparse.topology = done[owner].values, done[owner].topology
+        else:
+            sparse = kind.from_dense(
+                module, sparsity=1.0 - densities[owner], pattern=block, selection=selection  # type: ignore[arg-type]
+            )  # fmt: skip
+            done[owner] = sparse
+        if names[0] == "":
+            return sparse
+        for name in names:
+            _replace(model, name, sparse)
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every sparse layer by its dense equivalent, in place; shared weights stay shared.
+
+    Returns:
+        The model itself (or, where the model is itself a sparse layer, its replacement): plain torch modules.
+    """
+    weights: dict[int, nn.Parameter] = {}
+    replaced: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, SparseLinear | SparseConv2d):
+            continue
+        if id(module) not in replaced:
+            dense = module.to_dense()
+            dense.weight = weights.setdefault(id(module.values), cast(nn.Parameter, dense.weight))
+            replaced[id(module)] = dense
+        if name == "":
+            return replaced[id(module)]
+        _replace(model, name, replaced[id(module)])
+    return model
+
+
+def _convertible(model: nn.Module, rules: tuple[Exclude, ...]) -> dict[nn.Linear | nn.Conv2d, list[str]]:
+    """Layers that may become sparse, each with all its names, in definition order."""
+    users: dict[int, set[type]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(type(module))
+    places: dict[nn.Linear | nn.Conv2d, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        plain = type(module) is nn.Linear or type(module) is nn.Conv2d
+        if not plain or any(_matches(rule, name, module) for rule in rules):
+            continue
+        layer = cast(nn.Linear | nn.Conv2d, module)
+        if isinstance(layer._parameters.get("weight"), nn.Parameter) and users[id(layer.weight)] == {type(layer)}:
+            places.setdefault(layer, []).append(name)
+    return places
+
+
+def _matches(rule: Exclude, name: str, module: nn.Module) -> bool:
+    if isinstance(rule, str):
+        return fnmatchcase(name, rule)
+    if isinstance(rule, type):
+        return isinstance(module, rule)
+    return rule(name, module)
+
+
+def _divides(module: nn.Linear | nn.Conv2d, block: tuple[int, int]) -> bool:
+    return module.weight.shape[0] % block[0] == 0 and module.weight.shape[1] % block[1] == 0
+
+
+def _in_order_of_use(
+    model: nn.Module, places: dict[nn.Linear | nn.Conv2d, list[str]], input_size: tuple[int, ...]
+) -> dict[nn.Linear | nn.Conv2d, list[str]]:
+    """The same layers, those that one forward pass over zeros uses first, then the others."""
+    used: dict[nn.Linear | nn.Conv2d, list[str]] = {}
+
+    def note(module: nn.Module, _: Any) -> None:
+        layer = cast(nn.Linear | nn.Conv2d, module)
+        used.setdefault(layer, places[layer])
+
+    handles = [module.register_forward_pre_hook(note) for module in places]
+    modes = {module: module.training for module in model.modules()}
+    example = next(iter(places)).weight if places else torch.empty(0)
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(example.new_zeros(1, *input_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return used | places
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,71 @@
+"""``average_``: the running mean of many tensors in place, optionally of randomly masked ones."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, check_counters
+from sparse_moon.ops.library import define
+
+
+def average_reference_(
+    averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor, keep: float, seed: int, step: Tensor
+) -> None:
+    """The specification: ``avg <- (n avg + Z v) / (n + 1)`` for each pair."""
+    for stream, (average, value) in enumerate(zip(averages, values, strict=True)):
+        if keep < 1.0:
+            value = value * bernoulli_mask_reference(value, keep, seed, stream, step)
+        # n / (n + 1) avg + v / (n + 1), so that a large count cannot overflow
+        weight = 1.0 / (count.to(average.device, torch.float64) + 1.0)
+        average.lerp_(value.to(average.dtype), weight.to(average.dtype))
+
+
+def _fake(
+    averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor, keep: float, seed: int, step: Tensor
+) -> None:
+    return None
+
+
+define("average_(Tensor(a!)[] averages, Tensor[] values, Tensor count, float keep, int seed, Tensor step) -> ()",
+       average_reference_, _fake)  # fmt: skip
+
+
+def average_(
+    averages: Sequence[Tensor],
+    values: Sequence[Tensor],
+    count: Tensor,
+    *,
+    keep: float = 1.0,
+    seed: int = 0,
+    step: Tensor | None = None,
+) -> None:
+    """``avg <- (n avg + Z v) / (n + 1)`` in place for every pair of tensors.
+
+    Weight & mask averaging (CigL, Algorithm 1); with ``Z = 1`` the uniform average that MOON calls voting.
+
+    Args:
+        averages: floating point tensors, updated in place.
+        values: tensors of the same shapes.
+        count: 0-d int64 tensor ``n``, how many values each average holds already; not changed here.
+        keep: keep probability of the mask ``Z`` of tensor number ``stream = 0, 1, ...``; 1 means no mask.
+        seed: key of the mask; ``step``: 0-d int64 tensor, which draw (needed where ``keep < 1``); both as in
+            :func:`sparse_moon.ops.bernoulli_mask`.
+
+    Raises:
+        ValueError: lengths or shapes that differ, ``keep`` outside [0, 1], or a missing step.
+    """
+    if [a.shape for a in averages] != [v.shape for v in values]:
+        raise ValueError("averages and values must have the same shapes, tensor by tensor")
+    if not 0.0 <= keep <= 1.0:
+        raise ValueError(f"keep must be in [0, 1], got {keep}")
+    if count.dim() != 0 or count.dtype != torch.int64:
+        raise ValueError(f"count must be a 0-d int64 tensor, got {count.dtype} with shape {tuple(count.shape)}")
+    if step is None:
+        if keep < 1.0:
+            raise ValueError("keep < 1 needs a step, so that each draw differs")
+        step = count
+    check_counters(0, step)
+    if averages:
+        with torch.no_grad():
+            torch.ops.sparse_moon.average_(list(averages), [v.detach() for v in values], count, keep, seed, step)

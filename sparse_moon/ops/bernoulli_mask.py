@@ -1,0 +1,67 @@
+"""``bernoulli_mask``: a random mask that is a function of counters, so that it need not be stored.
+
+Random bits come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): element ``i``
+of tensor number ``stream`` at step ``t`` is word ``i % 4`` of the block with counter
+``(i // 4, stream, t mod 2^32, t >> 32)`` and key ``(seed mod 2^32, seed >> 32)``. The same counters give the same
+bits on every device.
+"""
+
+import torch
+from torch import Tensor
+
+from sparse_moon.ops.library import define
+
+_WORD = 0xFFFFFFFF
+
+
+def philox(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
+    """``size`` random 32-bit words as int64 in [0, 2^32), on the device of ``step`` (0-d int64)."""
+    blocks = torch.arange((size + 3) // 4, device=step.device)
+    c0, c1 = blocks, torch.full_like(blocks, stream)
+    c2, c3 = (step & _WORD).expand_as(blocks), (step >> 32 & _WORD).expand_as(blocks)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        # a 32 x 32 bit product fills 64 bits: int64 wraps, and the masks read its halves right all the same
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = p1 >> 32 & _WORD ^ c1 ^ k0, p1 & _WORD, p0 >> 32 & _WORD ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return torch.stack([c0, c1, c2, c3], 1).flatten()[:size]
+
+
+def bernoulli_mask_reference(like: Tensor, keep: float, seed: int, stream: int, step: Tensor) -> Tensor:
+    """The specification: keep where the random word lies below ``keep * 2^32``."""
+    words = philox(like.numel(), seed, stream, step.to(like.device))
+    return (words < round(keep * 2**32)).view(like.shape)
+
+
+def _fake(like: Tensor, keep: float, seed: int, stream: int, step: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.bool, device=like.device)
+
+
+define("bernoulli_mask(Tensor like, float keep, int seed, int stream, Tensor step) -> Tensor",
+       bernoulli_mask_reference, _fake)  # fmt: skip
+
+
+def bernoulli_mask(like: Tensor, keep: float, *, seed: int, stream: int, step: Tensor) -> Tensor:
+    """Random bool mask of the shape and device of ``like``, each element True with probability ``keep``.
+
+    Args:
+        like: gives shape and device; its numbers are not read.
+        keep: keep probability in [0, 1].
+        seed: 64-bit key; ``stream``: which tensor, in [0, 2^32); ``step``: 0-d int64 tensor, which draw.
+
+    Raises:
+        ValueError: a probability, stream or step outside its range.
+    """
+    if not 0.0 <= keep <= 1.0:
+        raise ValueError(f"keep must be in [0, 1], got {keep}")
+    check_counters(stream, step)
+    return torch.ops.sparse_moon.bernoulli_mask(like, keep, seed, stream, step)
+
+
+def check_counters(stream: int, step: Tensor) -> None:
+    """Raise ``ValueError`` for counters that do not address a random block."""
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"stream must be in [0, 2^32), got {stream}")
+    if step.dim() != 0 or step.dtype != torch.int64:
+        raise ValueError(f"step must be a 0-d int64 tensor, got {step.dtype} with shape {tuple(step.shape)}")

@@ -1,0 +1,187 @@
+"""``sparse_conv2d``: a 2-d convolution with a block-sparse weight (O, C/groups, kh, kw) held as compact values."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from sparse_moon.ops.library import LIBRARY, define, to_autocast_dtype
+from sparse_moon.ops.sparse_linear import (
+    INDEX_SCHEMA,
+    block_of,
+    check_dtypes,
+    check_operands,
+    dense_matrix,
+    gather_values,
+    values_shape,
+)
+from sparse_moon.topology import Topology, matrix_shape, matrix_to_weight, weight_to_matrix
+
+GEOMETRY_SCHEMA = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
+
+
+class Geometry(NamedTuple):
+    """What a convolution needs to know besides its operands; flat in the operators' signatures."""
+
+    weight_shape: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def output_size(self, input_shape: torch.Size) -> tuple[int, int]:
+        """Height and width of the output plane."""
+        h, w = (
+            (size + 2 * self.padding[i] - self.dilation[i] * (self.weight_shape[2 + i] - 1) - 1) // self.stride[i] + 1
+            for i, size in enumerate(input_shape[2:])
+        )
+        return h, w
+
+
+def _split(spec: tuple[Any, ...]) -> tuple[Geometry, tuple[Tensor, ...]]:
+    return Geometry(*spec[:5]), spec[5:]
+
+
+def _dense_weight(values: Tensor, geometry: Geometry, index: tuple[Tensor, ...]) -> Tensor:
+    return matrix_to_weight(dense_matrix(values, index), tuple(geometry.weight_shape), block_of(values)[1])
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last for a tensor that is only that, contiguous otherwise: the layout that results follow."""
+    channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def sparse_conv2d_reference(input: Tensor, values: Tensor, bias: Tensor | None, *spec: Any) -> Tensor:
+    """The specification: scatter the values into a dense weight, then ``F.conv2d``.
+
+    ``spec`` is a :class:`Geometry`, flat, then the index tensors.
+    """
+    geometry, index = _split(spec)
+    return F.conv2d(input, _dense_weight(values, geometry, index), bias, *geometry[1:])
+
+
+def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
+    return sparse_conv2d_reference(input, values, bias, *spec).contiguous(memory_format=memory_format(input))
+
+
+def _input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *spec: Any) -> Tensor:
+    geometry, index = _split(spec)
+    weight = _dense_weight(values, geometry, index)
+    result = conv2d_input(input_shape, weight, grad, *geometry[1:])
+    return result.contiguous(memory_format=memory_format(grad))
+
+
+def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -> Tensor:
+    weight_grad = conv2d_weight(input, geometry[0], grad, *geometry[1:])
+    return weight_to_matrix(weight_grad, block_width).contiguous()
+
+
+def _values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: Any) -> Tensor:
+    geometry, index = _split(spec)
+    return gather_values(_dense_grad(grad, input, block[1], *geometry), index, (block[0], block[1]))
+
+
+def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
+    geometry, _ = _split(spec)
+    shape = (input.shape[0], geometry.weight_shape[0], *geometry.output_size(input.shape))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+def _fake_input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *spec: Any) -> Tensor:
+    return torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
+
+
+def _fake_dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -> Tensor:
+    return input.new_empty(matrix_shape(tuple(geometry[0])))
+
+
+def _fake_values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: Any) -> Tensor:
+    return input.new_empty(values_shape(spec[6], block))
+
+
+_SPEC = f"{GEOMETRY_SCHEMA}, {INDEX_SCHEMA}"
+_OP = define(f"sparse_conv2d(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {_SPEC}) -> Tensor",
+             _forward, _fake_forward)  # fmt: skip
+define(f"sparse_conv2d_input_grad(Tensor grad, Tensor values, int[] input_shape, {_SPEC}) -> Tensor",
+       _input_grad, _fake_input_grad)  # fmt: skip
+define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {GEOMETRY_SCHEMA}) -> Tensor",
+       _dense_grad, _fake_dense_grad)  # fmt: skip
+define(f"sparse_conv2d_values_grad(Tensor grad, Tensor input, int[] block, {_SPEC}) -> Tensor",
+       _values_grad, _fake_values_grad)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, values, _, _, *spec = inputs
+    ctx.geometry, index = _split(tuple(spec))
+    ctx.save_for_backward(input, values, *index)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, values, *index = ctx.saved_tensors
+    geometry = ctx.geometry
+    needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
+    ops, block = torch.ops.sparse_moon, block_of(values)
+    d_input = d_values = d_probe = None
+    if needs_input:
+        d_input = ops.sparse_conv2d_input_grad(grad, values, input.shape, *geometry, *index)
+    if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
+        d_probe = ops.sparse_conv2d_dense_grad(grad, input, block[1], *geometry)
+        d_values = gather_values(d_probe, tuple(index), block) if needs_values else None
+    elif needs_values:
+        d_values = ops.sparse_conv2d_values_grad(grad, input, block, *geometry, *index)
+    d_bias = grad.sum((0, 2, 3)) if needs_bias else None
+    return d_input, d_values, d_bias, d_probe, *[None] * 10
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def sparse_conv2d(
+    input: Tensor,
+    values: Tensor,
+    topology: Topology,
+    bias: Tensor | None = None,
+    *,
+    weight_shape: tuple[int, int, int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    probe: Tensor | None = None,
+) -> Tensor:
+    """2-d cross-correlation as ``F.conv2d``, with the sparse weight given by ``values`` and ``topology``.
+
+    Args:
+        input: (N, C, H, W), contiguous or channels_last (the result follows), floating point.
+        values: compact weight values of shape ``topology.values_shape``, dtype of ``input`` (cast under autocast).
+        topology: which blocks of the (O, C/groups * kh * kw) matrix exist, columns in topology order.
+        bias: (O,) or None.
+        weight_shape: (O, C/groups, kh, kw).
+        stride, padding, dilation: (vertical, horizontal), elements; ``groups`` as in ``F.conv2d``.
+        probe: a tensor of shape ``topology.shape`` that requires grad and receives the dense weight gradient; its own
+            numbers are never read.
+
+    Returns:
+        (N, O, Ho, Wo) in the dtype of ``input``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    check_operands(input, values, topology, bias, probe)
+    if matrix_shape(weight_shape) != topology.shape:
+        raise ValueError(f"weight shape {weight_shape} does not fit a topology of shape {topology.shape}")
+    if groups < 1 or weight_shape[0] % groups:
+        raise ValueError(f"groups must divide {weight_shape[0]} output channels, got {groups}")
+    if input.dim() != 4 or input.shape[1] != weight_shape[1] * groups:
+        raise ValueError(f"input must be (N, {weight_shape[1] * groups}, H, W), got shape {tuple(input.shape)}")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(f"invalid stride {stride}, padding {padding} or dilation {dilation}")
+    geometry = Geometry(list(weight_shape), list(stride), list(padding), list(dilation), groups)
+    if min(geometry.output_size(input.shape)) < 1:
+        raise ValueError(f"a {weight_shape[2]} x {weight_shape[3]} kernel does not fit input {tuple(input.shape)}")
+    input, values, bias = to_autocast_dtype(input.device.type, input, values, bias)  # type: ignore[assignment]
+    check_dtypes(input, values, bias)
+    return torch.ops.sparse_moon.sparse_conv2d(input, values, bias, probe, *geometry, *topology.index)

@@ -1,0 +1,154 @@
+"""``sparse_linear``: ``y = x W^T + b`` with a block-sparse ``W`` (O, I) held as compact values."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_moon.ops.library import LIBRARY, define, to_autocast_dtype
+from sparse_moon.topology import Topology, blocks_to_matrix, entry_positions, matrix_to_blocks
+
+INDEX_SCHEMA = "Tensor row_ptr, Tensor col, Tensor t_ptr, Tensor t_row, Tensor t_perm"
+
+
+def block_of(values: Tensor) -> tuple[int, int]:
+    """Block shape that compact values imply."""
+    return (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
+
+
+def dense_matrix(values: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+    """The dense matrix ``(rows, cols)`` of compact values."""
+    row_ptr, col, t_ptr, _, _ = index
+    grid = (row_ptr.numel() - 1, t_ptr.numel() - 1)
+    return blocks_to_matrix(values, entry_positions(row_ptr, col, grid[1]), grid)
+
+
+def gather_values(matrix: Tensor, index: tuple[Tensor, ...], block: tuple[int, int]) -> Tensor:
+    """Compact values of a dense matrix ``(rows, cols)``."""
+    row_ptr, col, t_ptr, _, _ = index
+    return matrix_to_blocks(matrix, entry_positions(row_ptr, col, t_ptr.numel() - 1), block)
+
+
+def sparse_linear_reference(input: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
+    """The specification: scatter the values into a dense weight, then ``F.linear``."""
+    return F.linear(input, dense_matrix(values, index), bias)
+
+
+def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> Tensor:
+    return sparse_linear_reference(input, values, bias, *index)
+
+
+def _input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Tensor:
+    return grad @ dense_matrix(values, index)
+
+
+def _dense_grad(grad: Tensor, input: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).t() @ input.reshape(-1, input.shape[-1])
+
+
+def _values_grad(grad: Tensor, input: Tensor, block: list[int], *index: Tensor) -> Tensor:
+    return gather_values(_dense_grad(grad, input), index, (block[0], block[1]))
+
+
+def values_shape(col: Tensor, block: list[int]) -> tuple[int, ...]:
+    """Shape of compact values for these entries and block."""
+    return (col.numel(),) if list(block) == [1, 1] else (col.numel(), *block)
+
+
+def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> Tensor:
+    rows = (index[0].numel() - 1) * block_of(values)[0]
+    return input.new_empty((*input.shape[:-1], rows))
+
+
+def _fake_input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Tensor:
+    cols = (index[2].numel() - 1) * block_of(values)[1]
+    return grad.new_empty((*grad.shape[:-1], cols))
+
+
+def _fake_dense_grad(grad: Tensor, input: Tensor) -> Tensor:
+    return input.new_empty((grad.shape[-1], input.shape[-1]))
+
+
+def _fake_values_grad(grad: Tensor, input: Tensor, block: list[int], *index: Tensor) -> Tensor:
+    return input.new_empty(values_shape(index[1], block))
+
+
+_OP = define(f"sparse_linear(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {INDEX_SCHEMA}) -> Tensor",
+             _forward, _fake_forward)  # fmt: skip
+define(f"sparse_linear_input_grad(Tensor grad, Tensor values, {INDEX_SCHEMA}) -> Tensor", _input_grad, _fake_input_grad)
+define("sparse_linear_dense_grad(Tensor grad, Tensor input) -> Tensor", _dense_grad, _fake_dense_grad)
+define(f"sparse_linear_values_grad(Tensor grad, Tensor input, int[] block, {INDEX_SCHEMA}) -> Tensor",
+       _values_grad, _fake_values_grad)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, values, _, _, *index = inputs
+    ctx.save_for_backward(input, values, *index)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, values, *index = ctx.saved_tensors
+    needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
+    ops = torch.ops.sparse_moon
+    d_input = ops.sparse_linear_input_grad(grad, values, *index) if needs_input else None
+    d_values = d_probe = None
+    if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
+        d_probe = ops.sparse_linear_dense_grad(grad, input)
+        d_values = gather_values(d_probe, tuple(index), block_of(values)) if needs_values else None
+    elif needs_values:
+        d_values = ops.sparse_linear_values_grad(grad, input, block_of(values), *index)
+    d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
+    return d_input, d_values, d_bias, d_probe, None, None, None, None, None
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def sparse_linear(
+    input: Tensor, values: Tensor, topology: Topology, bias: Tensor | None = None, *, probe: Tensor | None = None
+) -> Tensor:
+    """``input W^T + bias`` with the sparse weight ``W`` (O, I) given by ``values`` and ``topology``.
+
+    Args:
+        input: (..., I), floating point.
+        values: compact weight values of shape ``topology.values_shape``, dtype of ``input`` (cast under autocast).
+        topology: which blocks of the (O, I) matrix exist.
+        bias: (O,) or None.
+        probe: a tensor of shape (O, I) that requires grad and receives the dense weight gradient; its own numbers
+            are never read, so an expanded scalar does (see :mod:`sparse_moon.algorithms`).
+
+    Returns:
+        (..., O) in the dtype of ``input``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    check_operands(input, values, topology, bias, probe)
+    if input.dim() == 0 or input.shape[-1] != topology.shape[1]:
+        raise ValueError(f"input must have {topology.shape[1]} features last, got shape {tuple(input.shape)}")
+    input, values, bias = to_autocast_dtype(input.device.type, input, values, bias)  # type: ignore[assignment]
+    check_dtypes(input, values, bias)
+    return torch.ops.sparse_moon.sparse_linear(input, values, bias, probe, *topology.index)
+
+
+def check_operands(
+    input: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, probe: Tensor | None
+) -> None:
+    """Raise ``ValueError`` for shapes or devices that no sparse product takes."""
+    if values.shape != topology.values_shape:
+        raise ValueError(f"values must have shape {topology.values_shape}, got {tuple(values.shape)}")
+    if bias is not None and bias.shape != (topology.shape[0],):
+        raise ValueError(f"bias must have shape ({topology.shape[0]},), got {tuple(bias.shape)}")
+    if probe is not None and probe.shape != topology.shape:
+        raise ValueError(f"probe must have shape {topology.shape}, got {tuple(probe.shape)}")
+    if not input.device == values.device == topology.col.device:
+        devices = f"{input.device}, {values.device}, {topology.col.device}"
+        raise ValueError(f"input, values and topology must be on one device, got {devices}")
+
+
+def check_dtypes(input: Tensor, values: Tensor, bias: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all have one floating point dtype."""
+    dtypes = {t.dtype for t in (input, values, bias) if t is not None}
+    if len(dtypes) > 1 or not input.is_floating_point():
+        raise ValueError(f"input, values and bias must share one floating point dtype, got {dtypes}")

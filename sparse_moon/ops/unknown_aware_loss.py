@@ -1,0 +1,98 @@
+"""``unknown_aware_loss``: MOON's (K+1)-way loss with its gradient and statistics in one pass (arXiv 2403.20047, Eq. 1).
+
+    p = softmax(z), u = p_{K+1}, ce = -log p_y, yhat = argmax over all K+1
+    L = mean_i ce_i (1 + 1[yhat_i != y_i] w / (1 + w u_i))
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_moon.ops.library import LIBRARY, define
+
+
+class LossStatistics(NamedTuple):
+    """0-d tensors on the device of the logits, detached."""
+
+    beta: Tensor
+    """Batch mean of ``(1 - u) ce``, from which w is tuned."""
+    mean_u: Tensor
+    """Batch mean of the unknown unit's probability."""
+    errors: Tensor
+    """How many samples are predicted wrongly, over K+1 outputs."""
+
+
+def _terms(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    z = logits.double() if logits.dtype == torch.float64 else logits.float()
+    log_p = z.log_softmax(1)
+    ce = -log_p.gather(1, target[:, None])[:, 0]
+    u = log_p[:, -1].exp()
+    wrong = (z.argmax(1) != target).to(z.dtype)
+    return log_p, ce, u, wrong, wrong * w.to(z.dtype) / (1 + w.to(z.dtype) * u)
+
+
+def unknown_aware_loss_reference(logits: Tensor, target: Tensor, w: Tensor) -> Tensor:
+    """The specification; differentiable."""
+    _, ce, _, _, extra = _terms(logits, target, w)
+    return (ce * (1 + extra)).mean()
+
+
+def _forward(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    log_p, ce, u, wrong, extra = _terms(logits, target, w)
+    p = log_p.exp()
+    # d ce / dz = p - onehot(y); d extra / dz = -(extra^2 where wrong) du/dz, with du/dz = u (onehot(K+1) - p)
+    slope = ce * extra.square() * u
+    grad = (1 + extra + slope)[:, None] * p
+    grad.scatter_add_(1, target[:, None], -(1 + extra)[:, None])
+    grad[:, -1] -= slope
+    statistics = torch.stack([((1 - u) * ce).mean(), u.mean(), wrong.sum()])
+    return (ce * (1 + extra)).mean(), grad / logits.shape[0], statistics
+
+
+def _fake(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    empty = logits.new_empty
+    return empty((), dtype=dtype), empty(logits.shape, dtype=dtype), empty(3, dtype=dtype)
+
+
+_OP = define("unknown_aware_loss(Tensor logits, Tensor target, Tensor w) -> (Tensor, Tensor, Tensor)",
+             _forward, _fake)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
+    (grad,) = ctx.saved_tensors
+    return (grad * grad_loss).to(ctx.dtype), None, None
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def unknown_aware_loss(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, LossStatistics]:
+    """Unknown-aware loss over K+1 outputs (Eq. 1); ``w = 0`` is the cross-entropy over K+1.
+
+    Args:
+        logits: (B, K+1) floating point; 16-bit logits are computed in float32. The last output is the unknown unit.
+        target: (B,) int64 in [0, K).
+        w: 0-d floating point tensor on the device of the logits, at least 0; held constant (no gradient).
+
+    Returns:
+        The mean loss (0-d, float32, or float64 for float64 logits) and the batch's :class:`LossStatistics`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    if logits.dim() != 2 or logits.shape[0] == 0 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point (B, K+1), got {logits.dtype} {tuple(logits.shape)}")
+    if target.shape != logits.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(f"target must be int64 ({logits.shape[0]},), got {target.dtype} {tuple(target.shape)}")
+    if w.dim() != 0:
+        raise ValueError(f"w must be a 0-d tensor, got shape {tuple(w.shape)}")
+    loss, _, statistics = torch.ops.sparse_moon.unknown_aware_loss(logits, target, w)
+    return loss, LossStatistics(*statistics.unbind())

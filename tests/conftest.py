@@ -1,0 +1,27 @@
+"""Common settings of the tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Hypothesis' own search is random but reproducible here; no deadline, because a shared machine stalls.
+settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, none is visible"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """A fixed seed, and NaN in memory that nobody wrote."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
