@@ -1,0 +1,71 @@
+"""Two processes with gloo against one process with the doubled batch."""
+
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sparse_moon as sm
+
+STEPS, INTERVAL, CLASSES = 16, 5, 4
+
+
+def make_model():
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, CLASSES + 1)).double()
+    return sm.sparsify(model, 0.6)
+
+
+def make_batches():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(8, 12, generator=generator, dtype=torch.float64), torch.randint(0, CLASSES, (8,), generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+def train(model, parallel, kind, part):
+    optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+    method = {"rigl": sm.RigL, "set": sm.SET}[kind](parallel, optimizer, total_steps=30, interval=INTERVAL)
+    updates = 0
+    for x, y in make_batches():
+        F.cross_entropy(parallel(x[part]), y[part]).backward()
+        updates += method.step()
+        optimizer.zero_grad()
+    assert updates == 3
+    return model.state_dict()
+
+
+def worker(rank, port, kind, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = make_model()
+    state = train(model, DistributedDataParallel(model), kind, slice(4 * rank, 4 * rank + 4))
+    loss = sm.UnknownAwareLoss(CLASSES, 4, warmup_epochs=1)
+    x, y = make_batches()[rank]
+    loss(model(x).float(), y)
+    loss.end_epoch()
+    torch.save({"model": state, "w": loss.w}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    for kind in ("rigl", "set"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(worker, (port, kind, str(tmp_path)), nprocs=2)
+        first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+        model = make_model()
+        alone = train(model, model, kind, slice(0, 8))
+        assert first["w"] == second["w"] > 0
+        for name, tensor in alone.items():
+            assert torch.equal(first["model"][name], second["model"][name])
+            if tensor.is_floating_point():  # sums in another order: float64 rounding over 16 steps
+                torch.testing.assert_close(first["model"][name], tensor, rtol=1e-9, atol=1e-12)
+            else:
+                assert torch.equal(first["model"][name], tensor)
