@@ -1,10 +1,10 @@
 """Dynamic sparse training: when and how the topology changes, and what happens to the optimizer state then.
 
-    method = RigL(model, optimizer, total_steps=len(loader) * epochs)
-    for images, labels in loader:
-        criterion(model(images), labels).backward()
-        method.step()  # the optimizer's step, or on an update batch the topology update in its place
-        optimizer.zero_grad()
+method = RigL(model, optimizer, total_steps=len(loader) * epochs)
+for images, labels in loader:
+    criterion(model(images), labels).backward()
+    method.step()  # the optimizer's step, or on an update batch the topology update in its place
+    optimizer.zero_grad()
 """
 
 from collections.abc import Collection, Mapping
@@ -98,10 +98,10 @@ class Static(Method):
 class SET(Method):
     """Sparse evolutionary training (Mocanu et al. 2018): drop the smallest weights, grow at random.
 
-    Every ``interval`` batches, per layer: ``n = floor(f(t) * blocks)``, the ``n`` blocks with the smallest sum of ``|w|``
-    go and ``n`` others come, chosen uniformly among those inactive after the drop. A new weight and its optimizer state
-    are 0; one that is dropped and at once comes back keeps both. The update takes the place of that batch's optimizer
-    step. From ``stop`` on the topology is frozen.
+    Every ``interval`` batches, per layer: ``n = floor(f(t) * blocks)``, the ``n`` blocks with the smallest sum of
+    ``|w|`` go and ``n`` others come, chosen uniformly among those inactive after the drop. A new weight and its
+    optimizer state are 0; one that is dropped and at once comes back keeps both. The update takes the place of that
+    batch's optimizer step. From ``stop`` on the topology is frozen.
 
     Args:
         model: with sparse layers, possibly wrapped in DistributedDataParallel; all processes reach the same topology.

@@ -11,10 +11,10 @@ class UnknownAwareLoss(nn.Module):
     """MOON's loss with its auto-tuned weight w (arXiv 2403.20047, Eq. 1 and Algorithm 1).
 
     The model has K+1 outputs, the last for "unknown". For the first ``warmup_epochs`` epochs ``w = 0`` (cross-entropy)
-    while ``b``, the moving average of the batch mean of ``(1 - u) ce``, is taken; then ``w_i = b / ratio`` and ``w`` runs
-    in a straight line from ``w_i`` after the warm-up to ``final_weight`` in the last epoch. Call :meth:`end_epoch`
-    after each epoch. All state lives on the device, in buffers, and nothing waits for the device. Several processes
-    agree on ``b`` at the end of each epoch.
+    while ``b``, the moving average of the batch mean of ``(1 - u) ce``, is taken; then ``w_i = b / ratio`` and ``w``
+    runs in a straight line from ``w_i`` after the warm-up to ``final_weight`` in the last epoch. Call
+    :meth:`end_epoch` after each epoch. All state lives on the device, in buffers, and nothing waits for the device.
+    Several processes agree on ``b`` at the end of each epoch.
 
     Where the loss can push the unknown unit up at all depends on w: for a wrong sample with u near 0 it needs a
     cross-entropy above ``(1 + w) / w^2`` nats (2 for w = 1, about 10^4 for w = 0.01). ``mean_u`` tells what happened.
@@ -58,8 +58,7 @@ class UnknownAwareLoss(nn.Module):
             )
         if final_weight < 0 or ratio <= 0 or not 0 < smoothing <= 1:
             raise ValueError(
-                "need final_weight >= 0, ratio > 0 and smoothing in (0, 1], "
-                f"got {final_weight}, {ratio}, {smoothing}"
+                f"need final_weight >= 0, ratio > 0 and smoothing in (0, 1], got {final_weight}, {ratio}, {smoothing}"
             )
         self.num_classes, self.epochs, self.warmup_epochs = num_classes, epochs, warmup_epochs
         self.final_weight, self.ratio, self.smoothing = final_weight, ratio, smoothing

@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# One thread: small tests gain nothing from more, and lose much where another process has the cores. Tests of threaded
+# kernels ask for theirs.
+torch.set_num_threads(1)
+
 # Hypothesis' own search is random but reproducible here; no deadline, because a shared machine stalls.
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tests")

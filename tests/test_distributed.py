@@ -23,7 +23,10 @@ def make_model():
 def make_batches():
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(8, 12, generator=generator, dtype=torch.float64), torch.randint(0, CLASSES, (8,), generator=generator))
+        (
+            torch.randn(8, 12, generator=generator, dtype=torch.float64),
+            torch.randint(0, CLASSES, (8,), generator=generator),
+        )
         for _ in range(STEPS)
     ]
 

@@ -33,7 +33,10 @@ def test_agrees_with_sorting_in_python(rows, cols, data):
     count = data.draw(st.integers(0, n))
     positions = mask.flatten().nonzero().flatten().tolist()
     regrown = ops.drop_and_grow(
-        torch.tensor(drop, dtype=torch.float32), torch.tensor(grow, dtype=torch.float32).view(rows, cols), topology, count
+        torch.tensor(drop, dtype=torch.float32),
+        torch.tensor(grow, dtype=torch.float32).view(rows, cols),
+        topology,
+        count,
     )
     updated, source = naive(drop, grow, positions, count)
     assert regrown.source.tolist() == source

@@ -81,7 +81,9 @@ def test_a_resumed_run_has_the_same_weights():
 
 def test_errors():
     loss = sm.UnknownAwareLoss(3, 8)
-    with pytest.raises(ValueError, match=r"over 3 classes needs logits \(B, 4\), the last for 'unknown', got shape \(6, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"over 3 classes needs logits \(B, 4\), the last for 'unknown', got shape \(6, 3\)"
+    ):
         loss(torch.randn(6, 3), torch.zeros(6, dtype=torch.int64))
     with pytest.raises(ValueError, match="warmup_epochs < epochs"):
         sm.UnknownAwareLoss(3, 5, warmup_epochs=5)

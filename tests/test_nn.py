@@ -30,7 +30,9 @@ def test_same_constructor_and_defaults_as_torch():
 
 def test_initial_values_have_the_dense_range():
     layer, dense = sm.SparseConv2d(16, 64, 3, sparsity=0.5), nn.Conv2d(16, 64, 3)
-    assert layer.values.abs().max() <= 1 / 12 and layer.values.std().item() == pytest.approx(dense.weight.std().item(), rel=0.05)
+    assert layer.values.abs().max() <= 1 / 12 and layer.values.std().item() == pytest.approx(
+        dense.weight.std().item(), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
@@ -104,7 +106,8 @@ def test_layers_with_density_one_stay_dense_modules():
 
 
 @pytest.mark.parametrize(
-    "exclude", ["0", ["[03]"], nn.Conv2d, lambda name, module: isinstance(module, nn.Conv2d), ("0", lambda n, m: n == "3")]
+    "exclude",
+    ["0", ["[03]"], nn.Conv2d, lambda name, module: isinstance(module, nn.Conv2d), ("0", lambda n, m: n == "3")],
 )
 def test_exclude(exclude):
     model = sm.sparsify(small_net(), 0.8, exclude=exclude)
@@ -195,7 +198,7 @@ def test_state_dict_round_trip_and_size_mismatch():
     x = torch.randn(2, 1, 8, 8)
     target.load_state_dict(source.state_dict())
     assert torch.equal(source(x), target(x))
-    with pytest.raises(RuntimeError, match="size mismatch for 3.values"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for 3\.values"):
         sm.sparsify(small_net(), 0.8).load_state_dict(source.state_dict())
 
 

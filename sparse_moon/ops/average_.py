@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, check_counters
-from sparse_moon.ops.library import define
+from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, check_counters, mask_threshold
+from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.native import native
 
 
 def average_reference_(
@@ -14,11 +15,17 @@ def average_reference_(
 ) -> None:
     """The specification: ``avg <- (n avg + Z v) / (n + 1)`` for each pair."""
     for stream, (average, value) in enumerate(zip(averages, values, strict=True)):
-        if keep < 1.0:
-            value = value * bernoulli_mask_reference(value, keep, seed, stream, step)
-        # n / (n + 1) avg + v / (n + 1), so that a large count cannot overflow
-        weight = 1.0 / (count.to(average.device, torch.float64) + 1.0)
-        average.lerp_(value.to(average.dtype), weight.to(average.dtype))
+        _average_one_(average, value, count, keep, seed, stream, step)
+
+
+def _average_one_(
+    average: Tensor, value: Tensor, count: Tensor, keep: float, seed: int, stream: int, step: Tensor
+) -> None:
+    if keep < 1.0:
+        value = value * bernoulli_mask_reference(value, keep, seed, stream, step)
+    # n / (n + 1) avg + v / (n + 1), so that a large count cannot overflow
+    weight = 1.0 / (count.to(average.device, torch.float64) + 1.0)
+    average.lerp_(value.to(average.dtype), weight.to(average.dtype))
 
 
 def _fake(
@@ -29,6 +36,27 @@ def _fake(
 
 define("average_(Tensor(a!)[] averages, Tensor[] values, Tensor count, float keep, int seed, Tensor step) -> ()",
        average_reference_, _fake)  # fmt: skip
+
+
+def _cpu(
+    averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor, keep: float, seed: int, step: Tensor
+) -> None:
+    assert native is not None
+    kernels = {torch.float32: native.average_float32, torch.float64: native.average_float64}
+    tasks: dict[torch.dtype, list[tuple[int, int, int, int]]] = {dtype: [] for dtype in kernels}
+    for stream, (average, value) in enumerate(zip(averages, values, strict=True)):
+        alike = average.dtype == value.dtype and average.is_contiguous() and value.is_contiguous()
+        if alike and average.dtype in kernels:
+            tasks[average.dtype].append((average.data_ptr(), value.data_ptr(), average.numel(), stream))
+        else:
+            _average_one_(average, value, count, keep, seed, stream, step)
+    for dtype, kernel in kernels.items():
+        kernel(tasks[dtype], 1.0 / (count.item() + 1.0), mask_threshold(keep), seed, step.item())
+    torch.autograd.graph.increment_version(averages)  # written behind torch's back
+
+
+if native is not None:
+    LIBRARY.impl("average_", _cpu, "CPU")
 
 
 def average_(

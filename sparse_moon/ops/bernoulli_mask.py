@@ -9,7 +9,8 @@ bits on every device.
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.library import define
+from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.native import native
 
 _WORD = 0xFFFFFFFF
 
@@ -31,7 +32,17 @@ def philox(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
 def bernoulli_mask_reference(like: Tensor, keep: float, seed: int, stream: int, step: Tensor) -> Tensor:
     """The specification: keep where the random word lies below ``keep * 2^32``."""
     words = philox(like.numel(), seed, stream, step.to(like.device))
-    return (words < round(keep * 2**32)).view(like.shape)
+    return (words < mask_threshold(keep)).view(like.shape)
+
+
+def mask_threshold(keep: float) -> int:
+    """Words below it keep their element."""
+    return round(keep * 2**32)
+
+
+def random_scores_reference(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
+    """The specification: the random words, rounded to float32."""
+    return philox(size, seed, stream, step).float()
 
 
 def _fake(like: Tensor, keep: float, seed: int, stream: int, step: Tensor) -> Tensor:
@@ -40,6 +51,32 @@ def _fake(like: Tensor, keep: float, seed: int, stream: int, step: Tensor) -> Te
 
 define("bernoulli_mask(Tensor like, float keep, int seed, int stream, Tensor step) -> Tensor",
        bernoulli_mask_reference, _fake)  # fmt: skip
+
+
+def _fake_scores(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=step.device)
+
+
+define("random_scores(int size, int seed, int stream, Tensor step) -> Tensor", random_scores_reference, _fake_scores)
+
+
+def _cpu(like: Tensor, keep: float, seed: int, stream: int, step: Tensor) -> Tensor:
+    assert native is not None
+    mask = _fake(like, keep, seed, stream, step)
+    native.bernoulli_mask(seed, stream, step.item(), mask_threshold(keep), mask.numel(), mask.data_ptr())
+    return mask
+
+
+def _cpu_scores(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
+    assert native is not None
+    scores = _fake_scores(size, seed, stream, step)
+    native.random_scores(seed, stream, step.item(), size, scores.data_ptr())
+    return scores
+
+
+if native is not None:
+    LIBRARY.impl("bernoulli_mask", _cpu, "CPU")
+    LIBRARY.impl("random_scores", _cpu_scores, "CPU")
 
 
 def bernoulli_mask(like: Tensor, keep: float, *, seed: int, stream: int, step: Tensor) -> Tensor:
@@ -57,6 +94,22 @@ def bernoulli_mask(like: Tensor, keep: float, *, seed: int, stream: int, step: T
         raise ValueError(f"keep must be in [0, 1], got {keep}")
     check_counters(stream, step)
     return torch.ops.sparse_moon.bernoulli_mask(like, keep, seed, stream, step)
+
+
+def random_scores(size: int, *, seed: int, stream: int, step: Tensor) -> Tensor:
+    """``size`` random float32 scores in [0, 2^32], on the device of ``step``: the random words, rounded.
+
+    Args:
+        size: how many, at least 0.
+        seed: 64-bit key; ``stream``: which tensor, in [0, 2^32); ``step``: 0-d int64 tensor, which draw.
+
+    Raises:
+        ValueError: a size, stream or step outside its range.
+    """
+    if size < 0:
+        raise ValueError(f"size must be at least 0, got {size}")
+    check_counters(stream, step)
+    return torch.ops.sparse_moon.random_scores(size, seed, stream, step)
 
 
 def check_counters(stream: int, step: Tensor) -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.library import define
+from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.native import native
 from sparse_moon.topology import Index, Topology, build_index, entry_positions
 
 
@@ -51,6 +52,22 @@ define("drop_and_grow(Tensor drop_score, Tensor grow_score, Tensor row_ptr, Tens
        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", drop_and_grow_reference, _fake)  # fmt: skip
 
 
+def _cpu(
+    drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    assert native is not None
+    if drop_score.dtype != torch.float32 or grow_score.dtype != torch.float32:
+        return drop_and_grow_reference(drop_score, grow_score, row_ptr, col, count)
+    inputs = [t.contiguous() for t in (drop_score, grow_score, row_ptr, col)]
+    outputs = _fake(drop_score, grow_score, row_ptr, col, count)
+    native.drop_and_grow(*[t.data_ptr() for t in inputs], *grow_score.shape, count, *[t.data_ptr() for t in outputs])
+    return outputs
+
+
+if native is not None:
+    LIBRARY.impl("drop_and_grow", _cpu, "CPU")
+
+
 def drop_and_grow(drop_score: Tensor, grow_score: Tensor, topology: Topology, count: int) -> Regrown:
     """Drop the ``count`` lowest ``drop_score`` entries, then grow the ``count`` highest ``grow_score`` positions.
 
@@ -73,7 +90,5 @@ def drop_and_grow(drop_score: Tensor, grow_score: Tensor, topology: Topology, co
         )
     if not 0 <= count <= topology.num_blocks:
         raise ValueError(f"count must be in [0, {topology.num_blocks}], got {count}")
-    *index, source = torch.ops.sparse_moon.drop_and_grow(
-        drop_score, grow_score, topology.row_ptr, topology.col, count
-    )
+    *index, source = torch.ops.sparse_moon.drop_and_grow(drop_score, grow_score, topology.row_ptr, topology.col, count)
     return Regrown((index[0], index[1], index[2], index[3], index[4]), source)

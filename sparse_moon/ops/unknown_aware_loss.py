@@ -1,7 +1,7 @@
 """``unknown_aware_loss``: MOON's (K+1)-way loss with its gradient and statistics in one pass (arXiv 2403.20047, Eq. 1).
 
-    p = softmax(z), u = p_{K+1}, ce = -log p_y, yhat = argmax over all K+1
-    L = mean_i ce_i (1 + 1[yhat_i != y_i] w / (1 + w u_i))
+p = softmax(z), u = p_{K+1}, ce = -log p_y, yhat = argmax over all K+1
+L = mean_i ce_i (1 + 1[yhat_i != y_i] w / (1 + w u_i))
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.native import native
 
 
 class LossStatistics(NamedTuple):
@@ -58,6 +59,23 @@ def _fake(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Te
 
 _OP = define("unknown_aware_loss(Tensor logits, Tensor target, Tensor w) -> (Tensor, Tensor, Tensor)",
              _forward, _fake)  # fmt: skip
+
+
+def _cpu(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    assert native is not None
+    loss, grad, statistics = outputs = _fake(logits, target, w)
+    z, target = logits.to(grad.dtype).contiguous(), target.contiguous()
+    kernel = native.unknown_aware_loss_float64 if z.dtype == torch.float64 else native.unknown_aware_loss_float32
+    bad_row = kernel(
+        z.data_ptr(), target.data_ptr(), w.item(), *z.shape, loss.data_ptr(), grad.data_ptr(), statistics.data_ptr()
+    )
+    if bad_row >= 0:
+        raise ValueError(f"target must be in [0, {z.shape[1]}), got {target[bad_row].item()} in row {bad_row}")
+    return outputs
+
+
+if native is not None:
+    LIBRARY.impl("unknown_aware_loss", _cpu, "CPU")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,0 +1,106 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace sparse_moon {
+
+namespace generic {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+#endif
+
+namespace {
+
+std::vector<const Kernels*> supported() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f")) found.push_back(&avx512::kKernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kKernels);
+#endif
+    found.push_back(&generic::kKernels);
+    return found;
+}
+
+std::atomic<const Kernels*>& chosen() {
+    static std::atomic<const Kernels*> kernels{supported().front()};
+    return kernels;
+}
+
+class Buffer {
+public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { std::free(data_); }
+
+    char* reserve(std::size_t bytes) {
+        constexpr std::size_t kLine = 64, kKept = std::size_t{64} << 20;
+        if (bytes > size_ || size_ > kKept) {
+            std::free(data_);
+            size_ = 0;
+            const std::size_t size = (bytes + kLine) / kLine * kLine;
+            data_ = static_cast<char*>(std::aligned_alloc(kLine, size));
+            if (!data_) throw std::bad_alloc();
+            size_ = size;
+            expect_writes(data_, size);
+        }
+        return data_;
+    }
+
+private:
+    char* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : supported()) names.push_back(kernels->name);
+    return names;
+}
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+void set_isa(const std::string& name) {
+    for (const Kernels* kernels : supported()) {
+        if (name == kernels->name) {
+            chosen().store(kernels, std::memory_order_relaxed);
+            return;
+        }
+    }
+    throw std::invalid_argument("this processor has no " + name + " kernels");
+}
+
+void expect_writes(void* data, std::size_t bytes) {
+#if defined(__linux__)
+    constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
+    const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data), end = begin + bytes;
+    const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+char* scratch(Slot slot, std::size_t bytes) {
+    thread_local Buffer buffers[static_cast<int>(Slot::kCount)];
+    return buffers[static_cast<int>(slot)].reserve(bytes);
+}
+
+}  // namespace sparse_moon

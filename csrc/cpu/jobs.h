@@ -1,0 +1,152 @@
+// What the instruction-set-specific kernels are asked to do: plain structs of raw pointers and geometry, prepared by
+// sparse_conv2d.cpp and sparse_linear.cpp, so that nothing but inner loops is compiled once for each instruction set.
+//
+// A *panel* holds a part of an activation with kLanes images (or tokens) interleaved: position i of channel c is the
+// vector at panel + c channel_stride + i, and zero padding is stored in it, so that inner loops test no boundary.
+// Strides are odd numbers of vectors: with powers of two, neighbouring channels would fall into the same cache sets.
+#pragma once
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace sparse_moon {
+
+// Place of the calling thread in its team, and the team's size, which may be smaller than what was asked for.
+#ifdef _OPENMP
+static inline int thread_number() { return omp_get_thread_num(); }
+static inline int team_size() { return omp_get_num_threads(); }
+#else
+static inline int thread_number() { return 0; }
+static inline int team_size() { return 1; }
+#endif
+
+// A non-zero weight as an inner loop meets it.
+struct Entry {
+    int32_t offset;  // bytes from a position to the panel vector that the weight multiplies
+    float weight;
+};
+static_assert(sizeof(Entry) == 8, "entries are streamed: one 8-byte word each");
+
+// One dimension of a correlation. Grid position g of phase p writes target g * phases + p and reads the sources
+// g * step + shift, with a shift for every kernel tap. A forward pass has one phase and its stride as the step; the
+// input gradient of a strided convolution has a phase for each remainder, and a step of 1.
+struct Axis {
+    int64_t source;       // extent of the plane that is read
+    int64_t target;       // extent of the plane that is written
+    int64_t grid;         // ceil(target / phases)
+    int64_t step;         // source positions a grid step
+    int64_t phases;       // target positions a grid step
+    int64_t first, last;  // smallest and largest shift over all taps
+};
+
+// A batch of planes in memory, (batch, channels, height, width) in logical order.
+struct Planes {
+    float* data;
+    int64_t channels, height, width;
+    bool channels_last;
+};
+
+// How a batch is spread over lanes and units of work. Full groups take one image a lane; the rest of the batch spreads
+// `bands` horizontal bands of each image over the lanes, so that a small batch fills them too.
+struct Groups {
+    int64_t grid_rows;
+    int64_t full;        // number of groups with an image a lane
+    int64_t rest;        // images in the last group
+    int64_t bands;       // lanes for an image of the last group
+    int64_t band_rows;   // grid rows of such a band
+    int64_t full_blocks, rest_blocks;  // units a group: blocks of grid rows
+    int64_t units() const { return full * full_blocks + (rest > 0 ? rest_blocks : 0); }
+};
+
+// Where a plane's positions lie in a panel: source row i, column x of a unit at i * pitch + margin + x.
+struct PanelShape {
+    int64_t channels;
+    int64_t rows;            // source rows of a unit with block_rows grid rows
+    int64_t block_rows;
+    int64_t row_step;        // plane rows between panel rows (more than 1 where one tap skips rows)
+    int64_t grid_step;       // panel rows a grid row
+    int64_t margin;          // zero columns before each row; those of the next row pad this one on the right
+    int64_t pitch;           // positions between rows
+    int64_t channel_stride;  // positions between channels, odd
+    int64_t vectors() const { return channels * channel_stride + margin; }
+};
+
+// target[o] (+ bias[o]) = sum over entries of o, for every image and position. Forward pass and input gradient.
+struct CorrelateJob {
+    Axis height, width;
+    Groups groups;
+    PanelShape panel;
+    Planes source, target;
+    const Entry* entries;
+    const int64_t* starts;  // [target.channels * height.phases * width.phases + 1] ranges of `entries`
+    const float* bias;      // [target.channels] or null
+    bool streaming;         // the target is so large that it will not be found in a cache anyway
+    int64_t splits;         // parts into which the target channels of a unit are split, for want of units
+    char* scratch;          // [threads][correlate_scratch(job)] bytes, 64-byte aligned
+    int64_t thread_scratch;
+    int threads;
+};
+
+// sums[k] = sum over images and positions of grad[o] * source shifted by entry k of o. Gradient of the values.
+struct CorrelateDotsJob {
+    Axis height, width;
+    Groups groups;
+    PanelShape panel, grad_panel;
+    Planes source, grad;
+    const int32_t* offsets;  // [starts[grad.channels]] as Entry::offset
+    const int64_t* starts;   // [grad.channels + 1]
+    int64_t splits;
+    float* sums;  // [threads][starts[grad.channels]] out: one partial sum a thread
+    char* scratch;
+    int64_t thread_scratch;
+    int threads;
+};
+
+// A block-compressed matrix; see sparse_moon/topology.py for the meaning of each array.
+struct SparseMatrix {
+    int64_t rows, cols;                // in elements
+    int64_t block_rows, block_cols;    // shape of a block
+    const int32_t *row_ptr, *col;      // row-ordered
+    const int32_t *t_ptr, *t_row, *t_perm;  // column-ordered
+    const float* values;               // [blocks][block_rows][block_cols]; null where only places matter
+};
+
+// y (tokens, rows) = x (tokens, cols) W^T + bias, or with the transpose y (tokens, cols) = x (tokens, rows) W.
+struct LinearJob {
+    SparseMatrix matrix;
+    bool transposed;
+    int64_t tokens;
+    const float* input;
+    const float* bias;  // or null
+    float* output;
+    char* scratch;
+    int threads;
+};
+
+// sums[k] = sum over tokens of grad[token][row of k] * input[token][col of k], in the layout of the values.
+struct LinearDotsJob {
+    SparseMatrix matrix;
+    int64_t tokens;
+    const float *grad, *input;
+    float* sums;
+    char* scratch;
+    int threads;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+    const char* name;
+    int64_t lanes;
+    int64_t (*correlate_scratch)(const CorrelateJob&);           // bytes a thread, a multiple of 64
+    void (*correlate)(const CorrelateJob&);
+    int64_t (*correlate_dots_scratch)(const CorrelateDotsJob&);  // bytes a thread, a multiple of 64
+    void (*correlate_dots)(const CorrelateDotsJob&);
+    int64_t (*linear_scratch)(const LinearJob&);  // bytes in all
+    void (*linear)(const LinearJob&);
+    int64_t (*linear_dots_scratch)(const LinearDotsJob&);  // bytes in all
+    void (*linear_dots)(const LinearDotsJob&);
+};
+
+}  // namespace sparse_moon

@@ -1,0 +1,27 @@
+// Everything that is compiled once for each instruction set, behind one table.
+#pragma once
+#include "sparse_conv2d_kernels.h"
+#include "sparse_linear_kernels.h"
+
+#define SPARSE_MOON_STRING(name) #name
+#define SPARSE_MOON_NAME(name) SPARSE_MOON_STRING(name)
+
+namespace sparse_moon {
+namespace SPARSE_MOON_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    SPARSE_MOON_NAME(SPARSE_MOON_ISA),
+    kLanes,
+    correlate_scratch,
+    correlate,
+    correlate_dots_scratch,
+    correlate_dots,
+    linear_scratch,
+    linear,
+    linear_dots_scratch,
+    linear_dots,
+};
+
+}  // namespace SPARSE_MOON_ISA
+}  // namespace sparse_moon

@@ -1,0 +1,5 @@
+// The kernels for AVX-512: compiled with -mavx512f -mfma.
+#if defined(__x86_64__)
+#define SPARSE_MOON_ISA avx512
+#include "kernel_table.h"
+#endif

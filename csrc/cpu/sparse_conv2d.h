@@ -1,0 +1,33 @@
+#pragma once
+#include "jobs.h"
+
+namespace sparse_moon {
+
+// A convolution as F.conv2d takes it; pairs are (vertical, horizontal), in elements.
+struct Conv2d {
+    int64_t batch;
+    int64_t in_channels, in_size[2];
+    int64_t out_channels, out_size[2];
+    int64_t kernel[2], stride[2], padding[2], dilation[2];
+    int64_t groups;
+};
+
+// The weight is a matrix (out_channels, in_channels / groups * kernel[0] * kernel[1]) whose columns are ordered
+// (channel / bw, tap, channel % bw) with bw the block width, as in sparse_moon/topology.py. Activations are float32,
+// contiguous or channels_last. Results do not depend on `threads`, but for the order in which the values' gradient is
+// summed. Throws std::length_error where a panel would outgrow 32-bit offsets, std::bad_alloc without memory.
+
+// output (batch, out_channels, out_size) = conv(input) + bias; bias may be null.
+void sparse_conv2d(const Conv2d& conv, const SparseMatrix& weight, const float* input, const float* bias, float* output,
+                   bool channels_last, int threads);
+
+// input_grad (batch, in_channels, in_size) from grad (batch, out_channels, out_size), both in one layout.
+void sparse_conv2d_input_grad(const Conv2d& conv, const SparseMatrix& weight, const float* grad, float* input_grad,
+                              bool channels_last, int threads);
+
+// values_grad [blocks][block_rows][block_cols] from grad and input, each in its own layout.
+void sparse_conv2d_values_grad(const Conv2d& conv, const SparseMatrix& weight, const float* grad,
+                               bool grad_channels_last, const float* input, bool input_channels_last,
+                               float* values_grad, int threads);
+
+}  // namespace sparse_moon

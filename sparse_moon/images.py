@@ -1,0 +1,250 @@
+"""Sources of uint8 images, in memory or in files, and batches of them for a network.
+
+Shape letters: B batch, N images, C channels (1 grey or 3 RGB), H W plane.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+Shape = tuple[int, int, int]
+"""(C, H, W)"""
+
+_PADDING = 4
+
+
+class Images(ABC):
+    """A source of N uint8 images of one ``shape`` (C, H, W), with ``labels`` int64 (N,) or None."""
+
+    shape: Shape
+    labels: Tensor | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each int64 (B,) of indices in ``order``, B >= 1, the images: uint8 (B, C, H, W) on the CPU."""
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """The images of the int64 ``indices`` (B,), B >= 1: uint8 (B, C, H, W) on the CPU."""
+        return next(self.stream([indices]))
+
+
+class TensorImages(Images):
+    """Images in memory.
+
+    Args:
+        pixels: uint8 (N, c, h, w), c 1 or 3.
+        labels: int64 (N,).
+        shape: what a batch is converted to, see `convert`; by default the pixels' own.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor | None = None, shape: Shape | None = None) -> None:
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+            raise ValueError(f"expected uint8 (N, 1 or 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != pixels.shape[:1]):
+            raise ValueError(f"expected int64 labels ({len(pixels)},), got {labels.dtype} {tuple(labels.shape)}")
+        _, channels, height, width = pixels.shape
+        self.pixels = pixels
+        self.labels = labels
+        self.shape = shape or (channels, height, width)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
+        for indices in order:
+            yield convert(self.pixels[indices], self.shape)
+
+
+class FolderImages(Images):
+    """Image files, decoded when they are used: for data larger than memory.
+
+    Args:
+        paths: N files that Pillow reads, 8 bits a channel.
+        shape: (C, H, W) that every image is converted to, as by `convert`.
+        labels: int64 (N,).
+
+    Raises:
+        ValueError: when a file is used that cannot be decoded, with its path.
+    """
+
+    def __init__(self, paths: Sequence[Path], shape: Shape, labels: Tensor | None = None) -> None:
+        self.paths = paths
+        self.labels = labels
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
+        # Threads are enough, as Pillow releases the interpreter lock while it decodes. Walking over pairs of batches
+        # starts the next one before the caller computes with this one.
+        with ThreadPoolExecutor() as pool:
+            decoding = (pool.map(self._decode, indices.tolist()) for indices in order)
+            for images, _ in pairwise(chain(decoding, [()])):
+                yield torch.stack([*images])
+
+    def _decode(self, index: int) -> Tensor:
+        channels, height, width = self.shape
+        with open_image(self.paths[index]) as image:
+            pixels = image.convert("L" if channels == 1 else "RGB")
+        if pixels.size != (width, height):
+            pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(pixels)).view(height, width, channels).permute(2, 0, 1)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """The image file at ``path``, whose pixels need not be decoded yet; ValueError if it is damaged."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 0..255 silently
+                raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be decoded: {error}") from error
+
+
+def convert(images: Tensor, shape: Shape) -> Tensor:
+    """Images of another kind and size.
+
+    Grey is made from RGB as luma (ITU-R BT.601), RGB from grey by repeating it. The largest middle part that has the
+    aspect of ``shape`` is resized to it, bilinear and antialiased.
+
+    Args:
+        images: uint8 (B, c, h, w), c 1 or 3.
+        shape: (C, H, W).
+
+    Returns:
+        uint8 (B, C, H, W).
+    """
+    channels, height, width = shape
+    if channels == 1 and images.shape[1] == 3:
+        # Pillow's fixed-point weights, so that an array and a folder of the same images agree.
+        red, green, blue = images.int().unbind(1)
+        images = ((19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16).to(torch.uint8).unsqueeze(1)
+    h, w = images.shape[2:]
+    if (h, w) != (height, width):
+        scale = min(h / height, w / width)
+        crop_h, crop_w = max(1, round(height * scale)), max(1, round(width * scale))
+        top, left = (h - crop_h) // 2, (w - crop_w) // 2
+        images = images[:, :, top : top + crop_h, left : left + crop_w]
+        images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+    return images.expand(-1, channels, -1, -1).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Batches of normalised images float32 (B, C, H, W) and labels int64 (B,), -1 where the images have none.
+
+    The order and the augmentation of an epoch follow from (``shuffle_seed``, epoch) alone, so a run that is resumed
+    sees the same bits, and for each image they are the same with any ``world_size``. Iterating gives epoch 0.
+
+    Attributes:
+        images: the source.
+        mean, std: float32 (C,), in the scale [0, 1].
+        batch_size: of all processes together.
+        shuffle_seed: seed of the order and the augmentation, >= 0; None leaves the order of the source.
+        augment: crop at random after padding with 4 pixels of black, and mirror with probability 1/2.
+        device: where batches are put; they travel as uint8.
+        drop_last: leave out the last batch if it is not full.
+        rank, world_size: of every batch this process takes the ``rank``-th of ``world_size`` slices.
+
+    Raises:
+        ValueError: a batch size that ``world_size`` does not divide, or a last batch that leaves a process without
+            images; fewer images than one batch with ``drop_last``; augmentation without a seed.
+    """
+
+    images: Images
+    mean: Tensor
+    std: Tensor
+    batch_size: int
+    _: KW_ONLY
+    shuffle_seed: int | None = None
+    augment: bool = False
+    device: torch.device | str = "cpu"
+    drop_last: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"expected world_size >= 1, got {self.world_size}")
+        if self.batch_size < 1 or self.batch_size % self.world_size:
+            raise ValueError(f"expected a batch size that {self.world_size} divides, got {self.batch_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"expected 0 <= rank < {self.world_size}, got {self.rank}")
+        if len(self) == 0:
+            raise ValueError(f"no batch: {len(self.images)} images, batch size {self.batch_size}")
+        if not self.drop_last and 0 < len(self.images) % self.batch_size < self.world_size:
+            raise ValueError(
+                f"a last batch of {len(self.images) % self.batch_size} images leaves some of the "
+                f"{self.world_size} processes without any: use drop_last or another batch size"
+            )
+        if self.augment and self.shuffle_seed is None:
+            raise ValueError("augmentation is random: expected a shuffle_seed, got None")
+        if self.shuffle_seed is not None and self.shuffle_seed < 0:
+            raise ValueError(f"expected shuffle_seed >= 0, got {self.shuffle_seed}")
+        channels = (self.images.shape[0],)
+        if self.mean.shape != channels or self.std.shape != channels:
+            raise ValueError(
+                f"expected mean and std of shape {channels}, got {tuple(self.mean.shape)} and {tuple(self.std.shape)}"
+            )
+
+    def __len__(self) -> int:
+        """The number of batches in an epoch."""
+        full, rest = divmod(len(self.images), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, >= 0."""
+        if epoch < 0:
+            raise ValueError(f"expected epoch >= 0, got {epoch}")
+        generator = torch.Generator()
+        order = torch.arange(len(self.images))
+        if self.shuffle_seed is not None:
+            # Hashed, since neighbouring sums or products of seed and epoch would repeat each other's epochs.
+            generator.manual_seed(int(np.random.SeedSequence((self.shuffle_seed, epoch)).generate_state(1)[0]))
+            order = order[torch.randperm(len(order), generator=generator)]
+        mean, std = (channel.to(self.device).view(-1, 1, 1) for channel in (self.mean, self.std))
+        slices = [self._slice(indices) for indices in order.split(self.batch_size)[: len(self)]]
+        for step, (mine, pixels) in enumerate(zip(slices, self.images.stream(slices), strict=True)):
+            x = pixels.to(self.device)
+            if self.augment:
+                count = min(self.batch_size, len(order) - step * self.batch_size)
+                corners = torch.randint(2 * _PADDING + 1, (count, 2), generator=generator)
+                mirrored = torch.randint(2, (count,), generator=generator).bool()
+                x = _crop_and_mirror(x, self._slice(corners), self._slice(mirrored))
+            y = torch.full((len(mine),), -1) if self.images.labels is None else self.images.labels[mine]
+            yield (x.float() / 255 - mean) / std, y.to(self.device)
+
+    def _slice(self, batch: Tensor) -> Tensor:
+        return batch.tensor_split(self.world_size)[self.rank]
+
+
+def _crop_and_mirror(images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
+    """Each image (B, C, H, W) padded with zeros, cut out at its corner (B, 2) and mirrored where (B,) is True."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, [_PADDING] * 4)
+    corners, mirrored = corners.to(images.device), mirrored.to(images.device)
+    rows = corners[:, :1] + torch.arange(height, device=images.device)
+    columns = corners[:, 1:] + torch.arange(width, device=images.device)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    # Index tensors around a slice move its dimension, the channels, to the end.
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,210 @@
+"""Image classifiers by name, each with its head as the last module, an ``nn.Linear`` called ``fc``."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+
+# Up to this side, in pixels, a ResNet has CIFAR's stem, above it ImageNet's.
+_LARGEST_SMALL_IMAGE = 64
+
+
+@dataclass(frozen=True)
+class Model:
+    """How to build a network.
+
+    Attributes:
+        build: from (num_outputs, in_channels, image_size, width).
+        width: the default width.
+        smallest_image: side of the smallest square image, in pixels, that it is meant for.
+    """
+
+    build: Callable[[int, int, int, int], nn.Module]
+    width: int
+    smallest_image: int = 1
+
+
+def build(name: str, num_outputs: int, *, in_channels: int, image_size: int, width: int | None = None) -> nn.Module:
+    """A freshly initialised network for images (B, in_channels, image_size, image_size).
+
+    Args:
+        name: one of `MODELS`.
+
+            - ``mlp``: two hidden layers of ``width`` units.
+            - ``small-resnet``: 3 stages of one basic block; for images of 8 to 32 pixels.
+            - ``resnet18``, ``resnet50``: He et al. 2016, up to 64 pixels as used for CIFAR, with a 3x3 stem and no max
+              pooling; for larger images torchvision's, with a 7x7 stem (RGB and width 64 only).
+            - ``wrn-22-2``: pre-activation wide ResNet (Zagoruyko and Komodakis 2016), depth 22, widening factor 2.
+        num_outputs: size of the head, at least 2. A network trained to know the unknown has one more than classes.
+        in_channels: C of the images.
+        image_size: H = W of the images, in pixels.
+        width: hidden units of ``mlp``, channels of the first stage of a ResNet; each stage doubles them. ``wrn-22-2``
+            has twice as many in its first stage as in its stem, which has ``width``.
+
+    Raises:
+        ValueError: an unknown name, or sizes that do not fit the network.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}: expected one of {', '.join(MODELS)}")
+    model = MODELS[name]
+    width = model.width if width is None else width
+    if num_outputs < 2:
+        raise ValueError(f"expected at least 2 outputs, got {num_outputs}")
+    if in_channels < 1 or width < 1:
+        raise ValueError(f"expected in_channels and width >= 1, got {in_channels} and {width}")
+    if image_size < model.smallest_image:
+        raise ValueError(f"{name}: expected images of {model.smallest_image} pixels or more, got {image_size}")
+    return model.build(num_outputs, in_channels, image_size, width)
+
+
+def _mlp(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+    layers: list[tuple[str, nn.Module]] = [
+        ("flatten", nn.Flatten()),
+        ("hidden1", nn.Linear(in_channels * image_size**2, width)),
+        ("relu1", nn.ReLU()),
+        ("hidden2", nn.Linear(width, width)),
+        ("relu2", nn.ReLU()),
+        ("fc", nn.Linear(width, num_outputs)),
+    ]
+    return nn.Sequential(OrderedDict(layers))
+
+
+class ResNet(nn.Module):
+    """Residual network for small images: a 3x3 stem, stages with strides 1, 2, 2, ..., the mean over the plane, a head.
+
+    Args:
+        block: torchvision's block.
+        blocks: how many of them each stage has. A stage has twice the channels of the one before.
+        width: channels of the stem, and of the 3x3 convolutions of the first stage.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        blocks: Sequence[int],
+        num_outputs: int,
+        in_channels: int,
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.stages = nn.Sequential()
+        channels = width
+        for s, count in enumerate(blocks):
+            stage = nn.Sequential()
+            for i in range(count):
+                stride = 2 if s > 0 and i == 0 else 1
+                planes, out = width << s, (width << s) * block.expansion
+                shortcut = None
+                if stride > 1 or channels != out:
+                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                stage.append(block(channels, planes, stride, shortcut))
+                channels = out
+            self.stages.append(stage)
+        self.fc = nn.Linear(channels, num_outputs)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_outputs) of images (B, C, H, W)."""
+        x = self.stages(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class _PreActivationBlock(nn.Module):
+    """x + conv(relu(bn(conv(relu(bn(x)))))), x replaced by a 1x1 convolution of relu(bn(x)) where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        same = stride == 1 and in_channels == channels
+        self.shortcut = None if same else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(active)
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(active))))
+
+
+class WideResNet(nn.Module):
+    """Pre-activation wide ResNet without dropout (Zagoruyko and Komodakis 2016), three stages with strides 1, 2, 2.
+
+    Args:
+        depth: 6 n + 4 with n blocks a stage.
+        widen: channels of the first stage as a multiple of ``width``.
+        width: channels of the stem.
+    """
+
+    def __init__(self, depth: int, widen: int, num_outputs: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.stages = nn.Sequential()
+        channels = width
+        for s in range(3):
+            stage = nn.Sequential()
+            for i in range((depth - 4) // 6):
+                stage.append(_PreActivationBlock(channels, widen * width << s, 2 if s > 0 and i == 0 else 1))
+                channels = widen * width << s
+            self.stages.append(stage)
+        self.bn = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_outputs)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_outputs) of images (B, C, H, W)."""
+        x = F.relu(self.bn(self.stages(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def _initialise(network: nn.Module) -> None:
+    """He initialisation of the convolutions by their fan-out, as torchvision has it; the rest keeps torch's default."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _small_resnet(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+    return ResNet(BasicBlock, (1, 1, 1), num_outputs, in_channels, width)
+
+
+def _resnet18(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+    if image_size > _LARGEST_SMALL_IMAGE:
+        return _torchvision(torchvision.models.resnet18, num_outputs, in_channels, width)
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_outputs, in_channels, width)
+
+
+def _resnet50(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+    if image_size > _LARGEST_SMALL_IMAGE:
+        return _torchvision(torchvision.models.resnet50, num_outputs, in_channels, width)
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_outputs, in_channels, width)
+
+
+def _torchvision(network: Callable[..., nn.Module], num_outputs: int, in_channels: int, width: int) -> nn.Module:
+    if (in_channels, width) != (3, 64):
+        raise ValueError(
+            f"a ResNet for images over {_LARGEST_SMALL_IMAGE} pixels has 3 channels and width 64, "
+            f"got {in_channels} and {width}"
+        )
+    return network(num_classes=num_outputs)
+
+
+def _wrn_22_2(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+    return WideResNet(22, 2, num_outputs, in_channels, width)
+
+
+MODELS: dict[str, Model] = {
+    "mlp": Model(_mlp, width=512),
+    "small-resnet": Model(_small_resnet, width=16, smallest_image=4),
+    "resnet18": Model(_resnet18, width=64, smallest_image=8),
+    "resnet50": Model(_resnet50, width=64, smallest_image=8),
+    "wrn-22-2": Model(_wrn_22_2, width=16, smallest_image=4),
+}
+"""The networks that `build` knows."""

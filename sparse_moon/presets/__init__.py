@@ -1,0 +1,1 @@
+"""Settings of the papers, as YAML files for ``sparse-moon train --config``."""

@@ -1,0 +1,495 @@
+"""Data sets by name and by path, what is wrong with them, and out-of-distribution images."""
+
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from sparse_moon import data
+from sparse_moon.data import DataSet, Images, TensorImages, default_ood, load, load_ood
+
+
+def everything(images: Images) -> Tensor:
+    return images.batch(torch.arange(len(images)))
+
+
+def labels_of(images: Images) -> list[int]:
+    assert images.labels is not None
+    assert images.labels.dtype == torch.int64
+    return images.labels.tolist()
+
+
+def arrays(**changes: Any) -> dict[str, np.ndarray]:
+    """A small valid set of three classes, 4 x 4 grey."""
+    rng = np.random.default_rng(0)
+    content: dict[str, np.ndarray] = {
+        "x_train": rng.integers(256, size=(9, 4, 4), dtype=np.uint8),
+        "y_train": np.arange(9) % 3,
+        "x_test": rng.integers(256, size=(5, 4, 4), dtype=np.uint8),
+        "y_test": np.arange(5) % 3,
+    }
+    return content | changes
+
+
+def save(path: Path, content: dict[str, np.ndarray]) -> str:
+    np.savez(path, **content)  # type: ignore[arg-type]
+    return str(path)
+
+
+Tree = dict[str, dict[str, int]]
+
+
+def save_tree(folder: Path, parts: Tree, size: tuple[int, int] = (4, 4), mode: str = "RGB") -> None:
+    """``parts[part][label]`` random images in ``folder/part/label``."""
+    rng = np.random.default_rng(0)
+    for part, classes in parts.items():
+        for label, count in classes.items():
+            (folder / part / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).convert(mode).save(folder / part / label / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataSet:
+    return load("digits")
+
+
+def rgb(size: int = 16) -> DataSet:
+    """Some colour set, for what is converted to be like it."""
+    images = TensorImages(torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2))
+    return DataSet("rgb", images, images, 2, ("a", "b"), torch.zeros(3), torch.ones(3), augment=True)
+
+
+def test_digits(digits: DataSet) -> None:
+    assert (digits.name, digits.num_classes, digits.augment) == ("digits", 8, False)
+    assert digits.class_names == ("0", "1", "2", "3", "4", "5", "6", "7")
+    assert digits.train.shape == digits.test.shape == (1, 8, 8)
+    assert (len(digits.train), len(digits.test)) == (1158, 285)
+    source = load_digits()
+    counts = np.bincount(source.target)[:8]
+    assert np.bincount(labels_of(digits.test)).tolist() == (counts // 5).tolist()
+    assert np.bincount(labels_of(digits.train)).tolist() == (counts - counts // 5).tolist()
+    sixes = source.images[source.target == 6]
+    test_sixes = everything(digits.test)[torch.tensor(labels_of(digits.test)) == 6][:, 0]
+    np.testing.assert_allclose(test_sixes / 255, sixes[4::5] / 16, atol=0.5 / 255)
+
+
+def test_digits_parts_are_disjoint_and_complete(digits: DataSet) -> None:
+    source = load_digits()
+    expected = sorted(
+        np.rint(image * 255 / 16).astype(np.uint8).tobytes() for image in source.images[source.target < 8]
+    )
+    parts = [[image.numpy().tobytes() for image in everything(part)] for part in (digits.train, digits.test)]
+    assert sorted(parts[0] + parts[1]) == expected
+    assert not set(parts[0]) & set(parts[1])
+
+
+def test_digits_are_the_same_every_time(digits: DataSet) -> None:
+    again = load("digits")
+    assert torch.equal(everything(again.train), everything(digits.train))
+    assert labels_of(again.test) == labels_of(digits.test)
+
+
+def test_statistics(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(256, size=(300, 5, 5, 3), dtype=np.uint8)
+    x[..., 2] = 51
+    content = arrays(x_train=x, y_train=np.arange(300) % 3, x_test=x[:5])
+    dataset = load(save(tmp_path / "a.npz", content))
+    assert dataset.mean.dtype == dataset.std.dtype == torch.float32
+    np.testing.assert_allclose(dataset.mean.numpy(), (x / 255).mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(dataset.std[:2].numpy(), (x / 255).std((0, 1, 2))[:2], rtol=1e-6)
+    # A constant channel must not divide by zero.
+    assert dataset.std[2].item() == pytest.approx(1 / 255)
+
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "NHWC": lambda x: x,
+    "NCHW": lambda x: x.transpose(0, 3, 1, 2),
+    "float32": lambda x: (x / 255).astype(np.float32),
+    "float64 NCHW": lambda x: (x / 255).transpose(0, 3, 1, 2),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_npz_layouts(tmp_path: Path, layout: str, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    x_train, x_test = (rng.integers(256, size=(count, 5, 5, channels), dtype=np.uint8) for count in (9, 4))
+    content = arrays(
+        x_train=LAYOUTS[layout](x_train),
+        x_test=LAYOUTS[layout](x_test),
+        y_train=(np.arange(9, dtype=np.uint8) % 3)[:, None],
+        y_test=np.array([2, 0, 0, 1], np.int32),
+    )
+    dataset = load(save(tmp_path / "mine.npz", content))
+    assert (dataset.name, dataset.num_classes, dataset.class_names) == ("mine", 3, ("0", "1", "2"))
+    assert dataset.train.shape == dataset.test.shape == (channels, 5, 5)
+    assert dataset.augment == (channels == 3)
+    assert np.array_equal(everything(dataset.train).permute(0, 2, 3, 1).numpy(), x_train)
+    assert np.array_equal(everything(dataset.test).permute(0, 2, 3, 1).numpy(), x_test)
+    assert labels_of(dataset.train) == [0, 1, 2] * 3
+    assert labels_of(dataset.test) == [2, 0, 0, 1]
+
+
+def test_floating_point_is_rounded(tmp_path: Path) -> None:
+    x_test = np.repeat([0.0, 0.001, 0.003, 0.999, 1.0], 16).reshape(5, 4, 4)
+    dataset = load(save(tmp_path / "mine.npz", arrays(x_test=x_test)))
+    assert everything(dataset.test)[:, 0, 0, 0].tolist() == [0, 0, 1, 255, 255]
+
+
+def test_npz_without_channels(tmp_path: Path) -> None:
+    content = arrays()
+    dataset = load(save(tmp_path / "mine.npz", content))
+    assert dataset.train.shape == (1, 4, 4)
+    assert np.array_equal(everything(dataset.train)[:, 0].numpy(), content["x_train"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": np.zeros((9, 4))}, r"x_train: expected \(N, H, W\), .* got \(9, 4\)"),
+        ({"x_test": np.zeros((5, 4, 4, 2))}, r"x_test: expected .* got \(5, 4, 4, 2\)"),
+        ({"x_train": np.zeros((0, 4, 4), np.uint8)}, r"x_train: no images, shape \(0, 1, 4, 4\)"),
+        ({"x_test": np.zeros((0, 4, 4), np.uint8)}, r"x_test: no images"),
+        ({"x_train": np.zeros((9, 0, 0), np.uint8)}, r"x_train: no images"),
+        ({"x_train": np.zeros((9, 4, 4), np.int64)}, "x_train: expected uint8 or floating point .* got int64"),
+        ({"x_train": np.zeros((9, 4, 4), bool)}, "x_train: expected uint8 or floating point .* got bool"),
+        ({"x_train": np.full((9, 4, 4), 255.0)}, r"x_train: expected floating point in \[0, 1\], got 255.0 to 255.0"),
+        ({"x_train": np.full((9, 4, 4), -0.1)}, r"x_train: expected floating point in \[0, 1\], got -0.1"),
+        ({"x_test": np.full((5, 4, 4), np.nan)}, r"x_test: expected floating point in \[0, 1\], got nan"),
+        ({"x_test": np.zeros((5, 5, 5), np.uint8)}, r"training images \(1, 4, 4\) but test images \(1, 5, 5\)"),
+        ({"y_train": np.zeros(9)}, "y_train: expected integer labels, got float64"),
+        ({"y_train": np.arange(8) % 3}, r"y_train: expected shape \(9,\) or \(9, 1\) .* got \(8,\)"),
+        ({"y_test": np.zeros((5, 3), int)}, r"y_test: expected shape \(5,\) or \(5, 1\) .* got \(5, 3\)"),
+        ({"y_train": np.zeros(9, int)}, r"expected training labels 0..K-1, K >= 2, .* got 0 to 0 without 1"),
+        ({"y_train": np.array([0, 1, 3] * 3)}, r"expected training labels 0..K-1, .* got 0 to 3 without 2"),
+        ({"y_train": np.arange(9) % 3 + 1}, r"expected training labels 0..K-1, .* got 1 to 3 without 0"),
+        (
+            {"y_train": np.arange(9) % 3 * 10**12},
+            r"expected training labels 0..K-1, .* got 0 to 2000000000000 without 1",
+        ),
+        ({"y_train": np.arange(9) % 3 - 1}, r"expected training labels 0..K-1, .* got -1 to 1 without 0"),
+        ({"y_test": np.arange(5)}, "expected test labels 0 to 2 as in training, got 0 to 4"),
+        ({"y_test": np.arange(5) % 3 - 1}, "expected test labels 0 to 2 as in training, got -1 to 1"),
+        (
+            {"x_train": np.zeros((9, 4, 6), np.uint8), "x_test": np.zeros((5, 4, 6), np.uint8)},
+            "images of 4 x 6 are not square: pass image_size",
+        ),
+    ],
+)
+def test_bad_arrays(tmp_path: Path, changes: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"mine\.npz: .*{message}"):
+        load(save(tmp_path / "mine.npz", arrays(**changes)))
+
+
+def test_missing_arrays(tmp_path: Path) -> None:
+    content = arrays()
+    del content["y_test"]
+    path = save(tmp_path / "mine.npz", content)
+    with pytest.raises(
+        ValueError, match=r"mine.npz: expected the arrays x_train, y_train, x_test, y_test, got x_train, "
+    ):
+        load(path)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.npz"
+    good = Path(save(path, arrays())).read_bytes()
+    broken = {
+        "empty": b"",
+        "truncated": good[: len(good) // 2],
+        "array": good[:200] + bytes([good[200] ^ 1]) + good[201:],
+        "not an archive": b"x" * 100,
+    }
+    for content in broken.values():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"mine\.npz: damaged"):
+            load(str(path))
+    with io.BytesIO() as file:
+        np.save(file, np.zeros(3))
+        path.write_bytes(file.getvalue())
+    with pytest.raises(ValueError, match=r"mine.npz: damaged, or not an .npz archive"):
+        load(str(path))
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "mine.npz", arrays(y_test=np.array([object()] * 5)))
+    with pytest.raises(ValueError, match=r"mine.npz: .*allow_pickle=False"):
+        load(path)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"mine.npz does not exist"):
+        load(str(tmp_path / "mine.npz"))
+    with pytest.raises(
+        FileNotFoundError, match=r"no data set 'nosuch': expected one of digits, mnist, cifar10, cifar100"
+    ):
+        load("nosuch")
+    with pytest.raises(FileNotFoundError, match=r"mnist was not found: looked for .*mnist.npz and .* download=True"):
+        load("mnist", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"cifar10 was not found: looked for .*cifar10.npz"):
+        load("cifar10", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_image_size(tmp_path: Path) -> None:
+    wide = arrays(x_train=np.zeros((9, 4, 6), np.uint8), x_test=np.zeros((5, 4, 6), np.uint8))
+    dataset = load(save(tmp_path / "wide.npz", wide), image_size=8)
+    assert dataset.train.shape == dataset.test.shape == (1, 8, 8)
+    assert everything(dataset.test).shape == (5, 1, 8, 8)
+    with pytest.raises(ValueError, match="expected image_size >= 1, got 0"):
+        load("digits", image_size=0)
+
+
+def test_named_npz(tmp_path: Path) -> None:
+    x_train, x_test = (np.zeros((count, 2, 2, 3), np.uint8) for count in (20, 10))
+    labels = {"y_train": np.arange(20) % 10, "y_test": np.arange(10)}
+    save(tmp_path / "cifar10.npz", {"x_train": x_train, "x_test": x_test, **labels})
+    dataset = load("cifar10", tmp_path)
+    assert (dataset.name, dataset.augment) == ("cifar10", True)
+    assert dataset.class_names[:3] == ("airplane", "automobile", "bird")
+    assert labels_of(dataset.test) == list(range(10))
+
+
+def save_mnist(root: Path, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> None:
+    """MNIST's own files: big-endian magic number, extents, bytes."""
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, x, y in (("train", x_train, y_train), ("t10k", x_test, y_test)):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *x.shape) + x.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 0x801, len(y)) + y.astype(np.uint8).tobytes()
+        )
+
+
+def test_torchvision_files(tmp_path: Path, digits: DataSet) -> None:
+    content = arrays()
+    save_mnist(tmp_path, **content)
+    dataset = load("mnist", tmp_path)
+    assert np.array_equal(everything(dataset.train)[:, 0].numpy(), content["x_train"])
+    assert labels_of(dataset.test) == content["y_test"].tolist()
+    name, ood = load_ood("mnist", digits, tmp_path)
+    assert (name, len(ood), ood.shape, ood.labels) == ("mnist", 5, (1, 8, 8), None)
+    # An .npz of the name goes first.
+    save(tmp_path / "mnist.npz", arrays(x_test=content["x_test"][:3], y_test=content["y_test"][:3]))
+    assert len(load("mnist", tmp_path).test) == 3
+    assert len(load_ood("mnist", digits, tmp_path)[1]) == 3
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_torchvision_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: DataSet, download: bool) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    class Cifar:
+        def __init__(self, root: Path, *, train: bool, download: bool) -> None:
+            asked.append((root, train, download))
+            self.data = np.full((6, 4, 4, 3), 10 if train else 20, np.uint8)
+            self.targets = [0, 1, 2, 0, 1, 2]
+
+    class Svhn:
+        def __init__(self, root: Path, split: str, *, download: bool) -> None:
+            asked.append((root, split, download))
+            self.data = np.full((7, 3, 8, 8), 30, np.uint8)
+            self.labels = np.zeros(7, int)
+
+    monkeypatch.setitem(data._TORCHVISION, "cifar100", Cifar)
+    monkeypatch.setattr(data.datasets, "SVHN", Svhn)
+    dataset = load("cifar100", tmp_path, download=download)
+    assert asked == [(tmp_path, True, download), (tmp_path, False, download)]
+    assert (dataset.train.shape, dataset.num_classes) == ((3, 4, 4), 3)
+    assert everything(dataset.train).unique().tolist() == [10]
+    assert everything(dataset.test).unique().tolist() == [20]
+    assert everything(load_ood("cifar100", digits, tmp_path, download=download)[1]).unique().tolist() == [20]
+    assert everything(load_ood("svhn", digits, tmp_path, download=download)[1]).unique().tolist() == [30]
+    assert asked[2:] == [(tmp_path, False, download), (tmp_path, "test", download)]
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("P", 3)])
+def test_folder(tmp_path: Path, held_out: str, mode: str, channels: int) -> None:
+    save_tree(tmp_path / "pets", {"train": {"dog": 3, "cat": 2}, held_out: {"cat": 1, "dog": 1}}, mode=mode)
+    dataset = load(str(tmp_path / "pets"))
+    assert (dataset.name, dataset.class_names, dataset.num_classes) == ("pets", ("cat", "dog"), 2)
+    assert dataset.train.shape == (channels, 4, 4)
+    assert labels_of(dataset.train) == [0, 0, 1, 1, 1]
+    assert labels_of(dataset.test) == [0, 1]
+    pixels = everything(dataset.train)
+    with Image.open(tmp_path / "pets" / "train" / "dog" / "1.png") as image:
+        expected = np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(4, 4, channels)
+    assert np.array_equal(pixels[3].permute(1, 2, 0).numpy(), expected)
+    torch.testing.assert_close(dataset.mean, (pixels.double() / 255).mean((0, 2, 3)).float())
+
+
+def test_folder_of_several_sizes_and_modes(tmp_path: Path) -> None:
+    save_tree(tmp_path, {"train": {"a": 2, "b": 2}}, mode="L")
+    save_tree(tmp_path, {"test": {"a": 1, "b": 1}}, size=(9, 6))
+    with pytest.raises(ValueError, match=r"images of several sizes, .*\(9, 6\).*: pass image_size"):
+        load(str(tmp_path))
+    dataset = load(str(tmp_path), image_size=5)
+    assert dataset.train.shape == (3, 5, 5)
+    assert everything(dataset.train).shape == (4, 3, 5, 5)
+
+
+def test_folder_statistics_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tree(tmp_path, {"train": {"a": 5, "b": 4}, "test": {"a": 1, "b": 1}})
+    monkeypatch.setattr(data, "_FOLDER_STATISTICS_IMAGES", 4)
+    dataset = load(str(tmp_path))
+    every_third = dataset.train.batch(torch.tensor([0, 3, 6])).double() / 255
+    torch.testing.assert_close(dataset.mean, every_third.mean((0, 2, 3)).float())
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"train": {"a": 1, "b": 1}}, r"expected folders train and test \(or val\), got \['train'\]"),
+        ({"test": {"a": 1, "b": 1}}, r"expected folders train and test \(or val\), got \['test'\]"),
+        ({"train": {"a": 1, "b": 1}, "test": {"a": 1, "c": 1}}, r"got \['a', 'b'\] and \['a', 'c'\]"),
+        ({"train": {"a": 1}, "test": {"a": 1}}, "expected the same 2 or more class folders in train and test"),
+    ],
+)
+def test_bad_folders(tmp_path: Path, parts: Tree, message: str) -> None:
+    save_tree(tmp_path / "pets", parts)
+    with pytest.raises(ValueError, match=f"pets: .*{message}"):
+        load(str(tmp_path / "pets"))
+
+
+def test_folder_with_an_empty_class(tmp_path: Path) -> None:
+    save_tree(tmp_path, {"train": {"a": 1, "b": 0}, "test": {"a": 1, "b": 1}})
+    with pytest.raises(FileNotFoundError, match="no valid file for the classes b"):
+        load(str(tmp_path))
+
+
+def test_folder_with_a_damaged_image(tmp_path: Path) -> None:
+    save_tree(tmp_path, {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}})
+    (tmp_path / "train" / "b" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"0\.png: cannot be decoded"):
+        load(str(tmp_path))
+
+
+def test_folder_of_images_that_are_not_square(tmp_path: Path) -> None:
+    save_tree(tmp_path, {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}}, size=(6, 4))
+    with pytest.raises(ValueError, match="images of 4 x 6 are not square: pass image_size"):
+        load(str(tmp_path))
+
+
+def test_default_ood(digits: DataSet) -> None:
+    assert default_ood("digits") == ["digits-8-9", "photos", "letters", "noise"]
+    assert default_ood("cifar10") == ["photos", "letters", "noise"]
+    for spec in default_ood("digits"):
+        name, images = load_ood(spec, digits)
+        assert (name, images.shape, images.labels) == (spec, (1, 8, 8), None)
+        pixels = everything(images)
+        assert pixels.shape == (len(images), 1, 8, 8) and pixels.dtype == torch.uint8
+
+
+def test_held_out_digits(digits: DataSet) -> None:
+    _, images = load_ood("digits-8-9", digits)
+    source = load_digits()
+    expected = np.concatenate([source.images[source.target == label] for label in (8, 9)])
+    np.testing.assert_allclose(everything(images)[:, 0] / 255, expected / 16, atol=0.5 / 255)
+    with pytest.raises(ValueError, match="digits-8-9 are classes held out of digits, the in-distribution set is rgb"):
+        load_ood("digits-8-9", rgb())
+
+
+@pytest.mark.parametrize("name", ["photos", "letters", "noise"])
+def test_generated_sets(digits: DataSet, name: str) -> None:
+    for like in (digits, rgb()):
+        images = load_ood(name, like)[1]
+        pixels = everything(images)
+        assert pixels.shape == (1000, *like.train.shape)
+        assert torch.equal(pixels, everything(load_ood(name, like, seed=0)[1]))
+        assert not torch.equal(pixels, everything(load_ood(name, like, seed=1)[1]))
+        assert len(pixels.flatten(1).unique(dim=0)) > 900
+
+
+def test_noise(digits: DataSet) -> None:
+    pixels = everything(load_ood("noise", digits)[1]).double()
+    assert pixels.mean().item() == pytest.approx(127.5, abs=1)
+    # 64, but for the 5 % beyond two deviations that are clipped.
+    assert 60 < pixels.std().item() < 64
+    colour = everything(load_ood("noise", rgb())[1]).double()
+    assert abs(torch.corrcoef(colour.transpose(0, 1).flatten(1))[0, 1]) < 0.01
+
+
+def test_photos_look_like_photos() -> None:
+    pixels = everything(load_ood("photos", rgb())[1]).double()
+    neighbours = torch.stack([pixels[..., :-1].flatten(), pixels[..., 1:].flatten()])
+    assert torch.corrcoef(neighbours)[0, 1] > 0.9
+    colours = (pixels[:, 0] - pixels[:, 2]).abs().mean((1, 2))
+    assert (colours > 5).double().mean() > 0.5
+
+
+def test_letters_are_24_kinds(digits: DataSet) -> None:
+    for like, least in ((digits, 0.7), (rgb(28), 0.8)):
+        pixels = everything(load_ood("letters", like)[1])[:, :1].flatten(1).double()
+        kinds = torch.arange(1000) % 24
+        train, test = torch.arange(1000) < 720, torch.arange(1000) >= 720
+        nearest = torch.cdist(pixels[test], pixels[train]).argmin(1)
+        assert (kinds[train][nearest] == kinds[test]).double().mean() > least
+
+
+def test_letters_resemble_digits(digits: DataSet) -> None:
+    letters, known = everything(load_ood("letters", digits)[1]).double(), everything(digits.train).double()
+    # Light on dark, about as much ink, centred, with grey from averaging.
+    assert letters.mean().item() == pytest.approx(known.mean().item(), rel=0.4)
+    assert (letters[..., 0].mean() + letters[..., -1].mean()) / 2 < 15
+    assert ((letters > 30) & (letters < 225)).double().mean() > 0.15
+
+
+def test_ood_from_npz(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(256, size=(3, 16, 16), dtype=np.uint8)
+    for key in ("x", "x_test"):
+        path = save(tmp_path / f"{key}.npz", {key: x, "y": np.zeros(3)})
+        name, images = load_ood(f"mine={path}", rgb(16))
+        assert (name, images.shape, images.labels) == ("mine", (3, 16, 16), None)
+        assert np.array_equal(everything(images)[:, 1].numpy(), x)
+    with pytest.raises(ValueError, match=r"bad.npz: expected the arrays x or x_test, got z"):
+        load_ood(f"mine={save(tmp_path / 'bad.npz', {'z': x})}", rgb())
+    with pytest.raises(FileNotFoundError, match=r"nosuch.npz does not exist"):
+        load_ood(f"mine={tmp_path / 'nosuch.npz'}", rgb())
+    with pytest.raises(ValueError, match=r"flat.npz: expected \(N, H, W\)"):
+        load_ood(f"mine={save(tmp_path / 'flat.npz', {'x': x[0]})}", rgb())
+
+
+def test_ood_from_folder(tmp_path: Path, digits: DataSet) -> None:
+    save_tree(tmp_path / "a=b", {"x": {"deep": 2}, "y": {".": 1}}, size=(20, 10))
+    (tmp_path / "a=b" / "notes.txt").write_text("no image")
+    name, images = load_ood(f"mine={tmp_path / 'a=b'}", digits)
+    assert (name, len(images), images.labels) == ("mine", 3, None)
+    assert everything(images).shape == (3, 1, 8, 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: no images, expected files that end in one of \.jpg"):
+        load_ood(f"mine={tmp_path / 'empty'}", digits)
+
+
+@pytest.mark.parametrize("spec", ["=a.npz", "mine=", "="])
+def test_bad_specs(spec: str, digits: DataSet) -> None:
+    with pytest.raises(ValueError, match=f"expected NAME=PATH, got '{spec}'"):
+        load_ood(spec, digits)
+
+
+def test_ood_that_is_not_there(tmp_path: Path, digits: DataSet) -> None:
+    with pytest.raises(ValueError, match="no out-of-distribution set 'cats': expected one of digits-8-9, photos, "):
+        load_ood("cats", digits)
+    with pytest.raises(ValueError, match="no out-of-distribution set ''"):
+        load_ood("", digits)
+    for name in ("mnist", "svhn"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"{name} was not found: looked for .*{name}.npz and .* download=True"
+        ):
+            load_ood(name, digits, tmp_path)
+
+
+def test_the_in_distribution_set_is_not_ood(tmp_path: Path) -> None:
+    save(tmp_path / "mnist.npz", arrays())
+    with pytest.raises(ValueError, match="mnist is the in-distribution set"):
+        load_ood("mnist", load("mnist", tmp_path), tmp_path)

@@ -1,0 +1,246 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_moon import runs
+from sparse_moon.algorithms import Method
+from sparse_moon.train import TrainConfig, load_run, train
+
+QUICK = TrainConfig(
+    model="mlp", width=64, epochs=5, batch_size=64, interval=5, sparsity=0.8, ood=["digits-8-9", "noise"], lr=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run, and what came of it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    torch.use_deterministic_algorithms(True)
+    return folder, train(QUICK, folder, progress=False)
+
+
+def final_state(folder):
+    return runs.read_checkpoint(folder)
+
+
+def assert_same_end(a, b):
+    first, second = final_state(a), final_state(b)
+    for part in ("model", "average", "loss"):
+        assert first[part].keys() == second[part].keys()
+        assert all(torch.equal(first[part][k], second[part][k]) for k in first[part])
+    strip = [[{k: v for k, v in row.items() if k != "time_s"} for row in s["history"]] for s in (first, second)]
+    assert strip[0] == strip[1]
+    results = [json.loads((f / runs.RESULTS).read_text()) for f in (a, b)]
+    assert all(r.pop("time_s") > 0 for r in results) and results[0] == results[1]
+
+
+def test_a_run_writes_its_folder(whole):
+    folder, results = whole
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.pt", "results.json", "scores.npz", "report.html",
+    }  # fmt: skip
+    assert json.loads((folder / runs.RESULTS).read_text()) == results
+    rows = [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert sum(row["topology_updates"] for row in rows) > 3 and rows[0]["w"] == 0.0 and rows[-1]["w"] == 1.0
+    assert all(row["density"] == rows[0]["density"] for row in rows)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+    assert results.keys() == {"id", "ood", "sparsity", "flops", "memory", "time_s"}
+    assert results["id"].keys() == {"accuracy", "ece", "nll", "brier"} and results["id"]["accuracy"] > 0.8
+    assert results["ood"].keys() == {"digits-8-9", "noise"}
+    for scores in results["ood"].values():
+        assert scores.keys() >= {"msp", "maxlogit", "energy", "odin", "knn", "unknown"}
+        assert all(m.keys() == {"auroc", "fpr95", "aupr_in", "aupr_out"} for m in scores.values())
+    assert results["sparsity"]["target"] == 0.8
+    assert results["sparsity"]["actual"] == pytest.approx(0.8, abs=0.001)
+    assert results["flops"].keys() == {"forward_dense", "forward_sparse", "train_ratio"}
+    with np.load(folder / runs.SCORES) as scores:
+        assert scores["confidence"].shape == scores["correct"].shape == scores["id/msp"].shape
+
+
+def test_the_same_seed_gives_the_same_bits(whole, tmp_path):
+    train(QUICK, tmp_path / "again", progress=False)
+    assert_same_end(whole[0], tmp_path / "again")
+
+
+@pytest.mark.parametrize("kill_at", [0, 7, 30, 53, 70])
+def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, kill_at):
+    step, seen = Method.step, []
+
+    def interrupted(self, scaler=None):
+        seen.append(1)
+        if len(seen) == kill_at + 1:
+            raise KeyboardInterrupt
+        return step(self, scaler)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Method, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(QUICK, tmp_path, progress=False)
+    assert not (tmp_path / runs.RESULTS).exists()
+    train(QUICK, tmp_path, resume=True, progress=False)
+    assert_same_end(whole[0], tmp_path)
+
+
+def test_a_finished_run_resumes_to_itself(whole, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in whole[0].iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    train(QUICK, copy, resume=True, progress=False)
+    assert_same_end(whole[0], copy)
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
+    """SIGKILL at a random moment, several times, through the command line."""
+    config = replace(QUICK, epochs=12)
+    options = ["--model", "mlp", "--width", "64", "--epochs", "12", "--batch-size", "64", "--interval", "5",
+               "--sparsity", "0.8", "--ood", "digits-8-9", "noise", "--lr", "0.2"]  # fmt: skip
+    folder, environment = tmp_path / "killed", {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for attempt in range(3):
+        command = [sys.executable, "-m", "sparse_moon", "train", *options, "--out", str(folder)]
+        process = subprocess.Popen(
+            command + ["--resume"] * (attempt > 0), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        while process.poll() is None and not (folder / runs.CHECKPOINT).exists():
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 0.3) if attempt == 0 else random.uniform(3.0, 6.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    train(config, folder, resume=True, progress=False)
+    # a fresh process computes the reference, with deterministic algorithms off as in the killed one
+    train(config, tmp_path / "whole", progress=False)
+    assert_same_end(tmp_path / "whole", folder)
+    assert not [p for p in (tmp_path / "whole").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "dense"}, {"method": "static"}, {"method": "set"}, {"reliability": "none"}, {"amp": "bfloat16"}],
+)
+def test_other_methods(tmp_path, change):
+    config = replace(QUICK, epochs=2, **change)
+    results = train(config, tmp_path, progress=False)
+    rows = runs.read_checkpoint(tmp_path)["history"]
+    assert results["sparsity"]["actual"] == pytest.approx(0.0 if config.method == "dense" else 0.8, abs=0.001)
+    assert (sum(row["topology_updates"] for row in rows) > 0) == (config.method in ("set", "rigl"))
+    assert ("w" in rows[0]) == ("unknown" in results["ood"]["noise"]) == (config.reliability == "moon")
+    if config.method == "dense":
+        assert results["flops"]["train_ratio"] == 1.0
+
+
+def test_memory_at_95_percent_is_at_most_12_percent_of_dense(tmp_path):
+    config = TrainConfig(epochs=1, sparsity=0.95, ood=["noise"])
+    memory = train(config, tmp_path, progress=False)["memory"]
+    dense = memory["dense_parameter_bytes"] + memory["dense_gradient_bytes"] + memory["dense_optimizer_bytes"]
+    sparse = sum(memory[k] for k in ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "index_bytes"))
+    assert memory["optimizer_bytes"] > 0 and memory["ratio"] == pytest.approx(sparse / dense)
+    assert memory["ratio"] <= 0.12
+
+
+def test_load_run_gives_the_finished_model(whole):
+    config, _, model = load_run(whole[0])
+    assert config == QUICK and not model.training
+    state = runs.read_checkpoint(whole[0])
+    assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(p, a) for p, a in zip(model.parameters(), [
+        v for k, v in state["average"].items() if k.startswith("average_")], strict=True))  # fmt: skip
+
+
+def test_a_folder_with_a_run_is_not_overwritten(whole):
+    before = {p.name: p.read_bytes() for p in whole[0].iterdir()}
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(QUICK, whole[0], progress=False)
+    assert {p.name: p.read_bytes() for p in whole[0].iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "other", "empty"])
+def test_damaged_checkpoints(whole, tmp_path, damage):
+    (tmp_path / runs.CONFIG).write_bytes((whole[0] / runs.CONFIG).read_bytes())
+    checkpoint = tmp_path / runs.CHECKPOINT
+    content = (whole[0] / runs.CHECKPOINT).read_bytes()
+    checkpoint.write_bytes(
+        {"truncated": content[: len(content) // 2], "text": b"no", "empty": b"", "other": b""}[damage]
+    )
+    if damage == "other":
+        torch.save({"weights": torch.ones(3)}, checkpoint)
+    before = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is (damaged|not a checkpoint)"):
+        train(QUICK, tmp_path, resume=True, progress=False)
+    assert checkpoint.read_bytes() == before and not (tmp_path / runs.RESULTS).exists()
+
+
+def test_a_checkpoint_of_another_model(whole, tmp_path):
+    (tmp_path / runs.CHECKPOINT).write_bytes((whole[0] / runs.CHECKPOINT).read_bytes())
+    with pytest.raises(ValueError, match="does not fit this run"):
+        train(replace(QUICK, width=32), tmp_path, resume=True, progress=False)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+def test_checkpoints_load_without_executing_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Evil(), "config": {}, "epoch": 0}, tmp_path / runs.CHECKPOINT)
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        runs.read_checkpoint(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was(tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is nan in epoch \d+.*lower lr than 1e\+30"):
+        train(replace(QUICK, lr=1e30, method="static"), tmp_path, progress=False)
+    assert not (tmp_path / runs.RESULTS).exists()
+
+
+def test_an_unfinished_run_is_not_evaluated(whole, tmp_path):
+    state = runs.read_checkpoint(whole[0])
+    runs.write_checkpoint(tmp_path, {**state, "finished": False})
+    with pytest.raises(ValueError, match="has not finished"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
+        ({"method": "rigle"}, "method must be one of"),
+        ({"model": "resnet19"}, "model must be one of"),
+        ({"pattern": "blocky"}, "pattern must be"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"stop": 1.2}, r"stop must be in \[0, 1\]"),
+        ({"lr": -1.0}, "need lr > 0"),
+        ({"stop": 0.95}, "leaves the topology changing at the end of epoch 5 of 5"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_bad_settings(change, message):
+    if "stop" in change and change["stop"] == 0.95:
+        change = {**change, "epochs": 10}
+        message = message.replace("epoch 5 of 5", "epoch 9 of 10")
+    with pytest.raises(ValueError, match=message):
+        replace(QUICK, **change)
+
+
+def test_settings_from_a_file():
+    assert TrainConfig.from_dict({"epochs": 3, "exclude": ["fc"]}).exclude == ("fc",)
+    with pytest.raises(ValueError, match=r"unknown settings \['epoch'\]"):
+        TrainConfig.from_dict({"epoch": 3})
+
+
+def test_two_sets_of_one_name(tmp_path):
+    with pytest.raises(ValueError, match="two OOD sets are called 'noise'"):
+        train(replace(QUICK, ood=["noise", "noise"]), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
