@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from sparse_moon import ops
 from sparse_moon.distributed import mean_over_processes_, world_size
 from sparse_moon.nn import SparseLayer, sparse_layers
-from sparse_moon.ops.bernoulli_mask import philox
+from sparse_moon.ops.bernoulli_mask import random_scores
 from sparse_moon.ops.drop_and_grow import Regrown
 from sparse_moon.schedules import Cosine, Schedule
 
@@ -199,8 +199,8 @@ class SET(Method):
         """Choose the layer's next topology; ``stream`` is the layer's number."""
         grid = layer.topology.grid
         step = torch.tensor(self.steps, device=layer.values.device)
-        score = philox(grid[0] * grid[1], self.seed, _GROWTH_STREAM + stream, step).view(grid).float()
-        return self._drop_and_grow(layer, score, count)
+        score = random_scores(grid[0] * grid[1], seed=self.seed, stream=_GROWTH_STREAM + stream, step=step)
+        return self._drop_and_grow(layer, score.view(grid), count)
 
     def _drop_and_grow(self, layer: SparseLayer, grow_score: Tensor, count: int) -> Regrown:
         drop_score = layer.topology.value_scores(layer.values.detach())

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-
 # Up to this side, in pixels, a ResNet has CIFAR's stem, above it ImageNet's.
 _LARGEST_SMALL_IMAGE = 64
 

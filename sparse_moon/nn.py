@@ -2,7 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self, cast
 
@@ -379,38 +381,19 @@ def sparsify(
     Raises:
         ValueError: a bad argument, no layer to convert, or a sparsity that cannot be reached.
     """
-    check_sparsity(sparsity)
-    block = block_shape(pattern)
-    rules = (exclude,) if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
-    places = _convertible(model, rules)
-    if input_size is not None:
-        places = _in_order_of_use(model, places, input_size)
-    indivisible = [names[0] for module, names in places.items() if not _divides(module, block)]
-    if indivisible:
-        warnings.warn(f"block {block} does not divide these layers, they stay dense: {indivisible}", stacklevel=2)
-        places = {module: names for module, names in places.items() if names[0] not in indivisible}
-    if not places:
-        raise ValueError("the model has no linear or 2-d convolution layer to make sparse")
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    first_with: dict[int, str] = {}  # weight -> the first layer that has it
-    for module, names in places.items():
-        if first_with.setdefault(id(module.weight), names[0]) == names[0]:
-            shapes[names[0]] = tuple(module.weight.shape)
-    densities = allocate(shapes, sparsity, allocation, first_dense=first_dense)
-
+    plan = _plan(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
     done: dict[str, SparseLayer] = {}
-    for module, names in places.items():
-        owner = first_with[id(module.weight)]
-        if densities[owner] >= 1.0:
+    for module, names in plan.places.items():
+        owner = plan.owners[id(module.weight)]
+        if plan.densities[owner] >= 1.0:
             continue
         kind = SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
         if owner in done:  # tied to a layer converted before
-            sparse = kind.from_dense(module, mask=done[owner].mask(), pattern=block)  # type: ignore[arg-type]
+            sparse = kind.from_dense(module, mask=done[owner].mask(), pattern=pattern)  # type: ignore[arg-type]
             sparse.values, sparse.topology = done[owner].values, done[owner].topology
         else:
             sparse = kind.from_dense(
-                module, sparsity=1.0 - densities[owner], pattern=block, selection=selection  # type: ignore[arg-type]
+                module, sparsity=1.0 - plan.densities[owner], pattern=pattern, selection=selection  # type: ignore[arg-type]
             )  # fmt: skip
             done[owner] = sparse
         if names[0] == "":
@@ -439,6 +422,71 @@ def densify(model: nn.Module) -> nn.Module:
             return replaced[id(module)]
         _replace(model, name, replaced[id(module)])
     return model
+
+
+def layer_densities(
+    model: nn.Module,
+    sparsity: float,
+    allocation: Allocation = "erk",
+    *,
+    pattern: Pattern = "unstructured",
+    exclude: Iterable[Exclude] | Exclude = (),
+    first_dense: bool = True,
+    input_size: tuple[int, ...] | None = None,
+) -> dict[str, float]:
+    """Density, by name, that :func:`sparsify` with these arguments would give each layer; the model is not changed.
+
+    A layer with several names is listed under its first; layers that take no part are not listed.
+    """
+    plan = _plan(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
+    return {names[0]: plan.densities[plan.owners[id(layer.weight)]] for layer, names in plan.places.items()}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    places: dict[nn.Linear | nn.Conv2d, list[str]]  # layers to convert, each with all its names
+    owners: dict[int, str]  # id of a weight -> name of the first layer that has it
+    densities: dict[str, float]  # by the owner's name
+
+
+def _plan(
+    model: nn.Module,
+    sparsity: float,
+    allocation: Allocation,
+    block: tuple[int, int],
+    exclude: Iterable[Exclude] | Exclude,
+    first_dense: bool,
+    input_size: tuple[int, ...] | None,
+) -> _Plan:
+    check_sparsity(sparsity)
+    rules = (exclude,) if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
+    places = _convertible(model, rules)
+    if input_size is not None:
+        places = _in_order_of_use(model, places, input_size)
+    indivisible = [names[0] for module, names in places.items() if not _divides(module, block)]
+    if indivisible:
+        warnings.warn(f"block {block} does not divide these layers, they stay dense: {indivisible}", stacklevel=3)
+        places = {module: names for module, names in places.items() if names[0] not in indivisible}
+    if not places:
+        raise ValueError("the model has no linear or 2-d convolution layer to make sparse")
+    shapes: dict[str, tuple[int, ...]] = {}
+    owners: dict[int, str] = {}
+    for module, names in places.items():
+        if owners.setdefault(id(module.weight), names[0]) == names[0]:
+            shapes[names[0]] = tuple(module.weight.shape)
+    return _Plan(places, owners, allocate(shapes, sparsity, allocation, first_dense=first_dense))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; then every module has its own former mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _convertible(model: nn.Module, rules: tuple[Exclude, ...]) -> dict[nn.Linear | nn.Conv2d, list[str]]:
@@ -481,17 +529,13 @@ def _in_order_of_use(
         used.setdefault(layer, places[layer])
 
     handles = [module.register_forward_pre_hook(note) for module in places]
-    modes = {module: module.training for module in model.modules()}
     example = next(iter(places)).weight if places else torch.empty(0)
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             model(example.new_zeros(1, *input_size))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return used | places
 
 

@@ -9,8 +9,7 @@ input) and joins `DETECTORS`. For every detector a higher score means in-distrib
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_moon.metrics import check_logits, class_probabilities, ood_metrics
-from sparse_moon.nn import SparseLinear
+from sparse_moon.nn import SparseLinear, evaluation_mode
 
 Batches = Iterable[Tensor] | Iterable[Sequence[Tensor]]
 """Batches of images, or of (images, labels). A data loader or a list: something that can be iterated again."""
@@ -107,7 +106,7 @@ def collect(
     logits: list[Tensor] = []
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    with _evaluation_mode(model), head.register_forward_pre_hook(keep_input):
+    with evaluation_mode(model), head.register_forward_pre_hook(keep_input):
         for batch in batches:
             if isinstance(batch, Tensor):
                 images = batch.to(device)
@@ -404,18 +403,6 @@ def evaluate(
         _, scores[name] = score(batches)
         metrics[name] = {d: ood_metrics(id_scores[d], scores[name][d]) for d in names}
     return Evaluation(metrics, scores, id_outputs)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    # Each module's own mode: a frozen batch norm inside a training model must stay frozen.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _model_device(model: nn.Module) -> torch.device:

@@ -58,7 +58,9 @@ def test_agrees_with_a_masked_dense_layer(
     y.backward(upstream)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(x2.grad, x1.grad)
-    torch.testing.assert_close(sparse.values.grad, sparse.topology.gather(weight_to_matrix(dense.weight.grad, block[1])))
+    torch.testing.assert_close(
+        sparse.values.grad, sparse.topology.gather(weight_to_matrix(dense.weight.grad, block[1]))
+    )
     if bias:
         torch.testing.assert_close(sparse.bias.grad, dense.bias.grad)
 
@@ -83,7 +85,9 @@ def test_gradcheck():
     values = torch.randn(topology.values_shape, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
     geometry = dict(weight_shape=(4, 4, 2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
-    assert torch.autograd.gradcheck(lambda *a: ops.sparse_conv2d(a[0], a[1], topology, a[2], **geometry), (x, values, bias))
+    assert torch.autograd.gradcheck(
+        lambda *a: ops.sparse_conv2d(a[0], a[1], topology, a[2], **geometry), (x, values, bias)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own

@@ -1,0 +1,428 @@
+"""FLOP and memory accounting.
+
+A multiplication and an addition count as one FLOP each. Biases, normalisation, activations, the loss and the optimizer
+are left out, as in RigL (Evci et al. 2020); what the reliability methods add is counted apart.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_moon.allocation import Allocation
+from sparse_moon.nn import (
+    Exclude,
+    Pattern,
+    SparseLayer,
+    SparseLinear,
+    evaluation_mode,
+    layer_densities,
+    sparse_layers,
+    weight_layers,
+)
+
+TrainingMethod = Literal["dense", "static", "set", "rigl"]
+Refresh = Literal["final", "epoch"]
+_Layer = nn.Linear | nn.Conv2d | SparseLayer
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one layer's forward pass.
+
+    Attributes:
+        name: of the module in the model.
+        kind: ``"linear"`` or ``"conv2d"``.
+        weight_shape: of the dense weight, (out, in) or (out, in / groups, kh, kw).
+        density: share of its weights that exist, in [0, 1].
+        forward_dense, forward_sparse: FLOPs an example, all calls together, at density 1 and at ``density``.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    density: float
+    forward_dense: int
+    forward_sparse: float
+
+
+def layer_costs(
+    model: nn.Module, input_size: tuple[int, ...], densities: Mapping[str, float] | None = None
+) -> list[LayerCost]:
+    """Forward cost of every linear and 2-d convolution layer, dense or sparse, by one pass over one example of zeros.
+
+    A convolution costs ``2 kh kw (in / groups) out Ho Wo density``, a linear layer ``2 in out tokens density``, where
+    tokens are all leading dimensions. A layer that is called several times costs each call, one that is not called
+    costs 0; only calls of these modules count (``nn.MultiheadAttention`` uses its projections without calling them).
+
+    The pass is in evaluation mode and without gradients; the model is left as it was. A model on the ``meta`` device
+    costs neither time nor memory.
+
+    Args:
+        model: takes a batch ``(1, *input_size)`` in the dtype and on the device of its first such layer.
+        input_size: shape of one example without the batch dimension.
+        densities: density by layer name, for layers that are not sparse modules; those not named have density 1. A
+            sparse module has the density of its topology.
+
+    Raises:
+        ValueError: no such layer, a density outside [0, 1], or one for a name that is no dense layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _Layer)}
+    if not layers:
+        raise ValueError("the model has no linear or 2-d convolution layer")
+    densities = {} if densities is None else densities
+    for name, density in densities.items():
+        if name not in layers or isinstance(layers[name], SparseLayer):
+            raise ValueError(f"densities name {name!r}, which is not a dense linear or convolution layer of the model")
+        if not 0.0 <= density <= 1.0:
+            raise ValueError(f"the density of {name!r} must be in [0, 1], got {density}")
+
+    outputs = _count_outputs(model, layers, input_size)
+    costs = []
+    for name, layer in layers.items():
+        shape = _weight_shape(layer)
+        density = densities.get(name, 1.0)
+        if isinstance(layer, SparseLayer):
+            density = layer.topology.nnz / layer.topology.numel
+        # Each output number takes one multiplication and one addition for every weight of its row.
+        forward = 2 * math.prod(shape[1:]) * outputs[name]
+        kind = "linear" if isinstance(layer, nn.Linear | SparseLinear) else "conv2d"
+        costs.append(LayerCost(name, kind, shape, density, forward, forward * density))
+    return costs
+
+
+def _weight_shape(layer: _Layer) -> tuple[int, ...]:
+    return layer.weight_shape if isinstance(layer, SparseLayer) else tuple(layer.weight.shape)
+
+
+def _count_outputs(model: nn.Module, layers: Mapping[str, _Layer], input_size: tuple[int, ...]) -> dict[str, int]:
+    """How many numbers each layer puts out in a forward pass over one example, all its calls together."""
+    first = next(iter(layers.values()))
+    weight = first.values if isinstance(first, SparseLayer) else first.weight
+    names = {module: name for name, module in layers.items()}
+    outputs = dict.fromkeys(layers, 0)
+
+    def note(module: nn.Module, _: Any, output: Tensor) -> None:
+        outputs[names[module]] += output.numel()  # type: ignore[index]
+
+    handles = [module.register_forward_hook(note) for module in names]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(weight.new_zeros(1, *input_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def training_flops_ratio(
+    method: TrainingMethod,
+    f_sparse: float,
+    f_dense: float,
+    *,
+    interval: int = 100,
+    update_fraction: float = 0.75,
+    updates_replace_step: bool = True,
+) -> float:
+    """Mean training FLOPs an example, relative to dense training (``3 f_dense``: forward and two gradients).
+
+    Dense training costs ``3 f_D``, a fixed topology and SET ``3 f_S``. RigL needs the dense weight gradient for each
+    update, ``2 f_S + f_D``, until its topology is frozen, then ``3 f_S`` (Evci et al. 2020):
+
+    - the update takes the place of a step, as here: ``(3 f_S (dT - 1) + 2 f_S + f_D) / dT``;
+    - the update is an extra pass, as the paper counts: ``(3 f_S dT + 2 f_S + f_D) / (dT + 1)``.
+
+    Args:
+        method: ``"dense"``, ``"static"``, ``"set"`` or ``"rigl"``.
+        f_sparse, f_dense: forward FLOPs an example of the sparse and of the dense network.
+        interval: dT, steps from update to update.
+        update_fraction: share of the training during which the topology is updated, T_end / T.
+        updates_replace_step: which of the two ways of counting.
+
+    Raises:
+        ValueError: an unknown method or a number out of range.
+    """
+    if method not in get_args(TrainingMethod):
+        raise ValueError(f"unknown method {method!r}, expected one of {get_args(TrainingMethod)}")
+    if not 0 <= f_sparse <= f_dense or f_dense == 0:
+        raise ValueError(f"need 0 <= f_sparse <= f_dense and f_dense > 0, got {f_sparse} and {f_dense}")
+    if interval < 1 or not 0.0 <= update_fraction <= 1.0:
+        raise ValueError(f"need interval >= 1 and update_fraction in [0, 1], got {interval} and {update_fraction}")
+    if method == "dense":
+        return 1.0
+    step = 3 * f_sparse
+    if method != "rigl":
+        return step / (3 * f_dense)
+    update = 2 * f_sparse + f_dense
+    steps_per_update = interval - 1 if updates_replace_step else interval
+    updating = (step * steps_per_update + update) / (steps_per_update + 1)
+    return (update_fraction * updating + (1 - update_fraction) * step) / (3 * f_dense)
+
+
+def moon_overhead(
+    training_flops: float,
+    *,
+    forward: float,
+    parameters: float,
+    num_classes: int,
+    examples: int,
+    epochs: int,
+    warmup_epochs: int = 5,
+    averaged_epochs: int = 20,
+    refresh: Refresh = "final",
+) -> dict[str, float]:
+    """What MOON adds to a training, in FLOPs (arXiv 2403.20047, Appendix F).
+
+    - ``loss``: ``4 (K + 1)`` an example and epoch during the warm-up, ``8 (K + 1)`` after it. For ImageNet in batches
+      of 32 these are the paper's 1.3e5 and 2.6e5 an iteration; they make 1.0e12 in all, not the paper's 2.3e15.
+    - ``averaging``: 3 for each parameter and averaged epoch, ``mean += (w - mean) / n``. The paper has 1.8e9.
+    - ``batch_norm``: a forward pass over the training set, once at the end, or after every averaged epoch as in the
+      released code (the paper's 6.7 % of the training; once is 0.33 %).
+
+    Args:
+        training_flops: of the whole training without MOON.
+        forward: FLOPs an example of the (sparse) network's forward pass.
+        parameters: existing numbers that are averaged.
+        num_classes: K.
+        examples: size of the training set.
+        epochs, warmup_epochs, averaged_epochs: of the training, with w = 0, and whose end takes part in the vote.
+        refresh: ``"final"`` or ``"epoch"``.
+
+    Returns:
+        ``loss``, ``averaging``, ``batch_norm``, ``total``, and ``ratio`` = total / training_flops.
+
+    Raises:
+        ValueError: an unknown refresh or a number out of range.
+    """
+    passes = _batch_norm_passes(training_flops, epochs, averaged_epochs, refresh)
+    if not 0 <= warmup_epochs <= epochs:
+        raise ValueError(f"warmup_epochs must be in [0, {epochs}], got {warmup_epochs}")
+    parts = {
+        "loss": (num_classes + 1) * examples * (4.0 * warmup_epochs + 8.0 * (epochs - warmup_epochs)),
+        "averaging": 3.0 * parameters * averaged_epochs,
+        "batch_norm": forward * examples * passes,
+    }
+    return _with_total(parts, training_flops)
+
+
+def cigl_overhead(
+    training_flops: float,
+    *,
+    forward: float,
+    parameters: float,
+    masked: float,
+    examples: int,
+    epochs: int,
+    batch_size: int,
+    averaged_epochs: int = 20,
+    refresh: Refresh = "final",
+) -> dict[str, float]:
+    """What CigL adds to a training, in FLOPs, counted as :func:`moon_overhead` does.
+
+    - ``mask``: 2 for each masked weight and step: the random mask times the weights before the forward pass, and times
+      their gradients after the backward pass. Drawing random bits is integer work and not counted.
+    - ``averaging``: 3 for each parameter and averaged epoch, and 1 more for each masked weight, whose mask is averaged
+      with it.
+    - ``batch_norm``: as for MOON.
+
+    Args:
+        training_flops, forward, parameters, examples, epochs, averaged_epochs, refresh: as :func:`moon_overhead`.
+        masked: existing weights under the random mask.
+        batch_size: examples a step; an epoch's last batch may be smaller.
+
+    Returns:
+        ``mask``, ``averaging``, ``batch_norm``, ``total``, and ``ratio`` = total / training_flops.
+
+    Raises:
+        ValueError: an unknown refresh or a number out of range.
+    """
+    passes = _batch_norm_passes(training_flops, epochs, averaged_epochs, refresh)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    parts = {
+        "mask": 2.0 * masked * math.ceil(examples / batch_size) * epochs,
+        "averaging": (3.0 * parameters + masked) * averaged_epochs,
+        "batch_norm": forward * examples * passes,
+    }
+    return _with_total(parts, training_flops)
+
+
+def _batch_norm_passes(training_flops: float, epochs: int, averaged_epochs: int, refresh: Refresh) -> int:
+    if training_flops <= 0:
+        raise ValueError(f"training_flops must be positive, got {training_flops}")
+    if not 0 <= averaged_epochs <= epochs:
+        raise ValueError(f"averaged_epochs must be in [0, {epochs}], got {averaged_epochs}")
+    if refresh not in get_args(Refresh):
+        raise ValueError(f"unknown refresh {refresh!r}, expected one of {get_args(Refresh)}")
+    return averaged_epochs if refresh == "epoch" else min(averaged_epochs, 1)
+
+
+def _with_total(parts: dict[str, float], training_flops: float) -> dict[str, float]:
+    total = sum(parts.values())
+    return {**parts, "total": total, "ratio": total / training_flops}
+
+
+def flops_report(
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    *,
+    sparsity: float | None = None,
+    allocation: Allocation = "erk",
+    pattern: Pattern = "unstructured",
+    exclude: Iterable[Exclude] | Exclude = (),
+    method: TrainingMethod = "rigl",
+    interval: int = 100,
+    update_fraction: float = 0.75,
+    num_classes: int = 10,
+    examples: int = 50_000,
+    epochs: int = 100,
+    batch_size: int = 128,
+    refresh: Refresh = "final",
+) -> dict[str, Any]:
+    """What a model costs, as it is or as :func:`sparse_moon.nn.sparsify` would make it; the model is not changed.
+
+    Args:
+        model, input_size: as :func:`layer_costs`.
+        sparsity: to give a dense model, with ``allocation``, ``pattern`` and ``exclude`` as in ``sparsify``; None takes
+            the model as it is, sparse layers included. Of no meaning to method ``"dense"``.
+        method, interval, update_fraction: as :func:`training_flops_ratio`.
+        num_classes, examples, epochs, batch_size, refresh: as :func:`moon_overhead` and :func:`cigl_overhead`, which
+            average over the last fifth of the epochs; by default CIFAR-10 with the paper's settings.
+
+    Returns:
+        JSON-serialisable: ``method``, ``sparsity`` (of all linear and convolution weights), ``parameters`` (existing
+        numbers, biases and norms included), ``forward_dense``, ``forward_sparse`` (FLOPs an example),
+        ``forward_ratio``, ``train_ratio`` (to dense training), ``overhead`` ``{"moon": ..., "cigl": ...}`` and
+        ``layers`` ``{name: {kind, weight_shape, density, forward_dense, forward_sparse}}``.
+
+    Raises:
+        ValueError: a sparsity for a model that has sparse layers already, a model that costs nothing, or as the
+            functions that this one calls.
+    """
+    densities = {}
+    if sparsity is not None and method != "dense":
+        if sparse_layers(model):
+            raise ValueError(
+                f"sparsity {sparsity} is for a dense model, this one has sparse layers: leave sparsity out"
+            )
+        densities = layer_densities(model, sparsity, allocation, pattern=pattern, exclude=exclude)
+    costs = layer_costs(model, input_size, densities)
+    f_dense, f_sparse = sum(c.forward_dense for c in costs), sum(c.forward_sparse for c in costs)
+    if f_dense == 0:
+        raise ValueError("none of the model's linear and convolution layers is called in a forward pass")
+    train_ratio = training_flops_ratio(method, f_sparse, f_dense, interval=interval, update_fraction=update_fraction)
+
+    weights = weight_layers(model)
+    by_name = {c.name: c for c in costs}
+    numel = {name: math.prod(_weight_shape(layer)) for name, layer in weights.items()}
+    present = {name: numel[name] * by_name[name].density for name in weights}
+    stored = sum(p.numel() for p in model.parameters())
+    parameters = stored - sum(numel[name] - present[name] for name in densities if name in weights)
+    masked = sum(present[n] for n in weights if by_name[n].density < 1.0)
+
+    training_flops = 3.0 * f_dense * train_ratio * examples * epochs
+    averaged_epochs = epochs - math.floor(0.8 * epochs)
+    moon = moon_overhead(
+        training_flops, forward=f_sparse, parameters=parameters, num_classes=num_classes, examples=examples,
+        epochs=epochs, warmup_epochs=min(5, epochs), averaged_epochs=averaged_epochs, refresh=refresh,
+    )  # fmt: skip
+    cigl = cigl_overhead(
+        training_flops, forward=f_sparse, parameters=parameters, masked=masked, examples=examples, epochs=epochs,
+        batch_size=batch_size, averaged_epochs=averaged_epochs, refresh=refresh,
+    )  # fmt: skip
+    layers = {}
+    for cost in costs:
+        layers[cost.name] = {**asdict(cost), "weight_shape": list(cost.weight_shape)}
+        del layers[cost.name]["name"]
+    return {
+        "method": method,
+        "sparsity": 1.0 - sum(present.values()) / sum(numel.values()),
+        "parameters": round(parameters),
+        "forward_dense": f_dense,
+        "forward_sparse": f_sparse,
+        "forward_ratio": f_sparse / f_dense,
+        "train_ratio": train_ratio,
+        "overhead": {"moon": moon, "cigl": cigl},
+        "layers": layers,
+    }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """A :func:`flops_report` as an aligned table for a terminal."""
+    rows = [("layer", "kind", "weight", "density", "FLOPs dense", "FLOPs sparse")]
+    for name, layer in report["layers"].items():
+        shape = "x".join(map(str, layer["weight_shape"]))
+        flops = (_quantity(layer["forward_dense"]), _quantity(layer["forward_sparse"]))
+        rows.append((name, layer["kind"], shape, f"{layer['density']:.4f}", *flops))
+    f_dense, f_sparse = report["forward_dense"], report["forward_sparse"]
+    rows.append(("total", "", "", f"{1 - report['sparsity']:.4f}", _quantity(f_dense), _quantity(f_sparse)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    lines = ["  ".join(to(cell, w) for to, cell, w in zip(align, row, widths, strict=True)) for row in rows]
+    rule = "-" * len(lines[0])
+    lines = [lines[0], rule, *(line.rstrip() for line in lines[1:-1]), rule, lines[-1].rstrip(), ""]
+
+    train, train_dense = report["train_ratio"] * 3 * f_dense, 3 * f_dense
+    lines += [
+        f"existing parameters        {report['parameters']:>9,}",
+        f"forward FLOPs an example   {_quantity(f_sparse):>9}  {report['forward_ratio']:.3f} x {_quantity(f_dense)}",
+        f"training FLOPs an example  {_quantity(train):>9}  {report['train_ratio']:.3f} x {_quantity(train_dense)}"
+        f" (dense), with {report['method']}",
+    ]
+    for method, label in (("moon", "MOON"), ("cigl", "CigL")):
+        cost = report["overhead"][method]
+        parts = [
+            f"{k.replace('_', ' ')} {_quantity(v).rstrip()}" for k, v in cost.items() if k not in ("total", "ratio")
+        ]
+        lines.append(f"{label} adds to training {cost['ratio']:>13.2%}  {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _quantity(value: float) -> str:
+    """A count with two decimals and an SI prefix, always of the same width behind the point."""
+    for exponent, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**exponent:
+            return f"{value / 10**exponent:.2f} {prefix}"
+    return f"{value:.2f}  "
+
+
+def memory_report(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+    """Bytes that the weights of a model's sparse layers take in training, and those of the dense weights instead.
+
+    Only these weights count, not biases, norms, dense layers or activations. The optimizer's share is what its state
+    holds now for each weight (nothing before the first step); dense training would hold as many tensors of the dense
+    size. One gradient is counted, whether it is there or not. RigL's dense gradients on update batches, one layer at a
+    time, are not.
+
+    Args:
+        model: with sparse layers; weights that are shared count once.
+        optimizer: that trains the model.
+
+    Returns:
+        ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes``, ``index_bytes`` (the topologies' buffers); the
+        first three again as ``dense_...`` for the dense weights; and ``ratio``, the sum of the first four over that of
+        the dense three, 1.0 for a model without sparse layers.
+    """
+    sizes = dict.fromkeys(("parameter", "gradient", "optimizer", "index"), 0)
+    dense = dict.fromkeys(("parameter", "gradient", "optimizer"), 0)
+    for layer in sparse_layers(model).values():
+        values, numel = layer.values, layer.topology.numel
+        state = optimizer.state.get(values, {})
+        moments = [s for s in state.values() if isinstance(s, Tensor) and s.shape == values.shape]
+        sizes["parameter"] += values.nbytes
+        sizes["gradient"] += values.nbytes
+        sizes["optimizer"] += sum(moment.nbytes for moment in moments)
+        sizes["index"] += sum(buffer.nbytes for buffer in layer.topology.buffers())
+        dense["parameter"] += numel * values.element_size()
+        dense["gradient"] += numel * values.element_size()
+        dense["optimizer"] += sum(numel * moment.element_size() for moment in moments)
+    total, dense_total = sum(sizes.values()), sum(dense.values())
+    return {
+        **{f"{name}_bytes": size for name, size in sizes.items()},
+        **{f"dense_{name}_bytes": size for name, size in dense.items()},
+        "ratio": total / dense_total if dense_total else 1.0,
+    }
