@@ -9,7 +9,6 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
-
 # Files with these endings are compiled for an instruction set of their own and used where the processor has it; a
 # binary built here runs on any processor of the same architecture (no -march=native).
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -60,7 +59,7 @@ class OptionalBuildExt(build_ext):
 setup(
     packages=["sparse_moon", "sparse_moon.ops", "sparse_moon.kernels", "sparse_moon.presets"],
     package_dir={"sparse_moon.kernels": "kernels"},
-    package_data={"sparse_moon": ["py.typed"], "sparse_moon.presets": ["*.yaml"]},
+    package_data={"sparse_moon": ["py.typed"], "sparse_moon.ops": ["*.json"], "sparse_moon.presets": ["*.yaml"]},
     ext_modules=[
         Pybind11Extension(
             "sparse_moon._C",

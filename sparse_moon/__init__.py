@@ -16,6 +16,7 @@ from sparse_moon.nn import (
 )
 from sparse_moon.schedules import Constant, Cosine, Linear
 from sparse_moon.topology import Topology
+from sparse_moon.tuning import tune
 
 __all__ = [
     "SET",
@@ -39,4 +40,5 @@ __all__ = [
     "refresh_batch_norm",
     "sparse_layers",
     "sparsify",
+    "tune",
 ]

@@ -164,42 +164,66 @@ std::vector<int64_t> row_starts(const SparseMatrix& weight) {
     return starts;
 }
 
-// Entries by (input channel, phase), within these in order of the output channels: a counting sort in which each
-// thread counts, then moves, the entries of its own rows.
+// Entries by (input channel, phase), read from the transpose index: tap by tap, within these in order of the output
+// channels.
 void input_grad_entries(const Conv2d& conv, const SparseMatrix& weight, const Offsets& offsets, int64_t phases,
                         int threads, Entry* entries, std::vector<int64_t>& starts) {
-    const int64_t buckets = conv.in_channels * phases;
-    starts.assign(buckets + 1, 0);
-    std::vector<int64_t> next(threads * buckets);
-    const auto bucket = [&](int64_t channel, int64_t tap) { return channel * phases + offsets.phase(tap); };
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; ++t) {
-        int64_t* count = next.data() + t * buckets;
-        for_each_entry(conv, weight, weight.rows * t / threads, weight.rows * (t + 1) / threads,
-                       [&](int64_t, int64_t channel, int64_t tap, int64_t) { ++count[bucket(channel, tap)]; });
-    }
-    int64_t total = 0;
-    for (int64_t b = 0; b < buckets; ++b) {
-        starts[b] = total;
-        for (int t = 0; t < threads; ++t) {
-            const int64_t count = next[t * buckets + b];
-            next[t * buckets + b] = total;
-            total += count;
+    const int64_t bh = weight.block_rows, bw = weight.block_cols, taps = conv.kernel[0] * conv.kernel[1];
+    const int64_t group_rows = conv.out_channels / conv.groups, group_channels = conv.in_channels / conv.groups;
+    // Calls visit(row, place of the value) for what input channel `channel` meets in one tap.
+    const auto each = [&](int64_t channel, int64_t tap, auto visit) {
+        const int64_t first_row = channel / group_channels * group_rows, last_row = first_row + group_rows;
+        const int64_t column = channel % group_channels, block_col = column / bw * taps + tap, j = column % bw;
+        for (int64_t k = weight.t_ptr[block_col]; k < weight.t_ptr[block_col + 1]; ++k) {
+            const int64_t row = weight.t_row[k] * bh, place = weight.t_perm[k] * bh * bw + j;
+            for (int64_t i = 0; i < bh; ++i) {
+                if (row + i >= first_row && row + i < last_row) visit(row + i, place + i * bw);
+            }
+        }
+    };
+    starts.assign(conv.in_channels * phases + 1, 0);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t channel = 0; channel < conv.in_channels; ++channel) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            int64_t& count = starts[channel * phases + offsets.phase(tap) + 1];
+            if (conv.groups == 1) {
+                const int64_t block_col = channel / bw * taps + tap;
+                count += (weight.t_ptr[block_col + 1] - weight.t_ptr[block_col]) * bh;
+            } else {
+                each(channel, tap, [&](int64_t, int64_t) { ++count; });
+            }
         }
     }
-    starts[buckets] = total;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; ++t) {
-        int64_t* slot = next.data() + t * buckets;
-        for_each_entry(conv, weight, weight.rows * t / threads, weight.rows * (t + 1) / threads,
-                       [&](int64_t row, int64_t channel, int64_t tap, int64_t place) {
-                           entries[slot[bucket(channel, tap)]++] = {offsets(row, tap), weight.values[place]};
-                       });
+    for (size_t b = 1; b < starts.size(); ++b) starts[b] += starts[b - 1];
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t channel = 0; channel < conv.in_channels; ++channel) {
+        for (int64_t phase = 0; phase < phases; ++phase) {
+            Entry* entry = entries + starts[channel * phases + phase];
+            for (int64_t tap = 0; tap < taps; ++tap) {
+                if (offsets.phase(tap) != phase) continue;
+                each(channel, tap, [&](int64_t row, int64_t place) {
+                    *entry++ = {offsets(row, tap), weight.values[place]};
+                });
+            }
+        }
     }
 }
 
 Planes planes(const float* data, int64_t channels, const int64_t* size, bool channels_last) {
     return {const_cast<float*>(data), channels, size[0], size[1], channels_last};
+}
+
+// A 1 x 1 convolution sees a plane as a line of positions: rows of whole tiles are stored in whole cache lines.
+Conv2d with_even_rows(Conv2d conv) {
+    constexpr int64_t kTile = 16;
+    const int64_t area = conv.in_size[0] * conv.in_size[1];
+    bool plain = area % kTile == 0 && conv.in_size[1] % kTile != 0;
+    for (int d = 0; d < 2; ++d) plain = plain && conv.kernel[d] == 1 && conv.stride[d] == 1 && conv.padding[d] == 0;
+    if (plain) {
+        conv.in_size[0] = conv.out_size[0] = area / kTile;
+        conv.in_size[1] = conv.out_size[1] = kTile;
+    }
+    return conv;
 }
 
 CorrelateJob make_job(const Conv2d& conv, const Dimension& height, const Dimension& width, Planes source, Planes target,
@@ -228,8 +252,9 @@ void run(CorrelateJob& job) {
 
 }  // namespace
 
-void sparse_conv2d(const Conv2d& conv, const SparseMatrix& weight, const float* input, const float* bias, float* output,
+void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const float* input, const float* bias, float* output,
                    bool channels_last, int threads) {
+    const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
     const Dimension height = forward_dimension(conv, 0), width = forward_dimension(conv, 1);
     CorrelateJob job = make_job(conv, height, width, planes(input, conv.in_channels, conv.in_size, channels_last),
@@ -250,8 +275,9 @@ void sparse_conv2d(const Conv2d& conv, const SparseMatrix& weight, const float* 
     run(job);
 }
 
-void sparse_conv2d_input_grad(const Conv2d& conv, const SparseMatrix& weight, const float* grad, float* input_grad,
+void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, const float* grad, float* input_grad,
                               bool channels_last, int threads) {
+    const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
     const Dimension height = input_grad_dimension(conv, 0), width = input_grad_dimension(conv, 1);
     CorrelateJob job = make_job(conv, height, width, planes(grad, conv.out_channels, conv.out_size, channels_last),
@@ -266,9 +292,10 @@ void sparse_conv2d_input_grad(const Conv2d& conv, const SparseMatrix& weight, co
     run(job);
 }
 
-void sparse_conv2d_values_grad(const Conv2d& conv, const SparseMatrix& weight, const float* grad,
+void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, const float* grad,
                                bool grad_channels_last, const float* input, bool input_channels_last,
                                float* values_grad, int threads) {
+    const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) {
         std::fill_n(values_grad, weight.row_ptr[weight.rows / weight.block_rows] * weight.block_rows * weight.block_cols,
                     0.0f);

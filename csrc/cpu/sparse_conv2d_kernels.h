@@ -50,9 +50,9 @@ inline void correlate_tile(const CorrelateJob& job, const Lanes& lanes, const fl
     const int64_t group = target.channels_last ? kLanes : 1;
     const int64_t target_col = col * width.phases;
     const int64_t cols = smaller(scratch_cols, target.width - target_col);
-    const ProductKernel kernel = product_kernel(shape.rows, shape.cols, width.step, Start::kConstant);
+    const ProductKernel<EntryList> kernel = product_kernel(shape.rows, shape.cols, width.step);
 
-    ProductTile tile;
+    ProductTile<EntryList> tile;
     tile.row_bytes = row_bytes(job.panel);
     tile.panel = reinterpret_cast<const char*>(panel) + row * tile.row_bytes + col * width.step * kVecBytes;
     tile.out_step = width.phases;
@@ -68,8 +68,7 @@ inline void correlate_tile(const CorrelateJob& job, const Lanes& lanes, const fl
                 tile.initial = job.bias ? job.bias[o + k] : 0.0f;
                 for (int64_t b = 0; b < width.phases; ++b) {
                     const int64_t* range = job.starts + (o + k) * phases + a * width.phases + b;
-                    tile.begin = job.entries + range[0];
-                    tile.end = job.entries + range[1];
+                    tile.entries = {job.entries + range[0], range[1] - range[0]};
                     tile.out = scratch + k * tile_size + b * kLanes;
                     kernel(tile);
                 }
@@ -146,7 +145,9 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
         float* panel = reinterpret_cast<float*>(job.scratch + thread * job.thread_scratch);
         float* grad = panel + job.panel.vectors() * kLanes;
         float* sums = job.sums + thread * total;
-        for (int t = thread; t < job.threads; t += team_size()) std::memset(job.sums + t * total, 0, total * sizeof(float));
+        for (int t = thread; t < job.threads; t += team_size()) {
+            for (int64_t k = 0; k < total; ++k) job.sums[t * total + k] = 0.0f;
+        }
         clear_margins(job.panel, panel);
         clear_margins(job.grad_panel, grad);
         DotTile tile;

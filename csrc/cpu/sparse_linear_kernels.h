@@ -130,41 +130,44 @@ struct Rows {
 
     // Blocks of `row` from *cursor on that start before feature `end`; moves the cursor behind them.
     int64_t advance(int64_t row, int64_t end, int32_t* cursor) const {
-        const int32_t last = starts()[row / block() + 1], blocks_end = static_cast<int32_t>(end / feature_block());
-        const int32_t first = *cursor;
-        int32_t k = first;
-        if (end >= features()) {
-            k = last;
-        } else {
-            while (k < last && columns()[k] < blocks_end) ++k;
+        const int32_t first = *cursor, last = starts()[row / block() + 1];
+        int32_t k = last;
+        if (end < features()) {
+            const int32_t bound = static_cast<int32_t>(end / feature_block());
+            int32_t size = last - first;
+            for (k = first; size > 0;) {
+                const int32_t half = (size + 1) / 2;
+                k += columns()[k + half - 1] < bound ? half : 0;
+                size -= half;
+            }
         }
         *cursor = k;
         return k - first;
     }
 
-    // The entries of blocks [first, first + blocks) of `row`, for a panel that begins with feature `base`.
-    Entry* list(int64_t row, int64_t first, int64_t blocks, int64_t base, int64_t stride, Entry* entry) const {
+    // The entries of blocks [first, first + blocks) of `row`, for a panel with `bytes` between features.
+    int64_t list(int64_t row, int64_t first, int64_t blocks, int64_t bytes, Entry* entry) const {
         const int64_t bh = matrix.block_rows, bw = matrix.block_cols, within = row % block(), width = feature_block();
-        const int32_t bytes = static_cast<int32_t>(stride * kVecBytes);
-        if (bh * bw == 1 && !transposed) {
-            for (int64_t k = first; k < first + blocks; ++k) {
-                *entry++ = {(matrix.col[k] - static_cast<int32_t>(base)) * bytes, matrix.values[k]};
-            }
-        } else if (bh * bw == 1) {
-            for (int64_t k = first; k < first + blocks; ++k) {
-                *entry++ = {(matrix.t_row[k] - static_cast<int32_t>(base)) * bytes, matrix.values[matrix.t_perm[k]]};
-            }
-        } else {
-            for (int64_t k = first; k < first + blocks; ++k) {
-                const int64_t place = transposed ? matrix.t_perm[k] * bh * bw + within : (k * bh + within) * bw;
-                const int64_t step = transposed ? bw : 1;
-                for (int64_t j = 0; j < width; ++j) {
-                    const int64_t feature = columns()[k] * width + j - base;
-                    *entry++ = {static_cast<int32_t>(feature * bytes), matrix.values[place + j * step]};
-                }
+        for (int64_t k = first; k < first + blocks; ++k) {
+            const int64_t place = transposed ? matrix.t_perm[k] * bh * bw + within : (k * bh + within) * bw;
+            const int64_t step = transposed ? bw : 1;
+            for (int64_t j = 0; j < width; ++j) {
+                const int64_t feature = columns()[k] * width + j;
+                *entry++ = {static_cast<int32_t>(feature * bytes), matrix.values[place + j * step]};
             }
         }
-        return entry;
+        return blocks * width;
+    }
+
+    // Blocks [first, first + blocks) of `row` as a tile takes them.
+    void entries(int64_t, int64_t first, int64_t blocks, int64_t bytes, Entry*, MatrixRow* out) const {
+        *out = {matrix.col + first, matrix.values + first, blocks, bytes};
+    }
+    void entries(int64_t, int64_t first, int64_t blocks, int64_t bytes, Entry*, MatrixColumn* out) const {
+        *out = {matrix.t_row + first, matrix.t_perm + first, matrix.values, blocks, bytes};
+    }
+    void entries(int64_t row, int64_t first, int64_t blocks, int64_t bytes, Entry* scratch, EntryList* out) const {
+        *out = {scratch, list(row, first, blocks, bytes, scratch)};
     }
 };
 
@@ -196,15 +199,16 @@ inline LinearPlan linear_plan(const LinearJob& job) {
 
 inline int64_t linear_scratch(const LinearJob& job) { return linear_plan(job).bytes(); }
 
-inline void linear(const LinearJob& job) {
+template <class Entries>
+void linear_with(const LinearJob& job) {
     const Rows rows{job.matrix, job.transposed};
     const LinearPlan plan = linear_plan(job);
     const TokenBlocks& blocks = plan.blocks;
-    const int64_t features = rows.features(), count = rows.count();
+    const int64_t features = rows.features(), count = rows.count(), feature_bytes = blocks.stride * kVecBytes;
     const int64_t feature_groups = (features + kLanes - 1) / kLanes;
     float* panel = reinterpret_cast<float*>(job.scratch);
-    const ProductKernel from_bias = product_kernel(1, blocks.groups, 1, Start::kConstant);
-    const ProductKernel from_stored = product_kernel(1, blocks.groups, 1, Start::kStored);
+    const ProductKernel<Entries> from_bias = product_row_kernel<Start::kConstant, Entries>(blocks.groups);
+    const ProductKernel<Entries> from_stored = product_row_kernel<Start::kStored, Entries>(blocks.groups);
 #pragma omp parallel num_threads(job.threads)
     {
         const int thread = thread_number(), threads = team_size();
@@ -216,26 +220,26 @@ inline void linear(const LinearJob& job) {
         int32_t* cursors = reinterpret_cast<int32_t*>(after_sums + plan.lists);
         // With one chunk, rows are finished in groups that are transposed while they are in the L1 cache.
         const int64_t span = plan.chunked ? larger(end - begin, 1) : kLanes;
-        ProductTile tile{};
+        ProductTile<Entries> tile{};
+        tile.panel = reinterpret_cast<const char*>(panel);
         tile.out_step = 1;
         for (int64_t block = 0; block < blocks.count; ++block) {
             const int64_t token = block * blocks.groups * kLanes;
-            pack_tokens(job.input, job.tokens, features, token, blocks,
-                        feature_groups * thread / threads * kLanes,
+            pack_tokens(job.input, job.tokens, features, token, blocks, feature_groups * thread / threads * kLanes,
                         smaller(feature_groups * (thread + 1) / threads * kLanes, features), panel);
-            for (int64_t row = begin; row < smaller(end, count); ++row) cursors[row] = rows.starts()[row / rows.block()];
+            for (int64_t row = begin; row < smaller(end, count); ++row) {
+                cursors[row] = rows.starts()[row / rows.block()];
+            }
 #pragma omp barrier
             for (int64_t first = begin; first < end; first += span) {
                 const int64_t last = smaller(smaller(first + span, end), count);
                 for (int64_t base = 0; base == 0 || base < features; base += plan.chunk) {
-                    const ProductKernel kernel = base == 0 ? from_bias : from_stored;
-                    tile.panel = reinterpret_cast<const char*>(panel + base * blocks.stride * kLanes);
+                    const ProductKernel<Entries> kernel = base == 0 ? from_bias : from_stored;
                     for (int64_t row = first; row < last; ++row) {
                         const int64_t start = cursors[row];
                         const int64_t found = rows.advance(row, base + plan.chunk, cursors + row);
                         if (found == 0 && base > 0) continue;
-                        tile.begin = list;
-                        tile.end = rows.list(row, start, found, base, blocks.stride, list);
+                        rows.entries(row, start, found, feature_bytes, list, &tile.entries);
                         tile.initial = job.bias ? job.bias[row] : 0.0f;
                         tile.out = sums + (row - first) * blocks.groups * kLanes;
                         kernel(tile);
@@ -249,6 +253,11 @@ inline void linear(const LinearJob& job) {
 #pragma omp barrier
         }
     }
+}
+
+inline void linear(const LinearJob& job) {
+    if (job.matrix.block_rows * job.matrix.block_cols > 1) return linear_with<EntryList>(job);
+    return job.transposed ? linear_with<MatrixColumn>(job) : linear_with<MatrixRow>(job);
 }
 
 // Scratch memory: a panel of the input, one of the gradient, and for each thread the offsets and sums of one row.
@@ -292,8 +301,9 @@ inline void linear_dots(const LinearDotsJob& job) {
         float* row_sums = reinterpret_cast<float*>(offsets + smaller(plan.chunk, matrix.cols));
         int32_t* cursors = reinterpret_cast<int32_t*>(lists + plan.lists);
         const int64_t zero_begin = total * thread / threads, zero_end = total * (thread + 1) / threads;
-        std::memset(job.sums + zero_begin, 0, (zero_end - zero_begin) * sizeof(float));
+        for (int64_t k = zero_begin; k < zero_end; ++k) job.sums[k] = 0.0f;
         DotTile tile{};
+        tile.panel = reinterpret_cast<const char*>(panel);
         tile.rows = 1;
         tile.cols = blocks.groups;
         tile.panel_step = kVecBytes;
@@ -306,22 +316,22 @@ inline void linear_dots(const LinearDotsJob& job) {
             for (int64_t row = begin; row < end; ++row) cursors[row] = matrix.row_ptr[row / bh];
 #pragma omp barrier
             for (int64_t base = 0; base < matrix.cols; base += plan.chunk) {
-                tile.panel = reinterpret_cast<const char*>(panel + base * blocks.stride * kLanes);
                 for (int64_t row = begin; row < end; ++row) {
                     const int64_t start = cursors[row];
                     const int64_t found = rows.advance(row, base + plan.chunk, cursors + row);
                     if (found == 0) continue;
                     tile.grad = reinterpret_cast<const char*>(grad + row * blocks.stride * kLanes);
                     const int32_t bytes = static_cast<int32_t>(blocks.stride * kVecBytes);
+                    if (bh * bw == 1) {
+                        for (int64_t k = 0; k < found; ++k) offsets[k] = matrix.col[start + k] * bytes;
+                        dot_all(tile, 1, offsets, job.sums + start, found);
+                        continue;
+                    }
                     int32_t* offset = offsets;
                     for (int64_t k = start; k < start + found; ++k) {
                         for (int64_t j = 0; j < bw; ++j) {
-                            *offset++ = static_cast<int32_t>(matrix.col[k] * bw + j - base) * bytes;
+                            *offset++ = static_cast<int32_t>((matrix.col[k] * bw + j) * bytes);
                         }
-                    }
-                    if (bh * bw == 1) {
-                        dot_all(tile, 1, offsets, job.sums + start, found);
-                        continue;
                     }
                     std::memset(row_sums, 0, found * bw * sizeof(float));
                     dot_all(tile, 1, offsets, row_sums, found * bw);

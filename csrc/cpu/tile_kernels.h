@@ -24,19 +24,48 @@ static_assert(kTile < kRegisters && kDots + kDotPositions < kRegisters, "accumul
 // keeps rounding errors, which grow with the length of a sum, as small as those of blocked dense products.
 enum class Start { kConstant, kStored };
 
+// Entries of one output, prepared as offsets and weights.
+struct EntryList {
+    const Entry* entries;
+    int64_t count;
+    SPARSE_MOON_INLINE int64_t offset(int64_t k) const { return entries[k].offset; }
+    SPARSE_MOON_INLINE float weight(int64_t k) const { return entries[k].weight; }
+};
+
+// Entries of one row of a block-compressed matrix with 1 x 1 blocks, where they are.
+struct MatrixRow {
+    const int32_t* columns;
+    const float* values;
+    int64_t count;
+    int64_t feature_bytes;  // between features in the panel
+    SPARSE_MOON_INLINE int64_t offset(int64_t k) const { return columns[k] * feature_bytes; }
+    SPARSE_MOON_INLINE float weight(int64_t k) const { return values[k]; }
+};
+
+// The same of its transpose, whose values lie elsewhere.
+struct MatrixColumn {
+    const int32_t* rows;
+    const int32_t* places;
+    const float* values;
+    int64_t count;
+    int64_t feature_bytes;
+    SPARSE_MOON_INLINE int64_t offset(int64_t k) const { return rows[k] * feature_bytes; }
+    SPARSE_MOON_INLINE float weight(int64_t k) const { return values[places[k]]; }
+};
+
+template <class Entries>
 struct ProductTile {
     const char* panel;   // first position of the tile at offset 0
     int64_t row_bytes;   // between tile rows in the panel
-    const Entry* begin;  // entries of one output channel
-    const Entry* end;
+    Entries entries;     // those of one output channel
     float initial;     // Start::kConstant: the value (a bias) that the sums start from
     float* out;        // [R][T] vectors; Start::kStored adds to them
     int64_t out_step;  // vectors between neighbouring positions of `out`
     int64_t out_row;   // vectors between rows of `out`
 };
 
-template <int R, int T, int S, Start start>
-void product_tile(const ProductTile& tile) {
+template <int R, int T, int S, Start start, class Entries>
+void product_tile(const ProductTile<Entries>& tile) {
     static_assert(R * T <= kTile, "a tile's accumulators must fit the registers");
     Vec sums[R][T];
     const char* rows[R];
@@ -48,9 +77,10 @@ void product_tile(const ProductTile& tile) {
             sums[r][t] = broadcast(start == Start::kConstant ? tile.initial : 0.0f);
         }
     }
-    for (const Entry* entry = tile.begin; entry != tile.end; ++entry) {
-        const int64_t offset = entry->offset;
-        const Vec weight = broadcast(entry->weight);
+    const Entries entries = tile.entries;
+    for (int64_t k = 0; k < entries.count; ++k) {
+        const int64_t offset = entries.offset(k);
+        const Vec weight = broadcast(entries.weight(k));
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -69,42 +99,44 @@ void product_tile(const ProductTile& tile) {
     }
 }
 
-using ProductKernel = void (*)(const ProductTile&);
+template <class Entries>
+using ProductKernel = void (*)(const ProductTile<Entries>&);
 
-template <int R, int T, int S, Start start>
-constexpr ProductKernel product_entry() {
+template <int R, int T, int S, Start start, class Entries>
+constexpr ProductKernel<Entries> product_entry() {
     if constexpr (R * T <= kTile) {
-        return product_tile<R, T, S, start>;
+        return product_tile<R, T, S, start, Entries>;
     } else {
         return nullptr;
     }
 }
 
-template <int R, int S, Start start, int... T>
-SPARSE_MOON_INLINE ProductKernel product_of_cols(int64_t cols, std::integer_sequence<int, T...>) {
-    static constexpr ProductKernel kernels[] = {product_entry<R, T + 1, S, start>()...};
+template <int R, int S, Start start, class Entries, int... T>
+SPARSE_MOON_INLINE ProductKernel<Entries> product_of_cols(int64_t cols, std::integer_sequence<int, T...>) {
+    static constexpr ProductKernel<Entries> kernels[] = {product_entry<R, T + 1, S, start, Entries>()...};
     return kernels[cols - 1];
 }
 
-template <int S, Start start>
-SPARSE_MOON_INLINE ProductKernel product_of_rows(int64_t rows, int64_t cols) {
+template <int S>
+SPARSE_MOON_INLINE ProductKernel<EntryList> product_of_rows(int64_t rows, int64_t cols) {
     constexpr auto widths = std::make_integer_sequence<int, kMaxCols>{};
     switch (rows) {
-        case 1: return product_of_cols<1, S, start>(cols, widths);
-        case 2: return product_of_cols<2, S, start>(cols, widths);
-        case 3: return product_of_cols<3, S, start>(cols, widths);
-        default: return product_of_cols<4, S, start>(cols, widths);
+        case 1: return product_of_cols<1, S, Start::kConstant, EntryList>(cols, widths);
+        case 2: return product_of_cols<2, S, Start::kConstant, EntryList>(cols, widths);
+        case 3: return product_of_cols<3, S, Start::kConstant, EntryList>(cols, widths);
+        default: return product_of_cols<4, S, Start::kConstant, EntryList>(cols, widths);
     }
 }
 
 // Kernel for tiles of rows x cols positions, `step` panel vectors between columns: 1 or 2, anything where cols = 1.
-inline ProductKernel product_kernel(int64_t rows, int64_t cols, int64_t step, Start start) {
-    if (start == Start::kStored) {
-        return step == 2 && cols > 1 ? product_of_rows<2, Start::kStored>(rows, cols)
-                                     : product_of_rows<1, Start::kStored>(rows, cols);
-    }
-    return step == 2 && cols > 1 ? product_of_rows<2, Start::kConstant>(rows, cols)
-                                 : product_of_rows<1, Start::kConstant>(rows, cols);
+inline ProductKernel<EntryList> product_kernel(int64_t rows, int64_t cols, int64_t step) {
+    return step == 2 && cols > 1 ? product_of_rows<2>(rows, cols) : product_of_rows<1>(rows, cols);
+}
+
+// Kernel for one row of neighbouring positions.
+template <Start start, class Entries>
+ProductKernel<Entries> product_row_kernel(int64_t cols) {
+    return product_of_cols<1, 1, start, Entries>(cols, std::make_integer_sequence<int, kMaxCols>{});
 }
 
 struct DotTile {

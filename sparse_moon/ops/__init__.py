@@ -1,14 +1,18 @@
 """Operators: a file each, with its reference, its ``torch.library`` registration and its public function."""
 
+# imported for what they register
+import sparse_moon.ops.cpu
+import sparse_moon.ops.transpose_index  # noqa: F401
 from sparse_moon.ops.average_ import average_
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask
+from sparse_moon.ops.choice import Backend, use_backend
 from sparse_moon.ops.drop_and_grow import drop_and_grow
 from sparse_moon.ops.sparse_conv2d import sparse_conv2d
 from sparse_moon.ops.sparse_linear import sparse_linear
-from sparse_moon.ops.transpose_index import transpose_index_reference as _  # noqa: F401  (registers the operator)
 from sparse_moon.ops.unknown_aware_loss import LossStatistics, unknown_aware_loss
 
 __all__ = [
+    "Backend",
     "LossStatistics",
     "average_",
     "bernoulli_mask",
@@ -16,4 +20,5 @@ __all__ = [
     "sparse_conv2d",
     "sparse_linear",
     "unknown_aware_loss",
+    "use_backend",
 ]

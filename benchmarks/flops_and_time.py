@@ -1,0 +1,589 @@
+#!/usr/bin/env python3
+"""Speed of sparse_moon against dense PyTorch and its peers, on the machine at hand.
+
+    python benchmarks/flops_and_time.py layers --sparsity 0.9 0.95 --peers
+    python benchmarks/flops_and_time.py all --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
+
+Nothing is timed before its result has passed a comparison with float64. Every time is a median of interleaved runs in
+this process, every speed-up a ratio to a named baseline in the same rounds; losses are printed like wins.
+"""
+
+import argparse
+import copy
+import math
+import multiprocessing
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import ceilings, environment, median_ms, write_results
+from torch import Tensor, nn
+
+import sparse_moon as sm
+from sparse_moon import flops, models, tuning
+from sparse_moon.nn import SparseLayer
+from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
+from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
+from sparse_moon.topology import Topology, weight_to_matrix
+
+CACHES_BYTES = 64 * 2**20  # inputs rotate over at least this much
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured ratio. Times in milliseconds; ``max_error`` relative to the largest exact entry."""
+
+    section: str
+    case: str
+    pattern: str
+    sparsity: float
+    dtype: str
+    device: str
+    pass_: str
+    ms: float
+    baseline: str
+    baseline_ms: float
+    speedup: float
+    flops: float | None = None
+    floor_ms: float | None = None
+    max_error: float | None = None
+    chosen: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Fields with times to four digits, ``pass_`` as ``pass``."""
+        fields = {key.rstrip("_"): value for key, value in asdict(self).items()}
+        return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in fields.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and its input."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+
+
+def conv(channels: int, out: int, size: int, kernel: int = 3, stride: int = 1, batch: int = 128) -> Case:
+    suffix = f"_s{stride}" if stride > 1 else ""
+    return Case(
+        f"conv{kernel}x{kernel}{suffix}_{channels}_{out}_{size}x{size}_b{batch}",
+        lambda: nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False),
+        (batch, channels, size, size),
+    )
+
+
+def linear(inputs: int, outputs: int, batch: int) -> Case:
+    return Case(f"linear_{inputs}_{outputs}_b{batch}", lambda: nn.Linear(inputs, outputs, bias=False), (batch, inputs))
+
+
+MAIN_CASES = [
+    conv(64, 64, 32), conv(128, 128, 16), conv(256, 256, 8), conv(512, 512, 4),
+    linear(4096, 4096, 256), linear(1024, 1024, 128), linear(768, 3072, 2048),
+]  # fmt: skip
+OTHER_CASES = [
+    conv(64, 128, 32, stride=2), conv(64, 128, 32, kernel=1, stride=2), conv(256, 64, 32, kernel=1),
+    conv(64, 256, 32, kernel=1), conv(64, 64, 32, kernel=5), conv(64, 64, 32, kernel=7),
+    conv(128, 128, 16, batch=1), conv(512, 512, 4, batch=1), conv(128, 128, 16, batch=8), linear(1024, 1024, 1),
+]  # fmt: skip
+
+
+class Bench:
+    """Settings, ceilings and rows of one invocation."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = torch.device(arguments.device)
+        self.seconds = 0.15 if arguments.quick else 1.0
+        self.rows: list[Row] = []
+        self.peaks: list[dict[str, Any]] = []
+        self.ceilings = ceilings(self.device, seconds=self.seconds)
+
+    def times(self, candidates: dict[str, Callable[[int], Any]]) -> dict[str, float]:
+        return median_ms(candidates, self.device, seconds=self.seconds)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(
+            f"{row.section:<8}{row.case:<36}{row.pattern:<13}{row.sparsity:>5.2f} {row.pass_:<8}{row.ms:>10.3f} ms  "
+            f"{row.speedup:>6.2f}x  {row.baseline} ({row.baseline_ms:.3f} ms)"
+            + (f"  chose {row.chosen}" if row.chosen else ""),
+            flush=True,
+        )
+
+    def floor_ms(self, flops: float, bytes_: float) -> float:
+        """Time that the operations, or else the bytes, need at the measured ceilings."""
+        return max(1e-6 * flops / self.ceilings["gflops_fp32"], 1e-6 * bytes_ / self.ceilings["copy_gb_per_s"])
+
+
+def layers(bench: Bench) -> None:
+    """Single layers: forward, gradients, and both, against dense, masked dense, bf16, CSR and SparseProp."""
+    arguments = bench.arguments
+    cases = MAIN_CASES if arguments.quick else MAIN_CASES + OTHER_CASES
+    for case in cases:
+        if arguments.case and not any(part in case.name for part in arguments.case):
+            continue
+        for sparsity in arguments.sparsity:
+            for pattern in arguments.pattern:
+                _layer(bench, case, sparsity, pattern)
+
+
+def _layer(bench: Bench, case: Case, sparsity: float, pattern: str) -> None:
+    torch.manual_seed(0)
+    dense = case.build().to(bench.device)
+    kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
+    try:
+        sparse = kind.from_dense(dense, sparsity=sparsity, pattern=pattern)
+    except ValueError:  # the pattern's block does not divide the layer
+        return
+    masked = sparse.to_dense()
+    error = gate(sparse, masked, case)
+
+    count = min(math.ceil(CACHES_BYTES / (4 * math.prod(case.input_shape))), 16)
+    inputs = [torch.randn(case.input_shape, device=bench.device) for _ in range(count)]
+    with torch.no_grad():
+        grads = [torch.randn_like(masked(x)) for x in inputs]
+    operations = 2.0 * sparse.topology.nnz * grads[0].numel() / sparse.topology.shape[0]
+    moved = 4.0 * (inputs[0].numel() + grads[0].numel() + 2 * sparse.topology.nnz)
+
+    contenders: dict[str, nn.Module] = {"sparse": sparse, "dense fp32": masked}
+    if bench.arguments.peers:
+        contenders |= peers(masked, sparse, bench.device)
+    for pass_, products in (("fwd", 1.0), ("fwd+bwd", 3.0)):
+        runs = {name: runner(module, inputs, grads, pass_) for name, module in contenders.items()}
+        if isinstance(dense, nn.Conv2d):
+            last = [[t.contiguous(memory_format=torch.channels_last) for t in ts] for ts in (inputs, grads)]
+            runs["dense fp32 channels_last"] = runner(masked, *last, pass_)
+        runs["dense bf16"] = autocast(runner(masked, inputs, grads, pass_), bench.device)
+        runs["masked dense"] = on_backend("reference", runs["sparse"])
+        if isinstance(dense, nn.Linear) and pass_ == "fwd" and pattern == "unstructured":
+            runs["torch.sparse CSR"] = csr_runner(masked, inputs)
+        times = bench.times(runs)
+        row = Row(
+            "layers", case.name, pattern, sparsity, "fp32", bench.device.type, pass_, times["sparse"], "", 0.0, 0.0,
+            products * operations, bench.floor_ms(products * operations, products * moved), error,
+            chosen(sparse, case, bench.device),
+        )  # fmt: skip
+        fp32 = {name: time for name, time in times.items() if name.startswith("dense fp32")}
+        fastest = min(fp32, key=fp32.__getitem__)
+        for name in [fastest, *[name for name in times if name != "sparse" and name not in fp32]]:
+            bench.add(replace(row, baseline=name, baseline_ms=times[name], speedup=times[name] / times["sparse"]))
+
+
+def gate(sparse: nn.Module, masked: nn.Module, case: Case) -> float:
+    """Largest error of output and gradients against float64, relative to the largest exact entry.
+
+    Raises:
+        SystemExit: more than twice the error of dense PyTorch in float32.
+    """
+    x = torch.randn(min(case.input_shape[0], 9), *case.input_shape[1:], device=next(masked.parameters()).device)
+    exact_layer = copy.deepcopy(masked).double()
+    upstream = torch.randn_like(masked(x))
+
+    def results(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        z = x.to(dtype).requires_grad_()
+        module.zero_grad()
+        y = module(z)
+        y.backward(upstream.to(dtype))
+        weight = module.values if isinstance(module, SparseLayer) else module.weight
+        grad = weight.grad
+        if not isinstance(module, SparseLayer):
+            grad = sparse.topology.gather(weight_to_matrix(grad, sparse.topology.block[1]))
+        return [y.detach(), z.grad, grad]
+
+    exact = results(exact_layer, torch.float64)
+    errors = [
+        [((a - e).abs().max() / e.abs().max()).item() for a, e in zip(results(m, torch.float32), exact, strict=True)]
+        for m in (sparse, masked)
+    ]
+    for what, ours, theirs in zip(("output", "input gradient", "values gradient"), *errors, strict=True):
+        if not ours <= 2 * theirs + 1e-6:
+            raise SystemExit(f"{case.name}: wrong {what}, error {ours:.1e} where dense PyTorch has {theirs:.1e}")
+    return max(errors[0])
+
+
+def runner(module: nn.Module, inputs: list[Tensor], grads: list[Tensor], pass_: str) -> Callable[[int], Any]:
+    """A function that runs one repetition of a layer on the inputs' turn."""
+
+    def forward(i: int) -> None:
+        with torch.no_grad():
+            module(inputs[i % len(inputs)])
+
+    def both(i: int) -> None:
+        x = inputs[i % len(inputs)].detach().requires_grad_()
+        module.zero_grad()
+        module(x).backward(grads[i % len(grads)])
+
+    return forward if pass_ == "fwd" else both
+
+
+def on_backend(backend: sm.ops.Backend, run: Callable[[int], Any]) -> Callable[[int], Any]:
+    def forced(i: int) -> None:
+        with sm.ops.use_backend(backend):
+            run(i)
+
+    return forced
+
+
+def autocast(run: Callable[[int], Any], device: torch.device) -> Callable[[int], Any]:
+    def lowered(i: int) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            run(i)
+
+    return lowered
+
+
+def csr_runner(masked: nn.Linear, inputs: list[Tensor]) -> Callable[[int], Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR support beta
+        weight = masked.weight.detach().to_sparse_csr()
+
+    def forward(i: int) -> None:
+        (weight @ inputs[i % len(inputs)].t()).t()
+
+    return forward
+
+
+def peers(masked: nn.Module, sparse: nn.Module, device: torch.device) -> dict[str, nn.Module]:
+    """SparseProp (Nikdan et al. 2023) where it is installed and takes the layer: unstructured, on the CPU."""
+    try:
+        import sparseprop.modules as sparseprop
+    except ImportError:
+        print("SparseProp is not installed (pip install sparseprop), it is left out", file=sys.stderr)
+        return {}
+    if device.type != "cpu" or sparse.topology.block != (1, 1):
+        return {}
+    if isinstance(masked, nn.Linear):
+        return {"sparseprop": sparseprop.SparseLinear.from_dense(masked)}
+    if masked.kernel_size[0] == 1 and masked.stride[0] > 1:
+        return {}
+    # its two kernels; the faster one counts
+    return {f"sparseprop {n}": sparseprop.SparseConv2d.from_dense(masked, vectorizing_over_on=n == "over on")
+            for n in ("over batch", "over on")}  # fmt: skip
+
+
+def chosen(layer: SparseLayer, case: Case, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return None
+    return " ".join(tuning.chosen_backends(layer, case.input_shape).values())
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model and its training batch."""
+
+    name: str
+    image_shape: tuple[int, ...]
+    batch: int = 128
+    classes: int = 10
+    steps_per_epoch: int = 390
+
+    def build(self, outputs: int) -> nn.Module:
+        return models.build(self.name, outputs, in_channels=self.image_shape[0], image_size=self.image_shape[1])
+
+
+NETWORKS = [Network("resnet18", (3, 32, 32)), Network("wrn-22-2", (3, 32, 32)), Network("mlp", (1, 28, 28))]
+INTERVAL = 100
+
+
+def step(bench: Bench) -> None:
+    """Whole training steps, with topology updates and averaging spread over their intervals."""
+    for network in NETWORKS:
+        if bench.arguments.case and not any(part in network.name for part in bench.arguments.case):
+            continue
+        for sparsity in bench.arguments.sparsity:
+            for allocation in ("uniform", "erk"):
+                for pattern in bench.arguments.pattern:
+                    _step(bench, network, sparsity, allocation, pattern)
+
+
+def _step(bench: Bench, network: Network, sparsity: float, allocation: Any, pattern: str) -> None:
+    x = torch.randn(network.batch, *network.image_shape, device=bench.device)
+    y = torch.randint(network.classes, (network.batch,), device=bench.device)
+    cross_entropy = nn.CrossEntropyLoss()
+
+    def training(model: nn.Module, method: sm.Method, loss: nn.Module, x: Tensor = x) -> Callable[[int], Any]:
+        def run(_: int) -> None:
+            loss(model(x), y).backward()
+            method.step()
+            method.optimizer.zero_grad()
+
+        return run
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True)
+
+    dense = network.build(network.classes).to(bench.device)
+    last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    low = copy.deepcopy(last)
+    runs = {"dense fp32": training(dense, sm.Dense(dense, optimizer(dense)), cross_entropy)}
+    if len(network.image_shape) == 3 and network.name != "mlp":
+        x_last = x.contiguous(memory_format=torch.channels_last)
+        runs["dense fp32 channels_last"] = training(last, sm.Dense(last, optimizer(last)), cross_entropy, x_last)
+        runs["dense bf16"] = autocast(training(low, sm.Dense(low, optimizer(low)), cross_entropy, x_last), bench.device)
+    else:
+        runs["dense bf16"] = autocast(training(low, sm.Dense(low, optimizer(low)), cross_entropy), bench.device)
+
+    sparse = {
+        kind: sm.sparsify(
+            network.build(network.classes + (kind == "moon")), sparsity, allocation, pattern=pattern,
+            fuse=bench.arguments.fuse,
+        ).to(bench.device)
+        for kind in ("rigl", "moon")
+    }  # fmt: skip
+    losses = {
+        "rigl": cross_entropy,
+        "moon": sm.UnknownAwareLoss(network.classes, 10, warmup_epochs=0).to(bench.device),
+    }
+    methods = {k: sm.RigL(m, optimizer(m), total_steps=10**9, interval=10**8) for k, m in sparse.items()}
+    runs |= {k: training(m, methods[k], losses[k]) for k, m in sparse.items()}
+    changing = copy.deepcopy(sparse["rigl"])
+    updating = sm.RigL(changing, optimizer(changing), total_steps=10**9, interval=1)
+    updating.load_state_dict({**updating.state_dict(), "steps": 1})  # the first batch never updates, all others do
+    runs["update"] = training(changing, updating, cross_entropy)
+    average = sm.WeightAverage(sparse["moon"])
+    runs["average"] = lambda _: average.update(sparse["moon"])
+    times = bench.times(runs)
+
+    costs = {k: flops.layer_costs(m, network.image_shape) for k, m in sparse.items()}
+    forward = sum(c.forward_sparse for c in costs["rigl"]), sum(c.forward_dense for c in costs["rigl"])
+    update_share = (times["update"] - times["rigl"]) / INTERVAL / times["rigl"]
+    with_updates = times["rigl"] * (1 + update_share)
+    average_ms = times["average"] / network.steps_per_epoch
+    case = f"{network.name}_b{network.batch}_{allocation}"
+    row = Row("step", case, pattern, sparsity, "fp32", bench.device.type, "rigl", with_updates, "", 0.0, 0.0,
+              3 * network.batch * forward[0])  # fmt: skip
+    fp32 = {name: time for name, time in times.items() if name.startswith("dense fp32")}
+    fastest = min(fp32, key=fp32.__getitem__)
+    for name in (fastest, "dense bf16"):
+        bench.add(replace(row, baseline=name, baseline_ms=times[name], speedup=times[name] / with_updates))
+    with_moon = times["moon"] + average_ms + update_share * times["rigl"]
+    bench.add(
+        replace(
+            row, pass_="moon", ms=with_moon, baseline="rigl", baseline_ms=with_updates, speedup=with_updates / with_moon
+        )
+    )
+    update_ms = times["update"] - times["rigl"]
+    print(
+        f"        forward FLOPs {forward[0] / forward[1]:.3f} x dense; topology update {update_ms:.1f} ms more than a "
+        f"step, {update_share:.2%} of a step at every {INTERVAL}; MOON {with_moon / with_updates - 1:+.2%}, of which "
+        f"averaging {average_ms / with_updates:.3%} at {network.steps_per_epoch} steps an epoch",
+        flush=True,
+    )
+
+
+def update(bench: Bench) -> None:
+    """One layer's topology update against PyTorch's sorts."""
+    for rows, cols in ((512, 4608), (4096, 4096)):
+        for sparsity in bench.arguments.sparsity:
+            _update(bench, rows, cols, sparsity)
+
+
+def _update(bench: Bench, rows: int, cols: int, sparsity: float) -> None:
+    torch.manual_seed(0)
+    topology = Topology.random((rows, cols), 1 - sparsity).to(bench.device)
+    drop = torch.rand(topology.num_blocks, device=bench.device)
+    grow = torch.rand(rows, cols, device=bench.device)
+    count = int(0.3 * topology.num_blocks)
+    ours = sm.ops.drop_and_grow(drop, grow, topology, count)
+    exact = drop_and_grow_reference(drop, grow, topology.row_ptr, topology.col, count)
+    if not all(torch.equal(a, b) for a, b in zip((*ours.index, ours.source), exact, strict=True)):
+        raise SystemExit("drop_and_grow: differs from the reference")
+    mask, weight = topology.mask(), topology.to_dense(drop)
+    times = bench.times({
+        "ours": lambda _: sm.ops.drop_and_grow(drop, grow, topology, count),
+        "two topk": lambda _: _two_topk(weight, grow, mask, count),
+    })  # fmt: skip
+    moved = 4.0 * grow.numel() + 60.0 * topology.num_blocks
+    bench.add(Row(
+        "update", f"drop_and_grow_{rows}_{cols}", "unstructured", sparsity, "fp32", bench.device.type, "update",
+        times["ours"], "two topk", times["two topk"], times["two topk"] / times["ours"],
+        floor_ms=bench.floor_ms(0, moved), max_error=0.0,
+    ))  # fmt: skip
+
+
+def _two_topk(weight: Tensor, grad: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The update as public ports have it: a dense mask and a top-k over all weights each way."""
+    flat, new = weight.abs().flatten(), mask.flatten().clone()
+    dropped = torch.where(new, flat, torch.inf).topk(count, largest=False).indices
+    new[dropped] = False
+    new[torch.where(new, -1.0, grad.abs().flatten()).topk(count).indices] = True
+    return new
+
+
+def loss(bench: Bench) -> None:
+    """MOON's loss with its gradient, against the eager formula and plain cross-entropy."""
+    for batch, classes in ((128, 10), (1024, 1000)):
+        _loss(bench, batch, classes)
+
+
+def _loss(bench: Bench, batch: int, classes: int) -> None:
+    w = torch.tensor(1.0, device=bench.device)
+    logits = torch.randn(batch, classes + 1, device=bench.device, requires_grad=True)
+    target = torch.randint(classes, (batch,), device=bench.device)
+    exact = unknown_aware_loss_reference(logits.double(), target, w.double())
+    value, _ = sm.ops.unknown_aware_loss(logits, target, w)
+    error = abs(value.item() - exact.item()) / exact.item()
+    if error > 1e-5:
+        raise SystemExit(f"unknown_aware_loss: error {error:.1e}")
+    times = bench.times({
+        "ours": lambda _: sm.ops.unknown_aware_loss(logits, target, w)[0].backward(),
+        "eager formula": lambda _: unknown_aware_loss_reference(logits, target, w).backward(),
+        "cross-entropy": lambda _: F.cross_entropy(logits, target).backward(),
+    })  # fmt: skip
+    for name in ("eager formula", "cross-entropy"):
+        bench.add(Row(
+            "loss", f"unknown_aware_loss_{batch}_{classes + 1}", "-", 0.0, "fp32", bench.device.type, "fwd+bwd",
+            times["ours"], name, times[name], times[name] / times["ours"],
+            floor_ms=bench.floor_ms(0, 12.0 * logits.numel()), max_error=error,
+        ))  # fmt: skip
+
+
+def average(bench: Bench) -> None:
+    """Averaging all weights of a sparse ResNet-18, plain and with a random mask."""
+    for sparsity in bench.arguments.sparsity:
+        _average(bench, sparsity)
+
+
+def _average(bench: Bench, sparsity: float) -> None:
+    model = sm.sparsify(NETWORKS[0].build(11), sparsity).to(bench.device)
+    values = [p.detach() for p in model.parameters()]
+    averages = [torch.zeros_like(v) for v in values]
+    count = torch.tensor(3, device=bench.device)
+    times = bench.times({
+        "plain": lambda _: sm.ops.average_(averages, values, count),
+        "masked": lambda _: sm.ops.average_(averages, values, count, keep=0.9, seed=1, step=count),
+        "torch._foreach_lerp_": lambda _: torch._foreach_lerp_(averages, values, 0.25),
+        "stored masks": lambda _: torch._foreach_lerp_(
+            averages, torch._foreach_mul(values, [torch.rand_like(v) < 0.9 for v in values]), 0.25
+        ),
+    })  # fmt: skip
+    floor = bench.floor_ms(0, 12.0 * sum(v.numel() for v in values))
+    for ours, theirs in (("plain", "torch._foreach_lerp_"), ("masked", "stored masks")):
+        bench.add(Row(
+            "average", f"resnet18_{ours}", "unstructured", sparsity, "fp32", bench.device.type, "update",
+            times[ours], theirs, times[theirs], times[theirs] / times[ours], floor_ms=floor,
+        ))  # fmt: skip
+
+
+def memory(bench: Bench) -> None:
+    """Peak resident memory of a process that trains ResNet-18, dense and sparse, topology updates included."""
+    if bench.device.type != "cpu":
+        return
+    for sparsity in bench.arguments.sparsity:
+        peaks = {}
+        for kind in ("dense", "sparse"):
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(1) as pool:  # a fresh process each, because a peak never falls
+                peaks[kind] = pool.apply(_peak_mb, (kind, sparsity, bench.arguments.fuse))
+        named = {f"{kind}_mb": round(peak, 1) for kind, peak in peaks.items()}
+        bench.peaks.append({"network": NETWORKS[0].name, "sparsity": sparsity, **named})
+        print(
+            f"memory  {NETWORKS[0].name}_b{NETWORKS[0].batch}  {sparsity:.2f}  peak resident "
+            f"{peaks['sparse']:.0f} MB, dense training {peaks['dense']:.0f} MB ({peaks['sparse'] / peaks['dense']:.2f} x)",
+            flush=True,
+        )
+
+
+def _peak_mb(kind: str, sparsity: float, fuse: bool) -> float:
+    network = NETWORKS[0]
+    model = network.build(network.classes)
+    if kind == "sparse":
+        model = sm.sparsify(model, sparsity, "uniform", fuse=fuse)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
+    method = sm.Dense(model, optimizer) if kind == "dense" else sm.RigL(model, optimizer, total_steps=100, interval=2)
+    x, y = torch.randn(network.batch, *network.image_shape), torch.randint(network.classes, (network.batch,))
+    for _ in range(4):
+        F.cross_entropy(model(x), y).backward()
+        method.step()
+        optimizer.zero_grad()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def summarise(rows: list[Row]) -> Iterator[str]:
+    """Geometric means over the main layers, by kind, pass, sparsity and baseline."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    names = {case.name for case in MAIN_CASES}
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row.section == "layers" and row.case in names:
+            baseline = "dense fp32" if row.baseline.startswith("dense fp32") else row.baseline.split(" over ")[0]
+            key = (row.case, row.pattern, row.pass_, row.sparsity, baseline)
+            if key not in best or row.baseline_ms < best[key].baseline_ms:  # of a peer's kernels the faster counts
+                best[key] = row
+    for (case, pattern, pass_, sparsity, baseline), row in best.items():
+        groups.setdefault((case.split("_")[0], pattern, pass_, sparsity, baseline), []).append(row.speedup)
+    for (kind, pattern, pass_, sparsity, baseline), values in sorted(groups.items()):
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        yield (
+            f"{kind:<9}{pattern:<13}{pass_:<8}{sparsity:>5.2f}  {mean:>6.2f}x {baseline} "
+            f"(geometric mean of {len(values)})"
+        )
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Speed-up against sparsity of every main layer, with the crossover line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for case in MAIN_CASES:
+        points = sorted(
+            (r.sparsity, r.speedup) for r in rows
+            if r.case == case.name and r.pass_ == "fwd+bwd" and r.baseline.startswith("dense fp32")
+            and r.pattern == "unstructured"
+        )  # fmt: skip
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=case.name)
+    axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
+    axes.set(xlabel="sparsity", ylabel="speed-up of forward + backward over dense fp32", yscale="log")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+SECTIONS = {"layers": layers, "step": step, "update": update, "loss": loss, "average": average, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", nargs="?", default="all", choices=[*SECTIONS, "all"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99])
+    parser.add_argument("--pattern", nargs="+", default=["unstructured"])
+    parser.add_argument("--case", nargs="+", help="only cases whose name contains one of these")
+    parser.add_argument("--peers", action="store_true", help="also time SparseProp, where it is installed")
+    parser.add_argument("--fuse", action="store_true", help="fuse batch norm and ReLU in the networks of 'step'")
+    parser.add_argument("--threads", type=int, help="torch's threads; default its own choice")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, main cases only")
+    parser.add_argument("--json", type=Path, help="results file to write")
+    parser.add_argument("--plot", type=Path, help="picture of speed-up against sparsity to write")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    bench = Bench(arguments)
+    print(", ".join(f"{k} {v:.0f}" for k, v in bench.ceilings.items()))
+    for name, run in SECTIONS.items():
+        if arguments.section in (name, "all"):
+            run(bench)
+    print(*summarise(bench.rows), sep="\n")
+    if arguments.json:
+        head = {
+            **environment(bench.device),
+            "command": " ".join(sys.argv[1:]),
+            "ceilings": bench.ceilings,
+            "peaks": bench.peaks,
+        }
+        write_results(arguments.json, {**head, "rows": [row.as_json() for row in bench.rows]})
+    if arguments.plot:
+        plot(bench.rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

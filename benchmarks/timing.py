@@ -1,0 +1,105 @@
+"""Timing that can be believed: interleaved candidates in one process, medians, inputs rotated past the caches."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparse_moon.runs
+
+
+def median_ms(
+    candidates: Mapping[str, Callable[[int], Any]], device: torch.device, *, seconds: float, least: int = 5
+) -> dict[str, float]:
+    """Median time of each candidate in milliseconds.
+
+    Args:
+        candidates: functions of the repetition's number (to rotate inputs by); all run once a round, in turn.
+        device: on CUDA, events around the call; on CPU, the clock.
+        seconds: time to spend on each candidate, about; ``least`` rounds in any case, after a round of warm-up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for name, run in candidates.items():
+        run(0)  # the first call may allocate or compile
+        times[name] = [_time_ms(run, 1, device)]
+    slowest = max(t[0] for t in times.values())
+    for round_ in range(max(least, min(200, round(1e3 * seconds / max(slowest, 1e-3))))):
+        for name, run in candidates.items():
+            times[name].append(_time_ms(run, round_, device))
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+def _time_ms(run: Callable[[int], Any], round_: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(round_)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    run(round_)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def ceilings(device: torch.device, *, seconds: float) -> dict[str, float]:
+    """What the machine can do: fp32 matrix product in GFLOP/s, copy in GB/s (read and written bytes both count)."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    source = torch.randn(2**26 if device.type == "cpu" else 2**30, device=device)
+    target = torch.empty_like(source)
+    times = median_ms(
+        {"product": lambda _: torch.mm(a, b), "copy": lambda _: target.copy_(source)}, device, seconds=seconds
+    )
+    return {
+        "gflops_fp32": 2e-6 * n**3 / times["product"],
+        "copy_gb_per_s": 2e-6 * 4 * source.numel() / times["copy"],
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine, versions, commit and date, for the head of a results file."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    info = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.type == "cuda":
+        info |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return info
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.processor())
+    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
+
+
+def write_results(path: Path, content: Mapping[str, Any]) -> None:
+    """Results file, replaced as a whole, one row a line."""
+    head = {key: value for key, value in content.items() if key != "rows"}
+    rows = ",\n".join("  " + json.dumps(row) for row in content["rows"])
+    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+    json.loads(text)
+    sparse_moon.runs.write_text(path, text)

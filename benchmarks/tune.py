@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Measure at which density the sparse CPU kernels overtake the dense product, and store the table that users get.
+
+    python benchmarks/tune.py            # writes sparse_moon/ops/crossover_cpu.json, about ten minutes on two cores
+
+Run it on an otherwise idle machine with as many threads as users have.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from timing import environment, write_results
+from torch import nn
+
+import sparse_moon as sm
+from sparse_moon.ops import choice
+from sparse_moon.tuning import best_ms, products
+
+TABLE = Path(__file__).parents[1] / "sparse_moon" / "ops" / "crossover_cpu.json"
+DENSITIES = [0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015]
+
+
+def cases() -> list[tuple[nn.Module, tuple[int, ...]]]:
+    """Layers and inputs of the networks that people train, and small and large batches of some."""
+    found: list[tuple[nn.Module, tuple[int, ...]]] = []
+    for batch in (1, 8, 32, 128):
+        for channels, size in ((16, 32), (64, 32), (128, 16), (256, 8), (512, 4)):
+            found.append((nn.Conv2d(channels, channels, 3, padding=1, bias=False), (batch, channels, size, size)))
+        for channels, size in ((64, 32), (256, 8)):
+            found += [
+                (nn.Conv2d(channels, 4 * channels, 1, bias=False), (batch, channels, size, size)),
+                (nn.Conv2d(4 * channels, channels, 1, bias=False), (batch, 4 * channels, size, size)),
+                (nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), (batch, channels, size, size)),
+                (nn.Conv2d(channels, 2 * channels, 3, 2, padding=1, bias=False), (batch, channels, size, size)),
+            ]
+    for batch in (1, 8, 128):
+        found.append((nn.Conv2d(3, 64, 7, 2, 3, bias=False), (min(batch, 8), 3, 224, 224)))
+        found.append((nn.Conv2d(64, 64, 3, padding=1, bias=False), (min(batch, 8), 64, 56, 56)))
+        found.append((nn.Conv2d(32, 64, 5, padding=2, bias=False), (batch, 32, 16, 16)))
+    for batch in (1, 8, 32, 128, 512, 2048):
+        for inputs, outputs in ((256, 10), (512, 512), (1024, 1024), (768, 3072), (4096, 4096)):
+            found.append((nn.Linear(inputs, outputs, bias=False), (batch, inputs)))
+    return found
+
+
+def crossover(times: list[tuple[float, float, float]]) -> float:
+    """Density at which the kernel's time passes the reference's, from (density, kernel, reference) by falling density.
+
+    Between two measured densities it is interpolated in logarithms; 1 where the kernel always wins, 0 where it never
+    does.
+    """
+    previous = None
+    for density, kernel, reference in times:
+        gain = math.log(reference / kernel)
+        if gain >= 0:
+            if previous is None:
+                return 1.0 if density == times[0][0] else density
+            other, loss = previous
+            share = gain / (gain - loss)
+            return math.exp(math.log(density) + share * (math.log(other) - math.log(density)))
+        previous = density, gain
+    return 0.0
+
+
+def main() -> None:
+    rows = []
+    for dense, shape in cases():
+        torch.manual_seed(0)
+        kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
+        layers = [(d, products(kind.from_dense(dense, sparsity=1 - d), shape)) for d in DENSITIES]
+        for pass_ in choice.PASSES:
+            times = []
+            for density, runs in layers:
+                pair = [best_ms(runs[pass_], backend) for backend in ("kernel", "reference")]
+                times.append((density, *pair))
+                if pair[0] < 0.7 * pair[1]:
+                    break  # sparser is only faster
+            with choice.asked_for() as works:
+                layers[-1][1][pass_]()
+            found = round(crossover(times), 4)
+            rows += [{"work": work._asdict(), "crossover": found} for work in works]
+            print(f"{works[0]}: {found}", flush=True)
+    write_results(TABLE, {**environment(torch.device("cpu")), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Measure, once and on this machine, which implementation of a model's sparse products is faster."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_moon.nn import SparseLayer, evaluation_mode, sparse_layers
+from sparse_moon.ops import choice
+from sparse_moon.ops.choice import Backend, Pass
+
+
+def tune(model: nn.Module, input_size: tuple[int, ...], batch_size: int) -> dict[str, dict[Pass, Backend]]:
+    """Let each sparse layer of a CPU model use, from now on in this process, what is faster at its shape and density.
+
+    Not needed in general: a stored table knows good choices. One forward pass finds the shapes of the layers' inputs;
+    then each layer's three products are timed. The model is left as it was.
+
+    Args:
+        model: with sparse layers, in float32 on the CPU.
+        input_size: shape of one example; ``batch_size``: how many make the batch that training uses.
+
+    Returns:
+        For each layer by name, ``"kernel"`` or ``"reference"`` for each pass.
+    """
+    layers = sparse_layers(model)
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shapes[module] = tuple(inputs[0].shape)
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(torch.zeros(batch_size, *input_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: tune_layer(layer, shapes[layer]) for name, layer in layers.items() if layer in shapes}
+
+
+def tune_layer(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pass, Backend]:
+    """As :func:`tune`, for one layer on inputs of this shape."""
+    chosen: dict[Pass, Backend] = {}
+    density = 1.0 - layer.sparsity
+    for pass_, run in products(layer, input_shape).items():
+        times = {backend: best_ms(run, backend) for backend in ("kernel", "reference")}
+        chosen[pass_] = "kernel" if times["kernel"] <= times["reference"] else "reference"
+        with choice.asked_for() as works:
+            run()
+        for work in works:
+            choice.remember(work, density if chosen[pass_] == "kernel" else 0.99 * density)
+    return chosen
+
+
+def chosen_backends(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pass, Backend]:
+    """What the layer would use for inputs of this shape: ``"kernel"`` or ``"reference"`` for each pass."""
+    density = 1.0 - layer.sparsity
+    chosen: dict[Pass, Backend] = {}
+    for pass_, run in products(layer, input_shape).items():
+        with choice.asked_for() as works:
+            run()
+        kernel = works and all(density <= choice.crossover(work) for work in works)
+        chosen[pass_] = "kernel" if kernel else "reference"
+    return chosen
+
+
+def products(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pass, Callable[[], Any]]:
+    """A layer's three products on random inputs of this shape, each as a function."""
+    values = layer.values
+    x = torch.randn(input_shape, dtype=values.dtype, device=values.device, requires_grad=True)
+    with torch.enable_grad():
+        y = layer(x)
+    upstream = torch.randn_like(y)
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return {
+        "forward": forward,
+        "input_grad": lambda: torch.autograd.grad(y, x, upstream, retain_graph=True),
+        "values_grad": lambda: torch.autograd.grad(y, values, upstream, retain_graph=True),
+    }
+
+
+def best_ms(run: Callable[[], Any], backend: Backend, *, seconds: float = 0.05, least: int = 3) -> float:
+    """Shortest time of a product on one backend, in milliseconds, over ``least`` runs or more, after a first one."""
+    with choice.use_backend(backend):
+        run()
+        best, spent, runs = float("inf"), 0.0, 0
+        while runs < least or (spent < seconds and runs < 50):
+            begin = time.perf_counter()
+            run()
+            taken = time.perf_counter() - begin
+            best, spent, runs = min(best, taken), spent + taken, runs + 1
+    return 1e3 * best

@@ -1,0 +1,167 @@
+// Runs the sparse products on heap arrays of exactly the right size, with every instruction set that the processor
+// has, and compares them with loops in double precision. Meant for the address and undefined behaviour sanitizers.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/sparse_conv2d.h"
+#include "cpu/sparse_linear.h"
+#include "cpu/transpose_index.h"
+
+using namespace sparse_moon;
+
+namespace {
+
+std::mt19937 generator(0);
+
+std::vector<float> random_values(int64_t count) {
+    std::normal_distribution<float> normal;
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(generator);
+    return values;
+}
+
+// A random block-compressed matrix and its dense form, columns in topology order.
+struct Weight {
+    std::vector<int32_t> row_ptr, col, t_ptr, t_row, t_perm;
+    std::vector<float> values;
+    SparseMatrix matrix;
+
+    Weight(int64_t rows, int64_t cols, int64_t bh, int64_t bw, double density) : row_ptr{0} {
+        std::bernoulli_distribution exists(density);
+        for (int64_t r = 0; r < rows / bh; ++r) {
+            for (int64_t c = 0; c < cols / bw; ++c) {
+                if (exists(generator)) col.push_back(static_cast<int32_t>(c));
+            }
+            row_ptr.push_back(static_cast<int32_t>(col.size()));
+        }
+        t_ptr.resize(cols / bw + 1);
+        t_row.resize(col.size());
+        t_perm.resize(col.size());
+        transpose_index(row_ptr.data(), col.data(), rows / bh, cols / bw, t_ptr.data(), t_row.data(), t_perm.data());
+        values = random_values(static_cast<int64_t>(col.size()) * bh * bw);
+        matrix = {rows,        cols,         bh,           bw,           row_ptr.data(), col.data(),
+                  t_ptr.data(), t_row.data(), t_perm.data(), values.data()};
+    }
+
+    // visit(row, column, place of the value)
+    template <class Visit>
+    void each(Visit visit) const {
+        const int64_t bh = matrix.block_rows, bw = matrix.block_cols;
+        for (int64_t r = 0; r < matrix.rows / bh; ++r) {
+            for (int64_t e = row_ptr[r]; e < row_ptr[r + 1]; ++e) {
+                for (int64_t i = 0; i < bh; ++i) {
+                    for (int64_t j = 0; j < bw; ++j) visit(r * bh + i, col[e] * bw + j, (e * bh + i) * bw + j);
+                }
+            }
+        }
+    }
+};
+
+int failures = 0;
+
+void compare(const char* what, const std::string& isa, const std::vector<float>& got, const std::vector<double>& want) {
+    double largest = 0, error = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        largest = std::fmax(largest, std::fabs(want[i]));
+        const double difference = std::fabs(got[i] - want[i]);
+        error = difference <= error ? error : difference;  // keeps a NaN
+    }
+    if (!(error <= 1e-5 * largest)) {
+        std::printf("%s, %s: error %g of %g\n", what, isa.c_str(), error, largest);
+        ++failures;
+    }
+}
+
+void check_linear(int64_t tokens, int64_t in, int64_t out, int64_t bh, int64_t bw, double density) {
+    const Weight weight(out, in, bh, bw, density);
+    const std::vector<float> x = random_values(tokens * in), grad = random_values(tokens * out), bias = random_values(out);
+    std::vector<double> y(tokens * out), dx(tokens * in), dv(weight.values.size());
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t o = 0; o < out; ++o) y[t * out + o] = bias[o];
+        weight.each([&](int64_t row, int64_t column, int64_t place) {
+            y[t * out + row] += double(weight.values[place]) * x[t * in + column];
+            dx[t * in + column] += double(weight.values[place]) * grad[t * out + row];
+            dv[place] += double(grad[t * out + row]) * x[t * in + column];
+        });
+    }
+    for (const std::string& isa : supported_isas()) {
+        set_isa(isa);
+        std::vector<float> got_y(y.size(), NAN), got_dx(dx.size(), NAN), got_dv(dv.size(), NAN);
+        sparse_linear(tokens, weight.matrix, x.data(), bias.data(), got_y.data(), 2);
+        sparse_linear_input_grad(tokens, weight.matrix, grad.data(), got_dx.data(), 2);
+        sparse_linear_values_grad(tokens, weight.matrix, grad.data(), x.data(), got_dv.data(), 2);
+        compare("sparse_linear", isa, got_y, y);
+        compare("sparse_linear_input_grad", isa, got_dx, dx);
+        compare("sparse_linear_values_grad", isa, got_dv, dv);
+    }
+}
+
+void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool channels_last) {
+    for (int d = 0; d < 2; ++d) {
+        const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1) + 1;
+        conv.out_size[d] = (conv.in_size[d] + 2 * conv.padding[d] - reach) / conv.stride[d] + 1;
+    }
+    const int64_t taps = conv.kernel[0] * conv.kernel[1], group_in = conv.in_channels / conv.groups;
+    const Weight weight(conv.out_channels, group_in * taps, bh, bw, density);
+    const int64_t in_area = conv.in_size[0] * conv.in_size[1], out_area = conv.out_size[0] * conv.out_size[1];
+    const std::vector<float> x = random_values(conv.batch * conv.in_channels * in_area);
+    const std::vector<float> grad = random_values(conv.batch * conv.out_channels * out_area);
+    const auto index = [&](int64_t n, int64_t channel, int64_t row, int64_t column, int64_t channels,
+                           const int64_t* size) {
+        return channels_last ? ((n * size[0] + row) * size[1] + column) * channels + channel
+                             : ((n * channels + channel) * size[0] + row) * size[1] + column;
+    };
+    std::vector<double> y(grad.size()), dx(x.size()), dv(weight.values.size());
+    weight.each([&](int64_t o, int64_t column, int64_t place) {
+        const int64_t c = o / (conv.out_channels / conv.groups) * group_in + column / bw / taps * bw + column % bw;
+        const int64_t tap = column / bw % taps;
+        for (int64_t n = 0; n < conv.batch; ++n) {
+            for (int64_t h = 0; h < conv.out_size[0]; ++h) {
+                for (int64_t w = 0; w < conv.out_size[1]; ++w) {
+                    const int64_t row = h * conv.stride[0] + tap / conv.kernel[1] * conv.dilation[0] - conv.padding[0];
+                    const int64_t at = w * conv.stride[1] + tap % conv.kernel[1] * conv.dilation[1] - conv.padding[1];
+                    if (row < 0 || row >= conv.in_size[0] || at < 0 || at >= conv.in_size[1]) continue;
+                    const int64_t to = index(n, o, h, w, conv.out_channels, conv.out_size);
+                    const int64_t from = index(n, c, row, at, conv.in_channels, conv.in_size);
+                    y[to] += double(weight.values[place]) * x[from];
+                    dx[from] += double(weight.values[place]) * grad[to];
+                    dv[place] += double(grad[to]) * x[from];
+                }
+            }
+        }
+    });
+    for (const std::string& isa : supported_isas()) {
+        set_isa(isa);
+        std::vector<float> got_y(y.size(), NAN), got_dx(dx.size(), NAN), got_dv(dv.size(), NAN);
+        sparse_conv2d(conv, weight.matrix, x.data(), nullptr, got_y.data(), channels_last, 2);
+        sparse_conv2d_input_grad(conv, weight.matrix, grad.data(), got_dx.data(), channels_last, 2);
+        sparse_conv2d_values_grad(conv, weight.matrix, grad.data(), channels_last, x.data(), channels_last,
+                                  got_dv.data(), 2);
+        compare("sparse_conv2d", isa, got_y, y);
+        compare("sparse_conv2d_input_grad", isa, got_dx, dx);
+        compare("sparse_conv2d_values_grad", isa, got_dv, dv);
+    }
+}
+
+}  // namespace
+
+int main() {
+    check_linear(37, 50, 33, 1, 1, 0.3);
+    check_linear(5, 1500, 9, 1, 1, 0.1);
+    check_linear(300, 24, 18, 3, 1, 0.4);
+    check_linear(18, 40, 44, 4, 4, 0.5);
+    check_linear(3, 7, 5, 1, 1, 0.0);
+    for (const bool channels_last : {false, true}) {
+        check_conv2d({17, 5, {9, 7}, 18, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.3, channels_last);
+        check_conv2d({3, 8, {8, 16}, 6, {}, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 2}, 3, 1, 0.4, channels_last);
+        check_conv2d({20, 4, {5, 33}, 3, {}, {1, 1}, {2, 2}, {0, 0}, {1, 1}, 1}, 1, 1, 0.7, channels_last);
+        check_conv2d({2, 4, {11, 10}, 4, {}, {5, 2}, {3, 1}, {4, 0}, {2, 3}, 1}, 2, 2, 0.6, channels_last);
+        check_conv2d({1, 3, {4, 4}, 20, {}, {7, 7}, {1, 1}, {3, 3}, {1, 1}, 1}, 1, 1, 0.0, channels_last);
+    }
+    if (failures == 0) std::printf("passed\n");
+    return failures;
+}

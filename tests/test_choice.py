@@ -1,0 +1,112 @@
+import pytest
+import torch
+from torch import nn
+
+import sparse_moon as sm
+from sparse_moon import tuning
+from sparse_moon.ops import choice
+from sparse_moon.ops.choice import PASSES, Work
+from sparse_moon.ops.native import native
+
+pytestmark = pytest.mark.skipif(native is None, reason="needs the compiled CPU kernels")
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch):
+    monkeypatch.setattr(choice, "_measured", {})
+
+
+def conv():
+    return sm.SparseConv2d(8, 16, 3, padding=1, stride=2, groups=2, sparsity=0.9), (4, 8, 9, 10)
+
+
+def asked(layer, shape):
+    with choice.asked_for() as works:
+        x = torch.randn(shape, requires_grad=True)
+        layer(x).sum().backward()
+    return works
+
+
+def test_every_pass_asks_with_its_own_numbers():
+    assert asked(*conv()) == [Work(p, 4, 4, 16, 5 * 5, 9, 2, 2) for p in PASSES]
+    assert asked(sm.SparseLinear(6, 8, sparsity=0.5, pattern="vector4"), (2, 3, 6)) == [
+        Work(p, 6, 6, 8, 1, 1, 1, 1) for p in PASSES
+    ]
+
+
+def test_backends_agree_and_are_really_different(monkeypatch):
+    layer, shape = conv()
+    x = torch.randn(shape)
+    calls = []
+    real = native.sparse_conv2d
+    monkeypatch.setattr(native, "sparse_conv2d", lambda *a: (calls.append(1), real(*a))[1], raising=True)
+    with sm.ops.use_backend("reference"):
+        expected = layer(x)
+    assert not calls
+    with sm.ops.use_backend("kernel"):
+        torch.testing.assert_close(layer(x), expected)
+    assert calls
+
+
+def test_the_crossover_decides():
+    layer, shape = conv()
+    for pass_ in PASSES:
+        work = Work(pass_, 4, 4, 16, 25, 9, 2, 2)
+        choice.remember(work, 0.05)
+        assert tuning.chosen_backends(layer, shape)[pass_] == "reference"
+        choice.remember(work, 0.2)
+        assert tuning.chosen_backends(layer, shape)[pass_] == "kernel"
+
+
+def test_nearest_neighbour(monkeypatch):
+    base = Work("forward", 128, 64, 64, 256, 9, 1, 1)
+    table = [
+        (base, 0.1),
+        (base._replace(batch=1), 0.2),
+        (base._replace(taps=1), 0.3),
+        (base._replace(stride=2), 0.4),
+        (base._replace(positions=1, taps=1), 0.5),
+        (base._replace(pass_="values_grad"), 0.6),
+    ]
+    monkeypatch.setattr(choice, "_table", lambda: table)
+    monkeypatch.setattr(choice, "_nearest", choice._nearest.__wrapped__)
+    for work, value in table:
+        assert choice.crossover(work) == value
+    assert choice.crossover(base._replace(batch=2, inputs=48)) == 0.2
+    assert choice.crossover(base._replace(batch=1, taps=1)) == 0.3
+    assert choice.crossover(base._replace(positions=1, taps=1, inputs=4096, batch=1)) == 0.5
+
+
+def test_stored_table_covers_every_pass():
+    for pass_ in PASSES:
+        for work in (Work(pass_, 1, 3, 64, 1024, 49, 2, 1), Work(pass_, 2048, 768, 3072, 1, 1, 1, 1)):
+            assert 0.0 <= choice.crossover(work) <= 1.0
+
+
+def test_tune_takes_what_is_faster(monkeypatch):
+    model = sm.sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 32)), 0.8).train()
+    monkeypatch.setattr(tuning, "best_ms", lambda run, backend: {"kernel": 1.0, "reference": 2.0}[backend])
+    assert sm.tune(model, (3, 8, 8), 5) == {n: dict.fromkeys(PASSES, "kernel") for n in ("0", "3")}
+    assert model.training and not model[0]._forward_pre_hooks
+    monkeypatch.setattr(tuning, "best_ms", lambda run, backend: {"kernel": 3.0, "reference": 2.0}[backend])
+    sm.tune(model, (3, 8, 8), 5)
+    assert tuning.chosen_backends(model[3], (5, 8 * 36)) == dict.fromkeys(PASSES, "reference")
+    assert set(choice._measured) == {
+        *[Work(p, 5, 3, 8, 36, 9, 1, 1) for p in PASSES],
+        *[Work(p, 5, 8 * 36, 32, 1, 1, 1, 1) for p in PASSES],
+    }
+
+
+def test_tune_really_measures():
+    layer, shape = conv()
+    chosen = tuning.tune_layer(layer, shape)
+    assert chosen.keys() == set(PASSES) and set(chosen.values()) <= {"kernel", "reference"}
+    assert tuning.chosen_backends(layer, shape) == chosen
+
+
+def test_use_backend_restores_and_refuses():
+    with pytest.raises(RuntimeError), sm.ops.use_backend("reference"):
+        raise RuntimeError
+    assert choice._backend == "auto"
+    with pytest.raises(ValueError, match="backend must be one of"), sm.ops.use_backend("fast"):
+        pass

@@ -1,0 +1,284 @@
+"""The compiled CPU products in every instruction set that this processor has, against dense float64."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_moon.ops import cpu, use_backend
+from sparse_moon.ops.native import native
+from sparse_moon.ops.sparse_conv2d import Geometry
+from sparse_moon.topology import Topology, matrix_to_weight, weight_to_matrix
+
+if native is None:
+    pytest.skip("the compiled kernels were not built", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+OPS = torch.ops.sparse_moon
+ISAS = native.supported_isas()
+
+
+@pytest.fixture(autouse=True)
+def _kernels_wherever_possible():
+    with use_backend("kernel"):
+        yield
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set in turn."""
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(ISAS[0])
+
+
+def assert_as_good_as_dense(ours: Tensor, dense: Tensor, exact: Tensor, size: Tensor) -> None:
+    """Our error against float64 is at most twice that of PyTorch's own float32, or two units in the last place
+    of ``size``, the same product of absolute values: where terms cancel, one result may be right by chance."""
+    assert ours.shape == exact.shape and ours.dtype == torch.float32
+    if exact.numel() == 0:
+        return
+    error, allowed = (ours.double() - exact).abs().max(), (dense.double() - exact).abs().max()
+    assert error <= 2 * allowed + 2**-22 * size.max()  # NaN fails
+
+
+def in_layout(tensor: Tensor, channels_last: bool) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: tuple[int, int], density: float) -> None:
+    topology = Topology.random((outputs, features), density, block)
+    values = torch.randn(topology.values_shape)
+    x, grad, bias = torch.randn(*leading, features), torch.randn(*leading, outputs), torch.randn(outputs)
+    weight, index = topology.to_dense(values), topology.index
+
+    def products(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        d_weight = grad.reshape(-1, outputs).t() @ x.reshape(-1, features)
+        return F.linear(x, weight, bias), grad @ weight, topology.gather(d_weight)
+
+    dense = products(x, grad, weight, bias)
+    exact = products(x.double(), grad.double(), weight.double(), bias.double())
+    sizes = products(x.double().abs(), grad.double().abs(), weight.double().abs(), bias.double().abs())
+    for name in ISAS:
+        native.set_isa(name)
+        ours = (
+            cpu._linear(x, values, bias, None, *index),
+            cpu._linear_input_grad(grad, values, *index),
+            cpu._linear_values_grad(grad, x, list(block), *index),
+        )
+        for result in zip(ours, dense, exact, sizes, strict=True):
+            assert_as_good_as_dense(*result)
+    native.set_isa(ISAS[0])
+
+
+def check_conv2d(
+    x: Tensor, geometry: Geometry, block: tuple[int, int], density: float, grad_channels_last: bool, bias: bool
+) -> None:
+    shape, options = tuple(geometry.weight_shape), geometry[1:4]
+    topology = Topology.random((shape[0], shape[1] * shape[2] * shape[3]), density, block)
+    values = torch.randn(topology.values_shape)
+    weight, index = matrix_to_weight(topology.to_dense(values), shape, block[1]), topology.index
+    added = torch.randn(shape[0]) if bias else None
+    grad = torch.randn(x.shape[0], shape[0], *geometry.output_size(x.shape))
+    grad = in_layout(grad, grad_channels_last)
+
+    def products(x: Tensor, grad: Tensor, weight: Tensor, added: Tensor | None) -> tuple[Tensor, ...]:
+        if x.shape[0] == 0:
+            return grad, x, torch.zeros(topology.values_shape, dtype=x.dtype)
+        y = F.conv2d(x, weight, added, *options, geometry.groups)
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *options, False, [0, 0], geometry.groups, [True, True, False]
+        )
+        return y, dx, topology.gather(weight_to_matrix(dw, block[1]))
+
+    dense = products(x, grad, weight, added)
+    operands = [None if t is None else t.double() for t in (x, grad, weight, added)]
+    exact = products(*operands)
+    sizes = products(*(None if t is None else t.abs() for t in operands))
+    for name in ISAS:
+        native.set_isa(name)
+        ours = (
+            cpu._conv2d(x, values, added, None, *geometry, *index),
+            cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
+            cpu._conv2d_values_grad(grad, x, list(block), *geometry, *index),
+        )
+        for result in zip(ours, dense, exact, sizes, strict=True):
+            assert_as_good_as_dense(*result)
+    native.set_isa(ISAS[0])
+
+
+BLOCKS = st.sampled_from([(1, 1), (1, 1), (3, 1), (2, 2)])
+DENSITIES = st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0])
+
+
+@settings(max_examples=60)
+@given(
+    tokens=st.one_of(st.integers(0, 40), st.sampled_from([255, 256, 257])),
+    features=st.sampled_from([1, 3, 16, 17, 63, 300]),
+    outputs=st.sampled_from([1, 5, 16, 33, 100]),
+    block=BLOCKS,
+    density=DENSITIES,
+)
+def test_linear(tokens, features, outputs, block, density):
+    check_linear((tokens,), features * block[1], outputs * block[0], block, density)
+
+
+def test_linear_features_in_chunks():
+    """More features than one chunk of the panel holds, with few tokens and with several tiles of them."""
+    check_linear((3,), 2500, 40, (1, 1), 0.1)
+    check_linear((2, 150), 1300, 35, (1, 1), 0.1)
+    check_linear((270,), 1400, 36, (4, 4), 0.2)
+
+
+PAIR = st.tuples(st.integers(1, 3), st.integers(1, 2))
+
+
+@settings(max_examples=120)
+@given(
+    batch=st.sampled_from([0, 1, 2, 3, 7, 15, 16, 17, 20, 33]),
+    size=st.tuples(st.sampled_from([1, 4, 5, 8, 13, 17]), st.sampled_from([1, 2, 4, 7, 8, 14, 16, 19, 33])),
+    kernel=st.tuples(st.sampled_from([1, 2, 3, 5, 7]), st.sampled_from([1, 2, 3, 5, 7])),
+    stride=PAIR,
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    dilation=PAIR,
+    groups=st.integers(1, 3),
+    channels=st.tuples(st.sampled_from([1, 3, 6, 17]), st.sampled_from([1, 2, 5, 18])),
+    block=BLOCKS,
+    density=DENSITIES,
+    bias=st.booleans(),
+    layouts=st.tuples(st.booleans(), st.booleans()),
+)
+def test_conv2d(
+    batch, size, kernel, stride, padding, dilation, groups, channels, block, density, bias, layouts
+):  # fmt: skip
+    shape = [channels[1] * groups * block[0], channels[0] * block[1], *kernel]
+    geometry = Geometry(shape, list(stride), list(padding), list(dilation), groups)
+    x = in_layout(torch.randn(batch, shape[1] * groups, *size), layouts[0])
+    assume(min(geometry.output_size(x.shape)) >= 1)
+    check_conv2d(x, geometry, block, density, layouts[1], bias)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_conv2d_plane_in_blocks_of_rows(channels_last):
+    """A plane whose panel outgrows its size limit, in full groups of images and in bands of single images."""
+    geometry = Geometry([8, 48, 3, 3], [1, 1], [1, 1], [1, 1], 1)
+    for batch in (1, 17):
+        x = in_layout(torch.randn(batch, 48, 40, 41), channels_last)
+        check_conv2d(x, geometry, (1, 1), 0.05, channels_last, False)
+
+
+def test_conv2d_with_results_written_past_the_caches():
+    x = torch.randn(16, 4, 64, 64)
+    check_conv2d(x, Geometry([32, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1), (1, 1), 0.1, False, True)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(isa):
+    topology = Topology.random((24, 9 * 20), 0.2)
+    values, x, grad = torch.randn(topology.nnz), torch.randn(35, 20, 12, 12), torch.randn(35, 24, 12, 12)
+    geometry = Geometry([24, 20, 3, 3], [1, 1], [1, 1], [1, 1], 1)
+    tokens, token_grad = torch.randn(50, 180), torch.randn(50, 24)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((
+                cpu._conv2d(x, values, None, None, *geometry, *topology.index),
+                cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *topology.index),
+                cpu._linear(tokens, values, None, None, *topology.index),
+                cpu._linear_input_grad(token_grad, values, *topology.index),
+                cpu._linear_values_grad(token_grad, tokens, [1, 1], *topology.index),
+            ))  # fmt: skip
+            first = cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *topology.index)
+            again = cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *topology.index)
+            assert torch.equal(first, again)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_operands_in_other_layouts(isa):
+    """Slices, transposes and expanded tensors give what their contiguous copies give."""
+    topology = Topology.random((6, 36), 0.5)
+    geometry, index = Geometry([6, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1), topology.index
+    values = torch.randn(2 * topology.nnz)[::2]
+    x = torch.randn(18, 9, 4, 14).transpose(1, 2)[..., ::2]
+    grad = torch.randn(6, 1, 1).expand(18, 6, 9, 7)
+    tokens, token_grad = torch.randn(36, 40).t(), torch.randn(1, 6).expand(40, 6)
+
+    def products(x: Tensor, grad: Tensor, values: Tensor, tokens: Tensor, token_grad: Tensor) -> list[Tensor]:
+        return [
+            cpu._conv2d(x, values, None, None, *geometry, *index),
+            cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
+            cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *index),
+            cpu._linear(tokens, values, None, None, *index),
+            cpu._linear_input_grad(token_grad, values, *index),
+            cpu._linear_values_grad(token_grad, tokens, [1, 1], *index),
+        ]
+
+    operands = (x, grad, values, tokens, token_grad)
+    assert not any(t.is_contiguous() for t in operands)
+    for ours, expected in zip(products(*operands), products(*(t.contiguous() for t in operands)), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_take_the_reference(dtype):
+    topology = Topology.random((6, 36), 0.5)
+    values, x, grad = (torch.randn(n, dtype=dtype) for n in ((topology.nnz,), (5, 36), (5, 6)))
+    y = cpu._linear(x, values, None, None, *topology.index)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, F.linear(x, topology.to_dense(values)))
+    assert cpu._linear_input_grad(grad, values, *topology.index).dtype == dtype
+    assert cpu._linear_values_grad(grad, x, [1, 1], *topology.index).dtype == dtype
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="no sse9 kernels"):
+        native.set_isa("sse9")
+    assert ISAS[-1] == "generic" and native.isa() == ISAS[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime():
+    cpu._linear(torch.randn(4, 4), torch.randn(16), None, None, *Topology.random((4, 4), 1.0).index)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    names = ("libgomp", "libomp", "libiomp")
+    runtimes = {line.split()[-1] for line in lines if any(name in line for name in names)}
+    assert len(runtimes) == 1, runtimes
+
+
+def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler on the path")
+    flags = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    if subprocess.run([compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
+        pytest.skip(f"{compiler} has no sanitizers")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    extra = {"kernels_avx512": ["-mavx512f", "-mfma"], "kernels_avx2": ["-mavx2", "-mfma"]} if x86 else {}
+    names = ["kernels_avx512", "kernels_avx2", "kernels_generic", "dispatch", "sparse_conv2d", "sparse_linear"]
+    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in [*names, "transpose_index"]]
+    sources.append(ROOT / "tests" / "cpu_kernels.cpp")
+    objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
+    builds = [
+        subprocess.Popen([
+            compiler, *flags, *extra.get(source.stem, []), "-I", str(ROOT / "csrc"), "-c", str(source), "-o", target,
+        ])
+        for source, target in zip(sources, objects, strict=True)
+    ]  # fmt: skip
+    assert [build.wait() for build in builds] == [0] * len(builds)
+    program = str(tmp_path / "driver")
+    subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "passed\n", result.stdout + result.stderr
