@@ -110,3 +110,28 @@ def test_use_backend_restores_and_refuses():
     assert choice._backend == "auto"
     with pytest.raises(ValueError, match="backend must be one of"), sm.ops.use_backend("fast"):
         pass
+
+
+@pytest.mark.parametrize("make", [conv, lambda: (sm.SparseLinear(40, 24, sparsity=0.9), (5, 40))])
+def test_bfloat16_runs_on_the_kernel_with_float32_sums(make):
+    layer, shape = make()
+    layer.bfloat16()
+    x = torch.randn(shape).bfloat16().requires_grad_()
+    upstream = None
+    found = []
+    for backend in ("kernel", "reference"):
+        x.grad = layer.values.grad = None
+        with sm.ops.use_backend(backend):
+            y = layer(x)
+            upstream = torch.randn_like(y) if upstream is None else upstream
+            y.backward(upstream)
+        assert y.dtype == x.grad.dtype == layer.values.grad.dtype == torch.bfloat16
+        found.append((y.detach(), x.grad, layer.values.grad))
+    exact_layer = layer.double()
+    z = x.detach().double().requires_grad_()
+    exact_layer.zero_grad()
+    y = exact_layer(z)
+    y.backward(upstream.double())
+    for ours, dense, exact in zip(*found, (y.detach(), z.grad, exact_layer.values.grad), strict=True):
+        allowed = 2 * (dense - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed

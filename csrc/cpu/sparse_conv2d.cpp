@@ -164,8 +164,9 @@ std::vector<int64_t> row_starts(const SparseMatrix& weight) {
     return starts;
 }
 
-// Entries by (input channel, phase), read from the transpose index: tap by tap, within these in order of the output
-// channels.
+// Entries by (input channel, phase), read from the transpose index: tap by tap, or, where that is not longer than the sort,
+// of them, output channel by output channel, because neighbouring taps then find each other's data in the L1 cache
+// (256 x 256 x 8 x 8 at 80 % sparsity: 32 ms instead of 37).
 void input_grad_entries(const Conv2d& conv, const SparseMatrix& weight, const Offsets& offsets, int64_t phases,
                         int threads, Entry* entries, std::vector<int64_t>& starts) {
     const int64_t bh = weight.block_rows, bw = weight.block_cols, taps = conv.kernel[0] * conv.kernel[1];
@@ -195,16 +196,33 @@ void input_grad_entries(const Conv2d& conv, const SparseMatrix& weight, const Of
         }
     }
     for (size_t b = 1; b < starts.size(); ++b) starts[b] += starts[b - 1];
+    std::vector<int64_t> scratch_counts(threads * (group_rows + 1));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t channel = 0; channel < conv.in_channels; ++channel) {
+        const int64_t first_row = channel / group_channels * group_rows;
+        int64_t* slots = scratch_counts.data() + thread_number() * (group_rows + 1);
         for (int64_t phase = 0; phase < phases; ++phase) {
-            Entry* entry = entries + starts[channel * phases + phase];
-            for (int64_t tap = 0; tap < taps; ++tap) {
-                if (offsets.phase(tap) != phase) continue;
-                each(channel, tap, [&](int64_t row, int64_t place) {
+            const int64_t begin = starts[channel * phases + phase], end = starts[channel * phases + phase + 1];
+            const auto each_of_phase = [&](auto visit) {
+                for (int64_t tap = 0; tap < taps; ++tap) {
+                    if (offsets.phase(tap) != phase) continue;
+                    each(channel, tap, [&](int64_t row, int64_t place) { visit(row, tap, place); });
+                }
+            };
+            if (8 * (end - begin) < group_rows) {
+                Entry* entry = entries + begin;
+                each_of_phase([&](int64_t row, int64_t tap, int64_t place) {
                     *entry++ = {offsets(row, tap), weight.values[place]};
                 });
+                continue;
             }
+            std::fill_n(slots, group_rows + 1, 0);
+            each_of_phase([&](int64_t row, int64_t, int64_t) { ++slots[row - first_row + 1]; });
+            slots[0] = begin;
+            for (int64_t row = 0; row < group_rows; ++row) slots[row + 1] += slots[row];
+            each_of_phase([&](int64_t row, int64_t tap, int64_t place) {
+                entries[slots[row - first_row]++] = {offsets(row, tap), weight.values[place]};
+            });
         }
     }
 }

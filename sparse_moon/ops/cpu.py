@@ -1,7 +1,7 @@
 """The compiled CPU kernels of ``sparse_linear`` and ``sparse_conv2d``, registered for the CPU where they were built.
 
-They take float32, and run where :mod:`sparse_moon.ops.choice` finds that they pay; everything else goes to the
-operator's reference.
+They compute in float32, and run where :mod:`sparse_moon.ops.choice` finds that they pay; bfloat16 operands are
+converted to float32 and back. Everything else goes to the operator's reference.
 """
 
 import math
@@ -29,6 +29,9 @@ from sparse_moon.ops.sparse_linear import _input_grad as _linear_input_grad_refe
 from sparse_moon.ops.sparse_linear import _values_grad as _linear_values_grad_reference
 from sparse_moon.ops.sparse_linear import block_of
 
+# A dense product in bfloat16 is about this much faster than in float32, so the kernel pays at densities as much lower.
+_BFLOAT16_DENSE_SPEED = 2.0
+
 
 def _extension() -> ModuleType:
     assert native is not None
@@ -39,8 +42,11 @@ def _use_kernel(work: Work, index: tuple[Tensor, ...], *operands: Tensor | None)
     """Whether the kernel takes these operands and pays for them."""
     row_ptr, col, t_ptr, _, _ = index
     blocks = (row_ptr.numel() - 1) * (t_ptr.numel() - 1)
-    takes = all(t is None or t.dtype == torch.float32 for t in operands)
-    return takes and kernel_pays(work, col.numel() / max(blocks, 1))
+    dtypes = {t.dtype for t in operands if t is not None}
+    density = col.numel() / max(blocks, 1)
+    if dtypes == {torch.bfloat16}:
+        density *= _BFLOAT16_DENSE_SPEED
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16} and kernel_pays(work, density)
 
 
 def _linear_work(pass_: Pass, tokens: int, block: tuple[int, int], index: tuple[Tensor, ...]) -> Work:
@@ -64,7 +70,8 @@ def _matrix(values: Tensor | None, block: tuple[int, int], index: tuple[Tensor, 
 
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.contiguous() for t in tensors)
+    """The tensors without gaps, floating point ones in float32."""
+    return tuple((t.float() if t.is_floating_point() else t).contiguous() for t in tensors)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -78,45 +85,48 @@ def _tokens(tensor: Tensor) -> int:
 def _linear(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> Tensor:
     if not _use_kernel(_linear_work("forward", _tokens(input), block_of(values), index), index, input, values, bias):
         return _linear_reference(input, values, bias, probe, *index)
+    dtype = input.dtype
     input, values, *index_ = _contiguous(input, values, *index)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     output = _linear_empty(input, values, bias, probe, *index_)
     weight = _matrix(values, block_of(values), tuple(index_))
     _extension().sparse_linear(
         _tokens(input), weight, input.data_ptr(), _address(bias), output.data_ptr(), torch.get_num_threads()
     )
-    return output
+    return output.to(dtype)
 
 
 def _linear_input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Tensor:
     if not _use_kernel(_linear_work("input_grad", _tokens(grad), block_of(values), index), index, grad, values):
         return _linear_input_grad_reference(grad, values, *index)
+    dtype = grad.dtype
     grad, values, *index_ = _contiguous(grad, values, *index)
     result = _linear_input_grad_empty(grad, values, *index_)
     weight = _matrix(values, block_of(values), tuple(index_))
     _extension().sparse_linear_input_grad(
         _tokens(grad), weight, grad.data_ptr(), result.data_ptr(), torch.get_num_threads()
     )
-    return result
+    return result.to(dtype)
 
 
 def _linear_values_grad(grad: Tensor, input: Tensor, block: list[int], *index: Tensor) -> Tensor:
     work = _linear_work("values_grad", _tokens(grad), (block[0], block[1]), index)
     if not _use_kernel(work, index, grad, input):
         return _linear_values_grad_reference(grad, input, block, *index)
+    dtype = grad.dtype
     grad, input, *index_ = _contiguous(grad, input, *index)
     result = _linear_values_grad_empty(grad, input, block, *index_)
     weight = _matrix(None, (block[0], block[1]), tuple(index_))
     _extension().sparse_linear_values_grad(
         _tokens(grad), weight, grad.data_ptr(), input.data_ptr(), result.data_ptr(), torch.get_num_threads()
     )
-    return result
+    return result.to(dtype)
 
 
 def _planes(tensor: Tensor) -> tuple[Tensor, bool]:
-    """The tensor in a dense layout, and whether that is channels_last."""
+    """The tensor in float32 and without gaps, and whether it is channels_last."""
     layout = memory_format(tensor)
-    return tensor.contiguous(memory_format=layout), layout == torch.channels_last
+    return tensor.float().contiguous(memory_format=layout), layout == torch.channels_last
 
 
 def _convolution(input_shape: torch.Size | list[int], geometry: Geometry) -> tuple[Any, ...]:
@@ -131,21 +141,23 @@ def _conv2d(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
     geometry, index = _split(spec)
     if not _use_kernel(_conv2d_work("forward", input.shape, geometry), index, input, values, bias):
         return _conv2d_reference(input, values, bias, probe, *spec)
+    dtype = input.dtype
     input, channels_last = _planes(input)
     values, *index_ = _contiguous(values, *index)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     output = _conv2d_empty(input, values, bias, probe, *spec)
     _extension().sparse_conv2d(
         _convolution(input.shape, geometry), _matrix(values, block_of(values), tuple(index_)),
         input.data_ptr(), _address(bias), output.data_ptr(), channels_last, torch.get_num_threads(),
     )  # fmt: skip
-    return output
+    return output.to(dtype)
 
 
 def _conv2d_input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
     if not _use_kernel(_conv2d_work("input_grad", input_shape, geometry), index, grad, values):
         return _conv2d_input_grad_reference(grad, values, input_shape, *spec)
+    dtype = grad.dtype
     grad, channels_last = _planes(grad)
     values, *index_ = _contiguous(values, *index)
     result = _conv2d_input_grad_empty(grad, values, input_shape, *spec)
@@ -153,13 +165,14 @@ def _conv2d_input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *sp
         _convolution(input_shape, geometry), _matrix(values, block_of(values), tuple(index_)),
         grad.data_ptr(), result.data_ptr(), channels_last, torch.get_num_threads(),
     )  # fmt: skip
-    return result
+    return result.to(dtype)
 
 
 def _conv2d_values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
     if not _use_kernel(_conv2d_work("values_grad", input.shape, geometry), index, grad, input):
         return _conv2d_values_grad_reference(grad, input, block, *spec)
+    dtype = grad.dtype
     grad, grad_channels_last = _planes(grad)
     input, input_channels_last = _planes(input)
     index_ = _contiguous(*index)
@@ -169,7 +182,7 @@ def _conv2d_values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: An
         grad.data_ptr(), grad_channels_last, input.data_ptr(), input_channels_last,
         result.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return result
+    return result.to(dtype)
 
 
 if native is not None:
