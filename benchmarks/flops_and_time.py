@@ -486,7 +486,8 @@ def memory(bench: Bench) -> None:
         bench.peaks.append({"network": NETWORKS[0].name, "sparsity": sparsity, **named})
         print(
             f"memory  {NETWORKS[0].name}_b{NETWORKS[0].batch}  {sparsity:.2f}  peak resident "
-            f"{peaks['sparse']:.0f} MB, dense training {peaks['dense']:.0f} MB ({peaks['sparse'] / peaks['dense']:.2f} x)",
+            f"{peaks['sparse']:.0f} MB, dense training {peaks['dense']:.0f} MB, "
+            f"{peaks['sparse'] / peaks['dense']:.2f} x",
             flush=True,
         )
 
