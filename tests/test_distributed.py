@@ -1,10 +1,11 @@
 """Two processes with gloo against one process with the doubled batch."""
 
 import socket
+import subprocess
+import sys
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,7 +44,8 @@ def train(model, parallel, kind, part):
     return model.state_dict()
 
 
-def worker(rank, port, kind, folder):
+def worker(port, kind, folder, rank):
+    """What each process does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = make_model()
@@ -61,7 +63,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        mp.spawn(worker, (port, kind, str(tmp_path)), nprocs=2)
+        command = [sys.executable, __file__, str(port), kind, str(tmp_path)]
+        processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
         first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
         model = make_model()
         alone = train(model, model, kind, slice(0, 8))
@@ -72,3 +76,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
                 torch.testing.assert_close(first["model"][name], tensor, rtol=1e-9, atol=1e-12)
             else:
                 assert torch.equal(first["model"][name], tensor)
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:4], int(sys.argv[4]))

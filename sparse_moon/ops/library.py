@@ -24,7 +24,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
 def to_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating point tensors in the dtype that autocast asks for on this device; unchanged outside autocast."""
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch knows no autocast on meta
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
