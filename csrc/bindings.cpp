@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/average.h"
+#include "cpu/batch_norm_relu.h"
 #include "cpu/bernoulli_mask.h"
 #include "cpu/dispatch.h"
 #include "cpu/drop_and_grow.h"
@@ -125,6 +126,43 @@ void bind_sparse_products(py::module_& m) {
         py::arg("input_channels_last"), py::arg("values_grad"), py::arg("threads"));
 }
 
+// (images, channels, plane), channels_last, relu, batch_statistics, eps, then the addresses of weight, bias, input,
+// mean and var.
+using BatchNormTuple =
+    std::tuple<std::array<int64_t, 3>, bool, bool, bool, double, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+               std::uintptr_t, std::uintptr_t>;
+
+sparse_moon::BatchNormReLU batch_norm(const BatchNormTuple& b, int threads) {
+    const auto& [shape, channels_last, relu, batch_statistics, eps, weight, bias, input, mean, var] = b;
+    return {shape[0], shape[1], shape[2], channels_last, relu, batch_statistics, eps, pointer<const float>(weight),
+            pointer<const float>(bias), pointer<const float>(input), pointer<float>(mean), pointer<float>(var), threads,
+            nullptr};
+}
+
+void bind_batch_norm_relu(py::module_& m) {
+    using Address = std::uintptr_t;
+    m.def(
+        "batch_norm_relu",
+        [](const BatchNormTuple& norm, Address residual, Address output, int threads) {
+            py::gil_scoped_release unlocked;
+            sparse_moon::batch_norm_relu(
+                {batch_norm(norm, threads), pointer<const float>(residual), pointer<float>(output)});
+        },
+        py::arg("norm"), py::arg("residual"), py::arg("output"), py::arg("threads"));
+    m.def(
+        "batch_norm_relu_backward",
+        [](const BatchNormTuple& norm, Address grad, Address output, Address input_grad, Address residual_grad,
+           Address weight_grad, Address bias_grad, int threads) {
+            py::gil_scoped_release unlocked;
+            sparse_moon::batch_norm_relu_backward(
+                {batch_norm(norm, threads), pointer<const float>(grad), pointer<const float>(output),
+                 pointer<float>(input_grad), pointer<float>(residual_grad), pointer<float>(weight_grad),
+                 pointer<float>(bias_grad)});
+        },
+        py::arg("norm"), py::arg("grad"), py::arg("output"), py::arg("input_grad"), py::arg("residual_grad"),
+        py::arg("weight_grad"), py::arg("bias_grad"), py::arg("threads"));
+}
+
 using sparse_moon::PhiloxStream;
 
 PhiloxStream philox_stream(int64_t seed, uint32_t stream, int64_t step) {
@@ -192,6 +230,7 @@ void bind_small_operators(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
     bind_small_operators(m);
     bind_sparse_products(m);
+    bind_batch_norm_relu(m);
     m.def(
         "transpose_index",
         [](std::uintptr_t row_ptr, std::uintptr_t col, int64_t rows, int64_t cols, std::uintptr_t t_ptr,

@@ -4,6 +4,7 @@ from sparse_moon import ops
 from sparse_moon.algorithms import SET, Dense, Method, RigL, Static
 from sparse_moon.allocation import allocate
 from sparse_moon.averaging import WeightAverage, refresh_batch_norm
+from sparse_moon.fusion import BatchNormReLU2d, fuse
 from sparse_moon.losses import UnknownAwareLoss
 from sparse_moon.nn import (
     SparseConv2d,
@@ -20,6 +21,7 @@ from sparse_moon.tuning import tune
 
 __all__ = [
     "SET",
+    "BatchNormReLU2d",
     "Constant",
     "Cosine",
     "Dense",
@@ -34,6 +36,7 @@ __all__ = [
     "WeightAverage",
     "allocate",
     "densify",
+    "fuse",
     "layer_sparsities",
     "ops",
     "overall_sparsity",

@@ -355,6 +355,7 @@ def sparsify(
     selection: Literal["random", "magnitude"] = "random",
     first_dense: bool = True,
     input_size: tuple[int, ...] | None = None,
+    fuse: bool = False,
 ) -> nn.Module:
     """Replace the linear and 2-d convolution layers of a model by sparse ones, in place.
 
@@ -374,9 +375,12 @@ def sparsify(
         first_dense: with ``"uniform"``, whether the first layer stays dense.
         input_size: shape of one example without the batch dimension; when given, layers are ordered by their first
             use in one forward pass instead of by definition, which matters for what "first" is.
+        fuse: also run batch norm, ReLU and the residual addition between them as one operation; see
+            :func:`sparse_moon.fusion.fuse`. It pays in training on the CPU.
 
     Returns:
-        The model itself (or, where the model is itself such a layer, its replacement).
+        The model itself (or, where the model is itself such a layer, its replacement); with ``fuse`` a traced module
+        of the same parameters and state.
 
     Raises:
         ValueError: a bad argument, no layer to convert, or a sparsity that cannot be reached.
@@ -400,6 +404,10 @@ def sparsify(
             return sparse
         for name in names:
             _replace(model, name, sparse)
+    if fuse:
+        from sparse_moon import fusion  # which imports this module
+
+        return fusion.fuse(model)
     return model
 
 

@@ -18,6 +18,7 @@ from sparse_moon.algorithms import SET, Dense, Method, RigL, Static
 from sparse_moon.allocation import Allocation, check_sparsity
 from sparse_moon.averaging import WeightAverage, refresh_batch_norm
 from sparse_moon.distributed import rank, world_size
+from sparse_moon.fusion import fuse
 from sparse_moon.losses import UnknownAwareLoss
 from sparse_moon.metrics import class_probabilities, classification_metrics
 from sparse_moon.nn import layer_sparsities, overall_sparsity, sparsify
@@ -50,6 +51,7 @@ class TrainConfig:
         pattern: unstructured, vectorV (V outputs of one input) or blockB.
         allocation: erk, er or uniform.
         exclude: layers to keep dense, by name with * and ?.
+        fuse: run batch norm, ReLU and residual addition as one operation (faster on the CPU).
         epochs: passes over the training data.
         batch_size: images a batch, over all processes.
         lr: learning rate at the start; it falls along half a cosine to lr_end at lr_until and then stays.
@@ -81,6 +83,7 @@ class TrainConfig:
     pattern: str = "unstructured"
     allocation: Allocation = "erk"
     exclude: tuple[str, ...] = ()
+    fuse: bool = False
     epochs: int = 40
     batch_size: int = 64
     lr: float = 0.12
@@ -319,9 +322,9 @@ def build_model(config: TrainConfig, dataset: data.DataSet) -> nn.Module:
     channels, size, _ = dataset.train.shape
     outputs = dataset.num_classes + (config.reliability == "moon")
     model = models.build(config.model, outputs, in_channels=channels, image_size=size, width=config.width)
-    if config.method == "dense":
-        return model
-    return sparsify(model, config.sparsity, config.allocation, pattern=config.pattern, exclude=config.exclude)
+    if config.method != "dense":
+        sparsify(model, config.sparsity, config.allocation, pattern=config.pattern, exclude=config.exclude)
+    return fuse(model) if config.fuse else model
 
 
 def load_dataset(config: TrainConfig) -> data.DataSet:

@@ -78,7 +78,8 @@ void compare(const char* what, const std::string& isa, const std::vector<float>&
 
 void check_linear(int64_t tokens, int64_t in, int64_t out, int64_t bh, int64_t bw, double density) {
     const Weight weight(out, in, bh, bw, density);
-    const std::vector<float> x = random_values(tokens * in), grad = random_values(tokens * out), bias = random_values(out);
+    const std::vector<float> x = random_values(tokens * in), grad = random_values(tokens * out);
+    const std::vector<float> bias = random_values(out);
     std::vector<double> y(tokens * out), dx(tokens * in), dv(weight.values.size());
     for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t o = 0; o < out; ++o) y[t * out + o] = bias[o];

@@ -23,7 +23,8 @@ void set_isa(const std::string& name);
 void expect_writes(void* data, std::size_t bytes);
 
 // At least `bytes` of uninitialised memory, aligned to a cache line, for the calling thread; valid until its next call
-// with the same slot. Up to 64 MB a slot are kept for the next time, because fresh pages cost more than small kernels.
+// with the same slot. Up to 64 MB a slot are kept for all next times, because fresh pages cost more than small kernels;
+// larger ones are given back at the next call.
 // Slots: what one operation holds at the same time.
 enum class Slot { kKernel, kLists, kCount };
 char* scratch(Slot slot, std::size_t bytes);

@@ -135,18 +135,26 @@ struct LinearDotsJob {
     int threads;
 };
 
+// See batch_norm_relu.h.
+struct BatchNormReLU;
+struct BatchNormReLUForward;
+struct BatchNormReLUBackward;
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
     int64_t lanes;
-    int64_t (*correlate_scratch)(const CorrelateJob&);           // bytes a thread, a multiple of 64
+    int64_t (*correlate_scratch)(const CorrelateJob&);  // bytes a thread, whole vectors
     void (*correlate)(const CorrelateJob&);
-    int64_t (*correlate_dots_scratch)(const CorrelateDotsJob&);  // bytes a thread, a multiple of 64
+    int64_t (*correlate_dots_scratch)(const CorrelateDotsJob&);  // bytes a thread, whole vectors
     void (*correlate_dots)(const CorrelateDotsJob&);
     int64_t (*linear_scratch)(const LinearJob&);  // bytes in all
     void (*linear)(const LinearJob&);
     int64_t (*linear_dots_scratch)(const LinearDotsJob&);  // bytes in all
     void (*linear_dots)(const LinearDotsJob&);
+    int64_t (*batch_norm_relu_scratch)(const BatchNormReLU&);  // bytes in all
+    void (*batch_norm_relu)(const BatchNormReLUForward&);
+    void (*batch_norm_relu_backward)(const BatchNormReLUBackward&);
 };
 
 }  // namespace sparse_moon

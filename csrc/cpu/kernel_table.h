@@ -1,5 +1,6 @@
 // Everything that is compiled once for each instruction set, behind one table.
 #pragma once
+#include "batch_norm_relu_kernels.h"
 #include "sparse_conv2d_kernels.h"
 #include "sparse_linear_kernels.h"
 
@@ -21,6 +22,9 @@ const Kernels kKernels = {
     linear,
     linear_dots_scratch,
     linear_dots,
+    batch_norm_relu_scratch,
+    batch_norm_relu,
+    batch_norm_relu_backward,
 };
 
 }  // namespace SPARSE_MOON_ISA

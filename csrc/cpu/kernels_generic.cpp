@@ -1,3 +1,3 @@
-// The kernels for Whatever the target's baseline offers.
+// The kernels for whatever the target's baseline offers.
 #define SPARSE_MOON_ISA generic
 #include "kernel_table.h"

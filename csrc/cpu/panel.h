@@ -225,12 +225,13 @@ inline void unpack_contiguous(const float* tile, int64_t rows, int64_t cols, int
 inline void unpack_channels_last(const float* tile, int64_t channels, int64_t rows, int64_t cols, int64_t tile_cols,
                                  const Destination& to, int64_t stride, int64_t channel_count) {
     const int count = static_cast<int>(channels);
+    const int64_t size = rows * tile_cols * kLanes;
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = 0; j < cols; ++j) {
             const float* from = tile + (r * tile_cols + j) * kLanes;
             Vec columns[kLanes];
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) columns[i] = i < count ? load(from + i * rows * tile_cols * kLanes) : Vec{};
+            for (int i = 0; i < kLanes; ++i) columns[i] = i < count ? load(from + i * size) : Vec{};
             transpose(columns);
             store_lanes(columns, to, r, count, [&](int l) { return to.start[l] + r * stride + j * channel_count; });
         }

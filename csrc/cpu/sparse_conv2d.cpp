@@ -14,11 +14,14 @@ namespace {
 constexpr int64_t kFloat = sizeof(float);
 // Panels above this size are divided into blocks of rows. Only a window of a few rows is in use at a time, so that a
 // panel may outgrow the L2 cache; larger blocks pack fewer rows twice.
-constexpr int64_t kPanelBytes = int64_t{1} << 20;
+constexpr int64_t kPanelBytes = int64_t{3} << 20;
 
 // Results from this size on are written past the caches. Written through them, the lanes' lines, which lie a power of
 // two apart, evict each other half written: 128 x 128 x 16 x 16 at 99 % sparsity takes 5.5 ms instead of 3.9.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+// The values' gradient keeps a partial sum a thread; so many bytes of them at most.
+constexpr int64_t kPartialSumBytes = int64_t{256} << 20;
 
 // What one kernel tap does in one dimension.
 struct Tap {
@@ -164,9 +167,9 @@ std::vector<int64_t> row_starts(const SparseMatrix& weight) {
     return starts;
 }
 
-// Entries by (input channel, phase), read from the transpose index: tap by tap, or, where there are enough of them to pay
-// for a counting sort, output channel by output channel, because neighbouring taps then find each other's data in the
-// L1 cache (256 x 256 x 8 x 8 at 80 % sparsity: 32 ms instead of 37).
+// Entries by (input channel, phase), read from the transpose index: tap by tap, or, where there are enough of them to
+// pay for a counting sort, output channel by output channel, because neighbouring taps then find each other's data in
+// the L1 cache (256 x 256 x 8 x 8 at 80 % sparsity, one thread: 32 ms instead of 37).
 void input_grad_entries(const Conv2d& conv, const SparseMatrix& weight, const Offsets& offsets, int64_t phases,
                         int threads, Entry* entries, std::vector<int64_t>& starts) {
     const int64_t bh = weight.block_rows, bw = weight.block_cols, taps = conv.kernel[0] * conv.kernel[1];
@@ -270,8 +273,8 @@ void run(CorrelateJob& job) {
 
 }  // namespace
 
-void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const float* input, const float* bias, float* output,
-                   bool channels_last, int threads) {
+void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const float* input, const float* bias,
+                   float* output, bool channels_last, int threads) {
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
     const Dimension height = forward_dimension(conv, 0), width = forward_dimension(conv, 1);
@@ -315,8 +318,8 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
                                float* values_grad, int threads) {
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) {
-        std::fill_n(values_grad, weight.row_ptr[weight.rows / weight.block_rows] * weight.block_rows * weight.block_cols,
-                    0.0f);
+        const int64_t blocks = weight.row_ptr[weight.rows / weight.block_rows];
+        std::fill_n(values_grad, blocks * weight.block_rows * weight.block_cols, 0.0f);
         return;
     }
     const int64_t lanes = kernels().lanes;
@@ -332,11 +335,13 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
     const Axis cols{job.width.grid, job.width.grid, job.width.grid, 1, 1, 0, 0};
     job.grad_panel = panel_shape(rows, cols, conv.out_channels, most_rows(job.groups));
     job.splits = split_count(job.groups, conv.out_channels, 1, threads);
-    job.threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(job.groups.units() * job.splits, 1)));
 
     const Offsets offsets(job.panel, height, width, lanes);
     const std::vector<int64_t> starts = row_starts(weight);
     const int64_t count = starts.back();
+    const int64_t affordable = kPartialSumBytes / (std::max<int64_t>(count, 1) * kFloat);
+    const int64_t useful = std::min(job.groups.units() * job.splits, affordable);
+    job.threads = static_cast<int>(std::clamp<int64_t>(useful, 1, threads));
     char* lists = scratch(Slot::kLists, count * (sizeof(int32_t) + job.threads * sizeof(float)));
     int32_t* entry_offsets = reinterpret_cast<int32_t*>(lists);
     job.offsets = entry_offsets;

@@ -7,13 +7,16 @@
 namespace sparse_moon {
 namespace SPARSE_MOON_ISA {
 
-// Tile of R x T grid positions: as wide as divides the row evenly, then as high as the registers allow.
+// Tile of grid positions: at most as wide as whole vectors are stored and so that it divides the row about evenly, then
+// as high as the registers allow.
 struct TileShape {
     int64_t rows, cols;
 };
 
 inline TileShape tile_shape(int64_t grid_rows, int64_t grid_cols, int64_t step) {
-    const int64_t parts = (grid_cols + kMaxCols - 1) / kMaxCols;
+    constexpr int64_t kWidest = kTile / kLanes * kLanes;
+    static_assert(kWidest > 0 && kWidest <= kMaxCols, "a tile is at least a vector wide");
+    const int64_t parts = (grid_cols + kWidest - 1) / kWidest;
     const int64_t cols = step <= 2 ? (grid_cols + parts - 1) / parts : 1;
     return {smaller(smaller(kMaxRows, kTile / cols), grid_rows), cols};
 }
@@ -94,7 +97,7 @@ inline int64_t tile_scratch(const CorrelateJob& job) {
 }
 
 inline int64_t correlate_scratch(const CorrelateJob& job) {
-    return job.panel.vectors() * kVecBytes + tile_scratch(job) + kVecBytes;
+    return job.panel.vectors() * kVecBytes + tile_scratch(job);
 }
 
 inline void correlate(const CorrelateJob& job) {

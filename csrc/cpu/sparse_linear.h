@@ -4,7 +4,7 @@
 namespace sparse_moon {
 
 // All activations are float32, contiguous, one token after another. Results do not depend on `threads`.
-// Throws std::bad_alloc without memory.
+// Throws std::length_error for more than 2^20 input or output features, std::bad_alloc without memory.
 
 // output (tokens, rows) = input (tokens, cols) W^T + bias; bias may be null.
 void sparse_linear(int64_t tokens, const SparseMatrix& weight, const float* input, const float* bias, float* output,

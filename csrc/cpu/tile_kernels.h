@@ -5,7 +5,8 @@
 //   dot_tile      sums[j]   += sum over (r, t)   grad[r][t] * panel[offset_j + r row_step + t S]
 //
 // Both keep all results in registers and use every panel vector as the memory operand of one FMA; what bounds them is
-// the bandwidth of the cache that the panel lies in (Zen 4: 64 bytes a cycle from L1 reach 90 % of the FMA peak, L2 55 %).
+// the bandwidth of the cache that the panel lies in. Zen 4, of 117 GFLOP/s a core: 105 from L1, 57 to 62 from L2, 38
+// from L3.
 #pragma once
 #include "jobs.h"
 #include "simd.h"

@@ -4,6 +4,7 @@
 import sparse_moon.ops.cpu
 import sparse_moon.ops.transpose_index  # noqa: F401
 from sparse_moon.ops.average_ import average_
+from sparse_moon.ops.batch_norm_relu import batch_norm_relu
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask
 from sparse_moon.ops.choice import Backend, use_backend
 from sparse_moon.ops.drop_and_grow import drop_and_grow
@@ -15,6 +16,7 @@ __all__ = [
     "Backend",
     "LossStatistics",
     "average_",
+    "batch_norm_relu",
     "bernoulli_mask",
     "drop_and_grow",
     "sparse_conv2d",

@@ -1,0 +1,45 @@
+#pragma once
+#include <cstdint>
+
+namespace sparse_moon {
+
+// A batch of planes of float32 and what normalises it. All activations of one call have the same layout, without gaps:
+// (images, channels, plane), or with channels_last (images, plane, channels).
+struct BatchNormReLU {
+    int64_t images, channels, plane;
+    bool channels_last;
+    bool relu;
+    bool batch_statistics;  // those of this batch (training), or given ones that are constants (evaluation)
+    double eps;
+    const float *weight, *bias;  // [channels], each or null for 1 and 0
+    const float* input;
+    float *mean, *var;  // [channels] variance is biased; written by a forward pass with batch statistics, else read
+    int threads;        // at most so many; small batches take fewer
+    char* scratch;      // [batch_norm_relu_scratch(job)] bytes, 64-byte aligned
+};
+
+// output = relu((input - mean) weight / sqrt(var + eps) + bias + residual), each of the last two optional.
+struct BatchNormReLUForward : BatchNormReLU {
+    const float* residual;  // or null
+    float* output;
+};
+
+// With g = grad where the output was above 0 (or not a number), all of grad without relu, and
+// xhat = (input - mean) / sqrt(var + eps):
+//   bias_grad = sum g, weight_grad = sum g xhat, residual_grad = g,
+//   input_grad = weight / sqrt(var + eps) (g - mean(g) - xhat mean(g xhat)), the means only with batch statistics.
+struct BatchNormReLUBackward : BatchNormReLU {
+    const float* grad;
+    const float* output;   // of the forward pass; null without residual: then it is computed again from the input
+    float* input_grad;
+    float* residual_grad;  // null exactly where output is null
+    float *weight_grad, *bias_grad;  // [channels]
+};
+
+// Sums are float64. Contiguous planes: a thread holds a few channels at a time, so that the second pass over them finds
+// them in its cache, and results do not depend on the number of threads; with channels_last they do, in the last bits.
+// Throws std::bad_alloc without memory.
+void batch_norm_relu(BatchNormReLUForward job);
+void batch_norm_relu_backward(BatchNormReLUBackward job);
+
+}  // namespace sparse_moon

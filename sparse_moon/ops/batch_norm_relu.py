@@ -1,0 +1,298 @@
+"""``batch_norm_relu``: batch norm of a batch of planes, a residual sum and a rectifier in one operator.
+
+xhat = (x - mean) / sqrt(var + eps), y = relu(weight xhat + bias + residual)
+
+with the mean and the biased variance of each channel, of the batch or given (Ioffe and Szegedy 2015).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.native import native
+from sparse_moon.ops.sparse_conv2d import memory_format
+
+_PLANE = (0, 2, 3)
+
+
+def batch_norm_relu_reference(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The specification; differentiable. Without ``mean`` and ``var`` those of the batch."""
+    output = F.batch_norm(input, mean, var, weight, bias, training=mean is None, eps=eps)
+    if residual is not None:
+        output = output + residual
+    return F.relu(output) if relu else output
+
+
+def _statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = batch_norm_relu_reference(input, residual, weight, bias, mean, var, eps, relu)
+    output = output.contiguous(memory_format=memory_format(input))
+    if mean is not None:
+        return output, *_fake(input, residual, weight, bias, mean)[1:]
+    batch_var, batch_mean = torch.var_mean(input.to(_statistics_dtype(input)), _PLANE, correction=0)
+    return output, batch_mean, batch_var
+
+
+def _fake(
+    input: Tensor, residual: Tensor | None, weight: Any, bias: Any, mean: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch_mean = input.new_empty(input.shape[1] if mean is None else 0, dtype=_statistics_dtype(input))
+    return torch.empty_like(input, memory_format=memory_format(input)), batch_mean, torch.empty_like(batch_mean)
+
+
+def _column(t: Tensor) -> Tensor:
+    return t[:, None, None]
+
+
+def _backward_reference(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    batch_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = mean.dtype
+    scale = rstd = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    centred = input.to(dtype) - _column(mean)
+    g, has_residual = grad.to(dtype), output is not None
+    if relu:
+        if output is None:
+            output = centred * _column(scale) + (0 if bias is None else _column(bias))
+        g = torch.where(output <= 0, 0, g)
+    bias_grad, product = g.sum(_PLANE), (g * centred).sum(_PLANE)
+    input_grad = g
+    if batch_statistics:
+        count = input.numel() // input.shape[1]
+        input_grad = g - _column(bias_grad / count) - centred * _column(rstd.square() * product / count)
+    layout = memory_format(input)
+    return (
+        (input_grad * _column(scale)).to(input.dtype).contiguous(memory_format=layout),
+        g.to(grad.dtype).contiguous(memory_format=layout) if has_residual else grad.new_empty(0),
+        product * rstd,
+        bias_grad,
+    )
+
+
+def _backward_fake(
+    grad: Tensor, input: Tensor, output: Tensor | None, weight: Any, bias: Any, mean: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input_grad = torch.empty_like(input, memory_format=memory_format(input))
+    residual_grad = grad.new_empty(0) if output is None else torch.empty_like(input_grad, dtype=grad.dtype)
+    return input_grad, residual_grad, torch.empty_like(mean), torch.empty_like(mean)
+
+
+_OP = define("batch_norm_relu(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
+             "float eps, bool relu) -> (Tensor, Tensor, Tensor)", _forward, _fake)  # fmt: skip
+define("batch_norm_relu_backward(Tensor grad, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+       "Tensor var, float eps, bool relu, bool batch_statistics) -> (Tensor, Tensor, Tensor, Tensor)",
+       _backward_reference, _backward_fake)  # fmt: skip
+
+
+def _kernel_takes(*tensors: Tensor | None) -> bool:
+    return native is not None and all(
+        t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0) for t in tensors
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, *scalars: Any
+) -> tuple[Any, ...]:
+    """What to normalise with, as the extension takes it. ``scalars``: relu, whether the batch's statistics, eps.
+
+    Planes of one number are rows of channels in either layout.
+    """
+    n, channels, height, width = input.shape
+    channels_last = memory_format(input) == torch.channels_last or height * width == 1
+    addresses = (_address(t) for t in (weight, bias, input, mean, var))
+    return (n, channels, height * width), channels_last, *scalars, *addresses
+
+
+def _cpu(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _kernel_takes(input, residual, weight, bias, mean, var):
+        return _forward(input, residual, weight, bias, mean, var, eps, relu)
+    assert native is not None
+    layout = memory_format(input)
+    input = input.contiguous(memory_format=layout)
+    residual = None if residual is None else residual.contiguous(memory_format=layout)
+    weight, bias, mean, var = (_dense(t) for t in (weight, bias, mean, var))
+    output, batch_mean, batch_var = _fake(input, residual, weight, bias, mean)
+    statistics = (batch_mean, batch_var) if mean is None or var is None else (mean, var)
+    norm = _norm(input, weight, bias, *statistics, relu, mean is None, eps)
+    native.batch_norm_relu(norm, _address(residual), output.data_ptr(), torch.get_num_threads())
+    return output, batch_mean, batch_var
+
+
+def _backward_cpu(
+    grad: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    batch_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _kernel_takes(grad, input, output, weight, bias, mean, var):
+        return _backward_reference(grad, input, output, weight, bias, mean, var, eps, relu, batch_statistics)
+    assert native is not None
+    layout = memory_format(input)
+    grad, input = grad.contiguous(memory_format=layout), input.contiguous(memory_format=layout)
+    output = None if output is None else output.contiguous(memory_format=layout)
+    mean, var = mean.contiguous(), var.contiguous()
+    weight, bias = _dense(weight), _dense(bias)
+    grads = _backward_fake(grad, input, output, weight, bias, mean)
+    input_grad, residual_grad, weight_grad, bias_grad = grads
+    native.batch_norm_relu_backward(
+        _norm(input, weight, bias, mean, var, relu, batch_statistics, eps), grad.data_ptr(), _address(output),
+        input_grad.data_ptr(), 0 if output is None else residual_grad.data_ptr(),
+        weight_grad.data_ptr(), bias_grad.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+if native is not None:
+    LIBRARY.impl("batch_norm_relu", _cpu, "CPU")
+    LIBRARY.impl("batch_norm_relu_backward", _backward_cpu, "CPU")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, residual, weight, bias, mean, var, ctx.eps, ctx.relu = inputs
+    ctx.batch_statistics = mean is None
+    ctx.has_residual = residual is not None
+    # Without a residual the mask follows from the input, which saves reading the output.
+    masked = output[0] if ctx.relu and ctx.has_residual else None
+    statistics = output[1:] if ctx.batch_statistics else (mean, var)
+    ctx.save_for_backward(input, masked, weight, bias, *statistics)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    input, output, weight, bias, mean, var = ctx.saved_tensors
+    input_grad, residual_grad, weight_grad, bias_grad = torch.ops.sparse_moon.batch_norm_relu_backward(
+        grad, input, output, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.batch_statistics
+    )
+    if not ctx.relu:
+        residual_grad = grad
+    return (
+        input_grad,
+        residual_grad if ctx.has_residual else None,
+        None if weight is None else weight_grad.to(weight.dtype),
+        None if bias is None else bias_grad.to(bias.dtype),
+        *(None,) * 4,
+    )
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """``relu(batch_norm(input) + residual)`` as torch computes it, in fewer passes over memory.
+
+    The compiled kernel takes float32 on the CPU, where the result is differentiable once; everything else runs torch's
+    own operators.
+
+    Args:
+        input: (N, C, H, W) floating point; the output has its layout, contiguous or channels_last.
+        running_mean, running_var: (C,) or None. In training they are updated in place (with the unbiased variance, as
+            torch does), otherwise they normalise the input.
+        weight, bias: (C,) or None, 1 and 0.
+        residual: (N, C, H, W) or None; added before the rectifier.
+        training: normalise with the mean and the variance of the batch.
+        momentum: share of the batch in the update of the running statistics.
+        eps: added to the variance.
+        relu: whether the rectifier is applied.
+
+    Raises:
+        ValueError: shapes that do not fit, missing statistics, or a single value per channel in training.
+    """
+    if input.dim() != 4 or not input.is_floating_point():
+        raise ValueError(f"input must be floating point (N, C, H, W), got {input.dtype} {tuple(input.shape)}")
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(f"residual must have the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}")
+    channels = input.shape[1]
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), got {tuple(vector.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together")
+    if not training and running_mean is None:
+        raise ValueError("running_mean and running_var are needed outside training")
+    count = input.shape[0] * input.shape[2] * input.shape[3]
+    if training and count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+
+    if not _kernel_takes(input, residual, *vectors.values()):
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if residual is not None:
+            output = output + residual
+        return F.relu(output) if relu else output
+    mean, var = (None, None) if training else (running_mean, running_var)
+    output, mean, var = torch.ops.sparse_moon.batch_norm_relu(input, residual, weight, bias, mean, var, eps, relu)
+    if training and running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(var * (count / (count - 1)), momentum)
+    return output
