@@ -295,18 +295,14 @@ INTERVAL = 100
 def step(bench: Bench) -> None:
     """Whole training steps, with topology updates and averaging spread over their intervals."""
     for network in NETWORKS:
-        if bench.arguments.case and not any(part in network.name for part in bench.arguments.case):
-            continue
-        for sparsity in bench.arguments.sparsity:
-            for allocation in ("uniform", "erk"):
-                for pattern in bench.arguments.pattern:
-                    _step(bench, network, sparsity, allocation, pattern)
+        if not bench.arguments.case or any(part in network.name for part in bench.arguments.case):
+            _step(bench, network)
 
 
-def _step(bench: Bench, network: Network, sparsity: float, allocation: Any, pattern: str) -> None:
+def _step(bench: Bench, network: Network) -> None:
+    arguments = bench.arguments
     x = torch.randn(network.batch, *network.image_shape, device=bench.device)
     y = torch.randint(network.classes, (network.batch,), device=bench.device)
-    cross_entropy = nn.CrossEntropyLoss()
 
     def training(model: nn.Module, method: sm.Method, loss: nn.Module, x: Tensor = x) -> Callable[[int], Any]:
         def run(_: int) -> None:
@@ -316,64 +312,86 @@ def _step(bench: Bench, network: Network, sparsity: float, allocation: Any, patt
 
         return run
 
-    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True)
-
-    dense = network.build(network.classes).to(bench.device)
-    last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
-    low = copy.deepcopy(last)
-    runs = {"dense fp32": training(dense, sm.Dense(dense, optimizer(dense)), cross_entropy)}
-    if len(network.image_shape) == 3 and network.name != "mlp":
-        x_last = x.contiguous(memory_format=torch.channels_last)
-        runs["dense fp32 channels_last"] = training(last, sm.Dense(last, optimizer(last)), cross_entropy, x_last)
-        runs["dense bf16"] = autocast(training(low, sm.Dense(low, optimizer(low)), cross_entropy, x_last), bench.device)
-    else:
-        runs["dense bf16"] = autocast(training(low, sm.Dense(low, optimizer(low)), cross_entropy), bench.device)
-
-    sparse = {
-        kind: sm.sparsify(
-            network.build(network.classes + (kind == "moon")), sparsity, allocation, pattern=pattern,
-            fuse=bench.arguments.fuse,
-        ).to(bench.device)
-        for kind in ("rigl", "moon")
-    }  # fmt: skip
-    losses = {
-        "rigl": cross_entropy,
-        "moon": sm.UnknownAwareLoss(network.classes, 10, warmup_epochs=0).to(bench.device),
-    }
-    methods = {k: sm.RigL(m, optimizer(m), total_steps=10**9, interval=10**8) for k, m in sparse.items()}
-    runs |= {k: training(m, methods[k], losses[k]) for k, m in sparse.items()}
-    changing = copy.deepcopy(sparse["rigl"])
-    updating = sm.RigL(changing, optimizer(changing), total_steps=10**9, interval=1)
-    updating.load_state_dict({**updating.state_dict(), "steps": 1})  # the first batch never updates, all others do
-    runs["update"] = training(changing, updating, cross_entropy)
-    average = sm.WeightAverage(sparse["moon"])
-    runs["average"] = lambda _: average.update(sparse["moon"])
+    runs = {name: run for name, run in _dense_steps(network, x, training, bench.device)}
+    variants = [(s, a, p) for s in arguments.sparsity for a in ("uniform", "erk") for p in arguments.pattern]
+    costs = {}
+    for variant in variants:
+        steps, costs[variant] = _sparse_steps(network, variant, training, bench)
+        runs |= {f"{variant} {name}": run for name, run in steps.items()}
     times = bench.times(runs)
-
-    costs = {k: flops.layer_costs(m, network.image_shape) for k, m in sparse.items()}
-    forward = sum(c.forward_sparse for c in costs["rigl"]), sum(c.forward_dense for c in costs["rigl"])
-    update_share = (times["update"] - times["rigl"]) / INTERVAL / times["rigl"]
-    with_updates = times["rigl"] * (1 + update_share)
-    average_ms = times["average"] / network.steps_per_epoch
-    case = f"{network.name}_b{network.batch}_{allocation}"
-    row = Row("step", case, pattern, sparsity, "fp32", bench.device.type, "rigl", with_updates, "", 0.0, 0.0,
-              3 * network.batch * forward[0])  # fmt: skip
     fp32 = {name: time for name, time in times.items() if name.startswith("dense fp32")}
-    fastest = min(fp32, key=fp32.__getitem__)
-    for name in (fastest, "dense bf16"):
-        bench.add(replace(row, baseline=name, baseline_ms=times[name], speedup=times[name] / with_updates))
-    with_moon = times["moon"] + average_ms + update_share * times["rigl"]
-    bench.add(
-        replace(
-            row, pass_="moon", ms=with_moon, baseline="rigl", baseline_ms=with_updates, speedup=with_updates / with_moon
-        )
-    )
+    baselines = {name: times[name] for name in (min(fp32, key=fp32.__getitem__), "dense bf16")}
+    for variant in variants:
+        own = {name: times[f"{variant} {name}"] for name in ("rigl", "moon", "update", "average")}
+        _report_step(bench, network, variant, costs[variant], own, baselines)
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True)
+
+
+def _dense_steps(
+    network: Network, x: Tensor, training: Callable[..., Callable[[int], Any]], device: torch.device
+) -> Iterator[tuple[str, Callable[[int], Any]]]:
+    """The dense training step, in the layouts and precisions that dense users choose from."""
+    convolutional = network.name != "mlp"
+    x_last = x.contiguous(memory_format=torch.channels_last) if convolutional else x
+    for name, layout in (("dense fp32", torch.contiguous_format), ("dense fp32 channels_last", torch.channels_last)):
+        if layout == torch.contiguous_format or convolutional:
+            model = network.build(network.classes).to(device, memory_format=layout)
+            own_x = x_last if layout == torch.channels_last else x
+            yield name, training(model, sm.Dense(model, _sgd(model)), nn.CrossEntropyLoss(), own_x)
+    layout = torch.channels_last if convolutional else torch.contiguous_format
+    model = network.build(network.classes).to(device, memory_format=layout)
+    yield "dense bf16", autocast(training(model, sm.Dense(model, _sgd(model)), nn.CrossEntropyLoss(), x_last), device)
+
+
+def _sparse_steps(
+    network: Network, variant: tuple[float, Any, str], training: Callable[..., Callable[[int], Any]], bench: Bench
+) -> tuple[dict[str, Callable[[int], Any]], tuple[float, float]]:
+    """Steps of RigL and RigL + MOON, one with a topology update, a weight averaging; forward FLOPs sparse and dense."""
+    sparsity, allocation, pattern = variant
+    rigl, moon = (
+        sm.sparsify(
+            network.build(outputs), sparsity, allocation, pattern=pattern, fuse=bench.arguments.fuse
+        ).to(bench.device)
+        for outputs in (network.classes, network.classes + 1)
+    )  # fmt: skip
+    changing = copy.deepcopy(rigl)
+    updating = sm.RigL(changing, _sgd(changing), total_steps=10**9, interval=1)
+    updating.load_state_dict({**updating.state_dict(), "steps": 1})  # the first batch never updates, all others do
+    average = sm.WeightAverage(moon)
+    cross_entropy = nn.CrossEntropyLoss()
+    unknown_aware = sm.UnknownAwareLoss(network.classes, 10, warmup_epochs=0).to(bench.device)
+    costs = flops.layer_costs(rigl, network.image_shape)
+    return {
+        "rigl": training(rigl, sm.RigL(rigl, _sgd(rigl), total_steps=10**9, interval=10**8), cross_entropy),
+        "moon": training(moon, sm.RigL(moon, _sgd(moon), total_steps=10**9, interval=10**8), unknown_aware),
+        "update": training(changing, updating, cross_entropy),
+        "average": lambda _: average.update(moon),
+    }, (sum(c.forward_sparse for c in costs), float(sum(c.forward_dense for c in costs)))
+
+
+def _report_step(
+    bench: Bench, network: Network, variant: tuple[float, str, str], forward: tuple[float, float],
+    times: dict[str, float], baselines: dict[str, float],
+) -> None:  # fmt: skip
+    sparsity, allocation, pattern = variant
     update_ms = times["update"] - times["rigl"]
+    average_ms = times["average"] / network.steps_per_epoch
+    rigl = times["rigl"] + update_ms / INTERVAL
+    moon = times["moon"] + update_ms / INTERVAL + average_ms
+    row = Row(
+        "step", f"{network.name}_b{network.batch}_{allocation}", pattern, sparsity, "fp32", bench.device.type, "rigl",
+        rigl, "", 0.0, 0.0, 3 * network.batch * forward[0],
+    )  # fmt: skip
+    for name, time in baselines.items():
+        bench.add(replace(row, baseline=name, baseline_ms=time, speedup=time / rigl))
+    bench.add(replace(row, pass_="moon", ms=moon, baseline="rigl", baseline_ms=rigl, speedup=rigl / moon))
     print(
         f"        forward FLOPs {forward[0] / forward[1]:.3f} x dense; topology update {update_ms:.1f} ms more than a "
-        f"step, {update_share:.2%} of a step at every {INTERVAL}; MOON {with_moon / with_updates - 1:+.2%}, of which "
-        f"averaging {average_ms / with_updates:.3%} at {network.steps_per_epoch} steps an epoch",
+        f"step, {update_ms / INTERVAL / rigl:.2%} of a step at every {INTERVAL}; MOON {moon / rigl - 1:+.2%}, of which "
+        f"averaging {average_ms / rigl:.3%} at {network.steps_per_epoch} steps an epoch",
         flush=True,
     )
 

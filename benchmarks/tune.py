@@ -18,7 +18,7 @@ from sparse_moon.ops import choice
 from sparse_moon.tuning import best_ms, products
 
 TABLE = Path(__file__).parents[1] / "sparse_moon" / "ops" / "crossover_cpu.json"
-DENSITIES = [0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015]
+DENSITIES = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015]
 
 
 def cases() -> list[tuple[nn.Module, tuple[int, ...]]]:

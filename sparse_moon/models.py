@@ -35,7 +35,7 @@ def build(name: str, num_outputs: int, *, in_channels: int, image_size: int, wid
         name: one of `MODELS`.
 
             - ``mlp``: two hidden layers of ``width`` units.
-            - ``small-resnet``: 3 stages of one basic block; for images of 8 to 32 pixels.
+            - ``small-resnet``: 3 stages of two basic blocks (ResNet-14); for images of 8 to 32 pixels.
             - ``resnet18``, ``resnet50``: He et al. 2016, up to 64 pixels as used for CIFAR, with a 3x3 stem and no max
               pooling; for larger images torchvision's, with a 7x7 stem (RGB and width 64 only).
             - ``wrn-22-2``: pre-activation wide ResNet (Zagoruyko and Komodakis 2016), depth 22, widening factor 2.
@@ -171,7 +171,7 @@ def _initialise(network: nn.Module) -> None:
 
 
 def _small_resnet(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
-    return ResNet(BasicBlock, (1, 1, 1), num_outputs, in_channels, width)
+    return ResNet(BasicBlock, (2, 2, 2), num_outputs, in_channels, width)
 
 
 def _resnet18(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:

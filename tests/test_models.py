@@ -40,7 +40,7 @@ def test_small_networks_by_hand() -> None:
     def block(i: int, o: int) -> int:
         return 9 * i * o + 2 * o + 9 * o * o + 2 * o + (i * o + 2 * o if i != o else 0)
 
-    blocks = block(16, 16) + block(16, 32) + block(32, 64)
+    blocks = sum(block(i, o) + block(o, o) for i, o in ((16, 16), (16, 32), (32, 64)))
     assert parameters("small-resnet", 8, 1, 8) == 9 * 16 + 2 * 16 + blocks + 64 * 8 + 8
     assert parameters("mlp", 8, 1, 8) == 65 * 512 + 513 * 512 + 513 * 8
 
