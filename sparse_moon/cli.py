@@ -140,6 +140,7 @@ def _train(arguments: Namespace) -> None:
         print(format_results(results))
         print(f"\nreport: {folder / runs.REPORT}")
     if dist.is_initialized():
+        dist.barrier()  # none leaves while another still needs it
         dist.destroy_process_group()
 
 

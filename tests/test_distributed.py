@@ -1,5 +1,6 @@
 """Two processes with gloo against one process with the doubled batch."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -80,3 +81,4 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
 
 if __name__ == "__main__":
     worker(*sys.argv[1:4], int(sys.argv[4]))
+    os._exit(0)  # everything is saved; gloo's threads can abort an orderly exit of the interpreter
