@@ -101,34 +101,31 @@ class Trainer:
         config, model, optimizer = self.config, self.model, self.optimizer
         if not config.updates:
             return (Dense if config.method == "dense" else Static)(model, optimizer)
-        steps, interval, stop, seed = self.total_steps, config.interval, config.topology_stop, config.seed
-        fraction = Cosine(config.drop_fraction, 0.0, max(round(stop * steps), 1))
-        if config.method in ("set", "rigl"):
-            return (RigL if config.method == "rigl" else SET)(
-                model, optimizer, total_steps=steps, interval=interval, stop=stop, drop_fraction=fraction, seed=seed
-            )
-        if config.method == "mest":
-            return MEST(
-                model, optimizer, total_steps=steps, interval=interval, stop=stop, drop_fraction=fraction, seed=seed,
-                gradient_weight=config.gradient_weight, soft_memory_bound=config.soft_memory_bound,
-            )  # fmt: skip
-        if config.method == "srigl":
-            return SRigL(
-                model, optimizer, total_steps=steps, interval=interval, stop=stop, drop_fraction=fraction, seed=seed,
-                gamma_sal=config.ablation_threshold,
-            )  # fmt: skip
-        if config.method == "top-kast":
-            return TopKAST(
-                model, optimizer, total_steps=steps, interval=interval, stop=stop, drop_fraction=fraction, seed=seed,
-                forward_share=config.forward_share, penalty=config.weight_decay,
-            )  # fmt: skip
-        densities = final_densities(config, self.dataset)
-        if config.method == "gmp":
-            return GMP(model, optimizer, total_steps=steps, interval=interval, stop=stop, densities=densities)
-        return GraNet(
-            model, optimizer, total_steps=steps, interval=interval, stop=stop, drop_fraction=fraction, seed=seed,
-            densities=densities,
-        )  # fmt: skip
+        timing: dict[str, Any] = {
+            "total_steps": self.total_steps, "interval": config.interval, "stop": config.topology_stop,
+        }  # fmt: skip
+        stop_step = max(round(config.topology_stop * self.total_steps), 1)
+        exchange = {**timing, "drop_fraction": Cosine(config.drop_fraction, 0.0, stop_step), "seed": config.seed}
+        match config.method:
+            case "set":
+                return SET(model, optimizer, **exchange)
+            case "rigl":
+                return RigL(model, optimizer, **exchange)
+            case "mest":
+                return MEST(
+                    model, optimizer, gradient_weight=config.gradient_weight,
+                    soft_memory_bound=config.soft_memory_bound, **exchange,
+                )  # fmt: skip
+            case "srigl":
+                return SRigL(model, optimizer, gamma_sal=config.ablation_threshold, **exchange)
+            case "top-kast":
+                return TopKAST(
+                    model, optimizer, forward_share=config.forward_share, penalty=config.weight_decay, **exchange
+                )
+            case "gmp":
+                return GMP(model, optimizer, densities=final_densities(config, self.dataset), **timing)
+            case _:
+                return GraNet(model, optimizer, densities=final_densities(config, self.dataset), **exchange)
 
     def _build_loss(self) -> nn.Module:
         config, classes = self.config, self.dataset.num_classes

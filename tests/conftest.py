@@ -1,8 +1,11 @@
 """Common settings of the tests."""
 
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +46,24 @@ def _interpreter_is_broken() -> str | None:
     if triton < (3, 7) and numpy >= (2, 4):
         return f"the interpreter of Triton {version('triton')} does not work with NumPy {version('numpy')}"
     return None
+
+
+@pytest.fixture
+def sanitizing_compiler(tmp_path: Path) -> Callable[..., list[str]]:
+    """Command of a C++ compiler with the address and undefined behaviour sanitizers and more flags; skips without."""
+
+    def command(*flags: str) -> list[str]:
+        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if compiler is None:
+            pytest.skip("no C++ compiler on the path")
+        whole = [compiler, "-std=c++17", *flags, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        probe = tmp_path / "probe.cpp"
+        probe.write_text("int main() {}\n")
+        if subprocess.run([*whole, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
+            pytest.skip(f"{compiler} has no sanitizers")
+        return whole
+
+    return command
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """The compiled CPU kernels of the small operators against their references, on what is hard for them."""
 
 import itertools
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -302,19 +301,12 @@ def test_results_do_not_depend_on_the_number_of_threads():
 # memory safety
 
 
-def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler on the path")
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    if subprocess.run([compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
-        pytest.skip(f"{compiler} has no sanitizers")
+def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path, sanitizing_compiler):
+    compile_ = sanitizing_compiler("-O1", "-g")
     kernels = ["average", "drop_and_grow", "transpose_index", "unknown_aware_loss"]
     sources = [str(ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in kernels]
     driver, program = str(ROOT / "tests" / "cpu_small_ops.cpp"), str(tmp_path / "driver")
     include = ["-I", str(ROOT / "csrc")]
-    subprocess.run([compiler, *flags, *include, driver, *sources, "-o", program], check=True)
+    subprocess.run([*compile_, *include, driver, *sources, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "passed\n", result.stdout + result.stderr

@@ -1,7 +1,6 @@
 """The CUDA kernels of the small operators: on the host under the sanitizers, and on a GPU against the references."""
 
 import itertools
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,18 +20,11 @@ ROOT = Path(__file__).parents[1]
 INF, NAN = float("inf"), float("nan")
 
 
-def test_kernels_on_the_host_under_address_and_undefined_behaviour_sanitizers(tmp_path):
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler on the path")
-    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    if subprocess.run([compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
-        pytest.skip(f"{compiler} has no sanitizers")
+def test_kernels_on_the_host_under_address_and_undefined_behaviour_sanitizers(tmp_path, sanitizing_compiler):
+    compile_ = sanitizing_compiler("-O1", "-g1")
     driver, program = str(ROOT / "tests" / "cuda_small_ops.cpp"), str(tmp_path / "driver")
-    options = [*flags, "-ffp-contract=off", "-Wno-unknown-pragmas", "-I", str(ROOT / "csrc")]
-    subprocess.run([compiler, *options, driver, "-o", program], check=True)
+    options = ["-ffp-contract=off", "-Wno-unknown-pragmas", "-I", str(ROOT / "csrc")]
+    subprocess.run([*compile_, *options, driver, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "passed\n", result.stdout + result.stderr
 

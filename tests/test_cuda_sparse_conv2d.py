@@ -1,6 +1,5 @@
 """The CUDA convolution of unstructured weights: its kernels' bodies on the host, and the kernels against float64."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,37 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_moon.ops import cuda_conv2d
+from sparse_moon.ops.native import native_cuda
 from sparse_moon.ops.sparse_conv2d import Geometry
 from sparse_moon.topology import Topology, matrix_to_weight, weight_to_matrix
-
-try:
-    from sparse_moon.ops import cuda_conv2d
-except ImportError:
-    cuda_conv2d = None
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def test_kernel_bodies_on_the_host_under_address_and_undefined_behaviour_sanitizers(tmp_path):
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler on the path")
-    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    if subprocess.run([compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
-        pytest.skip(f"{compiler} has no sanitizers")
+def test_kernel_bodies_on_the_host_under_address_and_undefined_behaviour_sanitizers(tmp_path, sanitizing_compiler):
+    compile_ = sanitizing_compiler("-O1", "-g1")
     driver, program = str(ROOT / "tests" / "cuda_sparse_conv2d.cpp"), str(tmp_path / "driver")
     include = ["-I", str(ROOT / "csrc")]
-    subprocess.run([compiler, *flags, "-Wno-unknown-pragmas", *include, driver, "-o", program], check=True)
+    subprocess.run([*compile_, "-Wno-unknown-pragmas", *include, driver, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "passed\n", result.stdout + result.stderr
 
 
 def built(test):
     """For the GPU: with the extension built."""
-    return pytest.mark.gpu(pytest.mark.skipif(cuda_conv2d is None, reason="the CUDA kernels are not built")(test))
+    return pytest.mark.gpu(pytest.mark.skipif(native_cuda is None, reason="the CUDA kernels are not built")(test))
 
 
 class Problem:

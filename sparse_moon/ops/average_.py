@@ -38,18 +38,26 @@ define("average_(Tensor(a!)[] averages, Tensor[] values, Tensor count, float kee
        average_reference_, _fake)  # fmt: skip
 
 
+def kernel_tasks(
+    averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor, keep: float, seed: int, step: Tensor
+) -> dict[torch.dtype, list[tuple[int, int, int, int]]]:
+    """What kernels take, by dtype: addresses of average and value, length, stream. Other pairs are averaged at once."""
+    tasks: dict[torch.dtype, list[tuple[int, int, int, int]]] = {torch.float32: [], torch.float64: []}
+    for stream, (average, value) in enumerate(zip(averages, values, strict=True)):
+        alike = average.dtype == value.dtype and average.is_contiguous() and value.is_contiguous()
+        if alike and average.dtype in tasks:
+            tasks[average.dtype].append((average.data_ptr(), value.data_ptr(), average.numel(), stream))
+        else:
+            _average_one_(average, value, count, keep, seed, stream, step)
+    return tasks
+
+
 def _cpu(
     averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor, keep: float, seed: int, step: Tensor
 ) -> None:
     assert native is not None
     kernels = {torch.float32: native.average_float32, torch.float64: native.average_float64}
-    tasks: dict[torch.dtype, list[tuple[int, int, int, int]]] = {dtype: [] for dtype in kernels}
-    for stream, (average, value) in enumerate(zip(averages, values, strict=True)):
-        alike = average.dtype == value.dtype and average.is_contiguous() and value.is_contiguous()
-        if alike and average.dtype in kernels:
-            tasks[average.dtype].append((average.data_ptr(), value.data_ptr(), average.numel(), stream))
-        else:
-            _average_one_(average, value, count, keep, seed, stream, step)
+    tasks = kernel_tasks(averages, values, count, keep, seed, step)
     weight = 1.0 / (count.item() + 1.0)
     for dtype, kernel in kernels.items():
         kernel(tasks[dtype], weight, mask_threshold(keep), seed, step.item(), torch.get_num_threads())

@@ -5,15 +5,12 @@ Results are channels_last, whatever comes in, and have the same bits every time.
 calls can be captured in a CUDA graph. Shapes are those of :mod:`sparse_moon.ops.sparse_conv2d`, with blocks of (1, 1).
 """
 
-import importlib
-
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.native import current_stream, require_cuda
 from sparse_moon.ops.sparse_conv2d import Geometry
 from sparse_moon.topology import Index
-
-_C_cuda = importlib.import_module("sparse_moon._C_cuda")
 
 _Pair = tuple[int, ...]
 _Convolution = tuple[int, _Pair, _Pair, _Pair, _Pair, _Pair, _Pair, int]
@@ -48,12 +45,8 @@ def _empty(shape: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
 
 
 def _workspace(pass_: str, convolution: _Convolution, like: Tensor, n: int) -> Tensor:
-    size = _C_cuda.sparse_conv2d_workspace(pass_, convolution, str(like.dtype), n)
+    size = require_cuda().sparse_conv2d_workspace(pass_, convolution, str(like.dtype), n)
     return torch.empty(size, dtype=torch.uint8, device=like.device)
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, geometry: Geometry, index: Index) -> Tensor:
@@ -64,9 +57,9 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, geometry: Geomet
     output = _empty((input.shape[0], *convolution[2]), input)
     with torch.cuda.device(input.device):
         workspace = _workspace("forward", convolution, input, values.numel())
-        _C_cuda.sparse_conv2d(
+        require_cuda().sparse_conv2d(
             convolution, str(input.dtype), _addresses(index), values.data_ptr(), input.data_ptr(),
-            0 if bias is None else bias.data_ptr(), output.data_ptr(), workspace.data_ptr(), _stream(),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(), workspace.data_ptr(), current_stream(),
         )  # fmt: skip
     return output
 
@@ -78,9 +71,9 @@ def input_grad(grad: Tensor, values: Tensor, input_shape: list[int], geometry: G
     result = _empty(input_shape, grad)
     with torch.cuda.device(grad.device):
         workspace = _workspace("input_grad", convolution, grad, values.numel())
-        _C_cuda.sparse_conv2d_input_grad(
+        require_cuda().sparse_conv2d_input_grad(
             convolution, str(grad.dtype), _addresses(index), values.data_ptr(), grad.data_ptr(),
-            result.data_ptr(), workspace.data_ptr(), _stream(),
+            result.data_ptr(), workspace.data_ptr(), current_stream(),
         )  # fmt: skip
     return result
 
@@ -92,8 +85,8 @@ def values_grad(grad: Tensor, input: Tensor, geometry: Geometry, index: Index) -
     result = torch.empty(index[1].shape, dtype=grad.dtype, device=grad.device)
     with torch.cuda.device(grad.device):
         workspace = _workspace("values_grad", convolution, grad, result.numel())
-        _C_cuda.sparse_conv2d_values_grad(
+        require_cuda().sparse_conv2d_values_grad(
             convolution, str(grad.dtype), _addresses(index), grad.data_ptr(), input.data_ptr(),
-            result.data_ptr(), workspace.data_ptr(), _stream(),
+            result.data_ptr(), workspace.data_ptr(), current_stream(),
         )  # fmt: skip
     return result

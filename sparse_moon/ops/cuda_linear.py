@@ -8,11 +8,7 @@ checked by the callers (:mod:`sparse_moon.ops.sparse_linear`).
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.native import require_cuda
-
-
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+from sparse_moon.ops.native import current_stream, require_cuda
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -33,7 +29,7 @@ def _product(
         workspace = torch.empty(size, dtype=torch.uint8, device=input.device)
         weight = (rows, cols, n, _address(ptr), _address(col), _address(perm))
         addresses = (_address(tensor) for tensor in (values, bias, input, output, workspace))
-        native.sparse_linear(dtype, tokens, weight, *addresses, _stream(input))
+        native.sparse_linear(dtype, tokens, weight, *addresses, current_stream())
     return output
 
 
@@ -71,5 +67,5 @@ def sparse_linear_values_grad(grad: Tensor, input: Tensor, row_ptr: Tensor, col:
         workspace = torch.empty(size, dtype=torch.uint8, device=input.device)
         weight = (rows, cols, n, _address(row_ptr), _address(col), 0)
         addresses = (_address(tensor) for tensor in (grad, input, values_grad, workspace))
-        native.sparse_linear_values_grad(dtype, tokens, weight, *addresses, _stream(input))
+        native.sparse_linear_values_grad(dtype, tokens, weight, *addresses, current_stream())
     return values_grad

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.average_ import _average_one_
+from sparse_moon.ops.average_ import kernel_tasks
 from sparse_moon.ops.bernoulli_mask import mask_threshold
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
-from sparse_moon.ops.native import require_cuda
+from sparse_moon.ops.native import current_stream, require_cuda
 from sparse_moon.ops.transpose_index import transpose_index_reference
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor, int, int]
@@ -24,10 +24,6 @@ Updated = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _MOST_POSITIONS = 2**31 - 1
 _EXACT_IN_FLOAT32 = {torch.float32, torch.float16, torch.bfloat16}
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -44,7 +40,7 @@ def transpose_index(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tenso
     with torch.cuda.device(col.device):
         size = require_cuda().transpose_index_workspace(matrices)
         workspace = torch.empty(size, dtype=torch.uint8, device=col.device)
-        require_cuda().transpose_index(matrices, workspace.data_ptr(), _stream())
+        require_cuda().transpose_index(matrices, workspace.data_ptr(), current_stream())
     return outputs
 
 
@@ -84,7 +80,7 @@ def drop_and_grow_layers(layers: Sequence[Layer]) -> list[Updated]:
         device = results[0][0].device
         with torch.cuda.device(device):
             workspace = torch.empty(require_cuda().drop_and_grow_workspace(batch), dtype=torch.uint8, device=device)
-            require_cuda().drop_and_grow(batch, workspace.data_ptr(), _stream())
+            require_cuda().drop_and_grow(batch, workspace.data_ptr(), current_stream())
     return results
 
 
@@ -112,7 +108,7 @@ def bernoulli_mask(like: Tensor, keep: float, seed: int, stream: int, step: Tens
     mask, step = torch.empty(like.shape, dtype=torch.bool, device=like.device), step.to(like.device)
     with torch.cuda.device(like.device):
         require_cuda().bernoulli_mask(
-            seed, stream, step.data_ptr(), mask_threshold(keep), mask.numel(), mask.data_ptr(), _stream()
+            seed, stream, step.data_ptr(), mask_threshold(keep), mask.numel(), mask.data_ptr(), current_stream()
         )
     return mask
 
@@ -121,7 +117,7 @@ def random_scores(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
     """(size,) random float32 scores on the device of ``step``."""
     scores = torch.empty(size, dtype=torch.float32, device=step.device)
     with torch.cuda.device(step.device):
-        require_cuda().random_scores(seed, stream, step.data_ptr(), size, scores.data_ptr(), _stream())
+        require_cuda().random_scores(seed, stream, step.data_ptr(), size, scores.data_ptr(), current_stream())
     return scores
 
 
@@ -133,16 +129,10 @@ def average_(
     One launch for up to 96 pairs of contiguous float32 tensors, and as many for float64; others one by one.
     """
     kernels = {torch.float32: require_cuda().average_float32, torch.float64: require_cuda().average_float64}
-    tasks: dict[torch.dtype, list[tuple[int, int, int, int]]] = {dtype: [] for dtype in kernels}
-    for stream, (average, value) in enumerate(zip(averages, values, strict=True)):
-        alike = average.dtype == value.dtype and average.is_contiguous() and value.is_contiguous()
-        if alike and average.dtype in kernels:
-            tasks[average.dtype].append((average.data_ptr(), value.data_ptr(), average.numel(), stream))
-        else:
-            _average_one_(average, value, count, keep, seed, stream, step)
+    tasks = kernel_tasks(averages, values, count, keep, seed, step)
     device = averages[0].device
     count, step = count.to(device), step.to(device)
     with torch.cuda.device(device):
         for dtype, kernel in kernels.items():
-            kernel(tasks[dtype], mask_threshold(keep), seed, count.data_ptr(), step.data_ptr(), _stream())
+            kernel(tasks[dtype], mask_threshold(keep), seed, count.data_ptr(), step.data_ptr(), current_stream())
     torch.autograd.graph.increment_version(averages)  # written behind torch's back

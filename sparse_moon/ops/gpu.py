@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from sparse_moon.ops import cuda_conv2d, cuda_linear, cuda_small_ops
 from sparse_moon.ops import sparse_conv2d as conv2d
 from sparse_moon.ops import sparse_linear as linear
 from sparse_moon.ops.average_ import average_reference_
@@ -99,8 +100,6 @@ def sparse_linear(input: Tensor, values: Tensor, bias: Tensor | None, probe: Ten
             kernels.sparse_linear(x, values.contiguous(), bias, index[0], index[1], y, allow_tf32=_matmul_tf32())
             return output
         case "cuda":
-            from sparse_moon.ops import cuda_linear
-
             return cuda_linear.sparse_linear(input, values, bias, index[0], index[1])
         case "masked dense":
             shape = ((index[0].numel() - 1) * block[0], input.shape[-1])
@@ -122,8 +121,6 @@ def sparse_linear_input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Te
             )
             return result
         case "cuda":
-            from sparse_moon.ops import cuda_linear
-
             return cuda_linear.sparse_linear_input_grad(grad, values, *_index(index)[2:])
         case "masked dense":
             shape = (grad.shape[-1], (index[2].numel() - 1) * block[1])
@@ -144,8 +141,6 @@ def sparse_linear_values_grad(grad: Tensor, input: Tensor, block: list[int], *in
             )
             return result
         case "cuda":
-            from sparse_moon.ops import cuda_linear
-
             return cuda_linear.sparse_linear_values_grad(grad, input, index[0], index[1])
         case "masked dense":
             return _gather(linear._dense_grad(grad, input), shape, index)
@@ -206,8 +201,6 @@ def sparse_conv2d(input: Tensor, values: Tensor, bias: Tensor | None, probe: Ten
             )
             return _as(input, output)
         case "cuda":
-            from sparse_moon.ops import cuda_conv2d
-
             return _as(input, cuda_conv2d.forward(input, values, bias, geometry, _index(index)))
         case "masked dense":
             weight = _dense(values, index, tuple(geometry.weight_shape), conv2d.memory_format(input))
@@ -229,8 +222,6 @@ def sparse_conv2d_input_grad(grad: Tensor, values: Tensor, input_shape: list[int
             )
             return _as(grad, result)
         case "cuda":
-            from sparse_moon.ops import cuda_conv2d
-
             return _as(grad, cuda_conv2d.input_grad(grad, values, input_shape, geometry, _index(index)))
         case "masked dense":
             weight = _dense(values, index, tuple(geometry.weight_shape), conv2d.memory_format(grad))
@@ -252,8 +243,6 @@ def sparse_conv2d_values_grad(grad: Tensor, input: Tensor, block: list[int], *sp
             )
             return result
         case "cuda":
-            from sparse_moon.ops import cuda_conv2d
-
             return cuda_conv2d.values_grad(grad, input, geometry, _index(index))
         case "masked dense":
             return _gather(conv2d_weight(input, geometry.weight_shape, grad, *geometry[1:]), shape, index)
@@ -270,26 +259,21 @@ def _index(index: tuple[Tensor, ...]) -> Index:
     return row_ptr, col, t_ptr, t_row, t_perm
 
 
-def _small_operator(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+def _small_operator(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
-        if native_cuda is None or not kernel_wanted("cuda"):
-            return reference(*arguments)
-        from sparse_moon.ops import cuda_small_ops
-
-        return getattr(cuda_small_ops, name)(*arguments)
+        return (kernel if native_cuda is not None and kernel_wanted("cuda") else reference)(*arguments)
 
     return run
 
 
-_SMALL_OPERATORS: dict[str, Callable[..., Any]] = {
-    "average_": average_reference_,
-    "bernoulli_mask": bernoulli_mask_reference,
-    "drop_and_grow": drop_and_grow_reference,
-    "random_scores": random_scores_reference,
-    "transpose_index": transpose_index_reference,
-}
-for _name, _reference in _SMALL_OPERATORS.items():
-    LIBRARY.impl(_name, _small_operator(_name, _reference), "CUDA")
+for _name, _kernel, _reference in (
+    ("average_", cuda_small_ops.average_, average_reference_),
+    ("bernoulli_mask", cuda_small_ops.bernoulli_mask, bernoulli_mask_reference),
+    ("drop_and_grow", cuda_small_ops.drop_and_grow, drop_and_grow_reference),
+    ("random_scores", cuda_small_ops.random_scores, random_scores_reference),
+    ("transpose_index", cuda_small_ops.transpose_index, transpose_index_reference),
+):
+    LIBRARY.impl(_name, _small_operator(_kernel, _reference), "CUDA")
 LIBRARY.impl("sparse_linear", sparse_linear, "CUDA")
 LIBRARY.impl("sparse_linear_input_grad", sparse_linear_input_grad, "CUDA")
 LIBRARY.impl("sparse_linear_values_grad", sparse_linear_values_grad, "CUDA")

@@ -4,6 +4,8 @@ import importlib
 import warnings
 from types import ModuleType
 
+import torch
+
 
 def _load() -> ModuleType | None:
     try:
@@ -41,3 +43,8 @@ def require_cuda() -> ModuleType:
             "sparse_moon was installed without its CUDA kernels; put nvcc on the path or set CUDA_HOME, and reinstall"
         )
     return native_cuda
+
+
+def current_stream() -> int:
+    """Address of the current device's stream, as the CUDA extension takes it."""
+    return torch.cuda.current_stream().cuda_stream
