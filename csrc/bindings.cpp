@@ -12,6 +12,7 @@
 #include "cpu/bernoulli_mask.h"
 #include "cpu/dispatch.h"
 #include "cpu/drop_and_grow.h"
+#include "cpu/masked_dense.h"
 #include "cpu/sparse_conv2d.h"
 #include "cpu/sparse_linear.h"
 #include "cpu/transpose_index.h"
@@ -126,6 +127,33 @@ void bind_sparse_products(py::module_& m) {
         py::arg("input_channels_last"), py::arg("values_grad"), py::arg("threads"));
 }
 
+// Block rows, block shape, elements of a dense row, taps, strides of channel and tap, addresses of row_ptr and col, threads.
+using PlacesTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, std::uintptr_t,
+                               std::uintptr_t, int>;
+
+sparse_moon::MaskedDense places(const PlacesTuple& p) {
+    const auto& [grid_rows, block_rows, block_cols, cols, taps, stride_channel, stride_tap, row_ptr, col, threads] = p;
+    return {grid_rows,      block_rows, block_cols, cols, taps,
+            stride_channel, stride_tap, pointer<const int32_t>(row_ptr), pointer<const int32_t>(col), threads};
+}
+
+void bind_masked_dense(py::module_& m) {
+    m.def(
+        "scatter_values",
+        [](const PlacesTuple& layout, int64_t bytes, std::uintptr_t values, std::uintptr_t dense) {
+            py::gil_scoped_release unlocked;
+            sparse_moon::scatter_values(places(layout), bytes, pointer<const void>(values), pointer<void>(dense));
+        },
+        py::arg("places"), py::arg("bytes"), py::arg("values"), py::arg("dense"));
+    m.def(
+        "gather_values",
+        [](const PlacesTuple& layout, int64_t bytes, std::uintptr_t dense, std::uintptr_t values) {
+            py::gil_scoped_release unlocked;
+            sparse_moon::gather_values(places(layout), bytes, pointer<const void>(dense), pointer<void>(values));
+        },
+        py::arg("places"), py::arg("bytes"), py::arg("dense"), py::arg("values"));
+}
+
 // (images, channels, plane), channels_last, relu, batch_statistics, eps, then the addresses of weight, bias, input,
 // mean and var.
 using BatchNormTuple =
@@ -232,6 +260,7 @@ void bind_small_operators(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
     bind_small_operators(m);
     bind_sparse_products(m);
+    bind_masked_dense(m);
     bind_batch_norm_relu(m);
     m.def(
         "transpose_index",

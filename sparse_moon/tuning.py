@@ -70,23 +70,27 @@ def chosen_backends(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pa
 
 def products(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pass, Callable[[], Any]]:
     """A layer's three products on random inputs of this shape, each as a function; planes on a GPU channels_last."""
-    values = layer.values
+    values = layer.values.detach()
     x = torch.randn(input_shape, dtype=values.dtype, device=values.device)
     if x.is_cuda and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    x.requires_grad_()
-    with torch.enable_grad():
-        y = layer(x)
-    upstream = torch.randn_like(y)
 
     def forward() -> None:
         with torch.no_grad():
             layer(x)
 
+    def gradient(of: torch.Tensor, input: torch.Tensor, values: torch.Tensor) -> Callable[[], Any]:
+        """``of`` is the only one that requires a gradient, for the others' would be computed too."""
+        with torch.enable_grad():
+            y = torch.func.functional_call(layer, {"values": values}, (input,))
+        upstream = torch.randn_like(y)
+        return lambda: torch.autograd.grad(y, of, upstream, retain_graph=True)
+
+    x_leaf, values_leaf = x.clone().requires_grad_(), values.clone().requires_grad_()
     return {
         "forward": forward,
-        "input_grad": lambda: torch.autograd.grad(y, x, upstream, retain_graph=True),
-        "values_grad": lambda: torch.autograd.grad(y, values, upstream, retain_graph=True),
+        "input_grad": gradient(x_leaf, x_leaf, values),
+        "values_grad": gradient(values_leaf, x, values_leaf),
     }
 
 

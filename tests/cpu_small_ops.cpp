@@ -13,6 +13,7 @@
 #include "cpu/average.h"
 #include "cpu/bernoulli_mask.cpp"  // the source: its variants for other instruction sets are not in the header
 #include "cpu/drop_and_grow.h"
+#include "cpu/masked_dense.h"
 #include "cpu/unknown_aware_loss.h"
 
 using namespace sparse_moon;
@@ -205,6 +206,32 @@ void check_loss(int64_t batch, int64_t classes, double w, double spread) {
     check(bad_row() == 0, "target below 0");
 }
 
+// A dense weight from its values and back, with strides of both memory layouts; what lies between stays zero.
+template <class T>
+void check_masked_dense(int64_t bh, int64_t bw, int64_t channel_blocks, int64_t taps, bool channels_last) {
+    const int64_t grid_rows = 3, grid_cols = channel_blocks * taps, channels = channel_blocks * bw;
+    std::vector<int32_t> row_ptr(grid_rows + 1), col;
+    for (int64_t row = 0; row < grid_rows; ++row) {  // the second row stays empty
+        for (int64_t c = 0; c < grid_cols; ++c) {
+            if (row != 1 && (c * 7 + row) % 3 != 1) col.push_back(static_cast<int32_t>(c));
+        }
+        row_ptr[row + 1] = static_cast<int32_t>(col.size());
+    }
+    MaskedDense layout{grid_rows, bh, bw, channels * taps, taps, taps, 1, nullptr, nullptr, 2};
+    if (channels_last) layout.stride_channel = 1, layout.stride_tap = channels;
+    std::vector<T> values(col.size() * bh * bw);
+    for (size_t k = 0; k < values.size(); ++k) values[k] = static_cast<T>(k + 1);
+    const size_t size = grid_rows * bh * channels * taps;
+    const auto given = exactly(values), dense = exactly(std::vector<T>(size, 77));
+    const auto back = exactly(std::vector<T>(values.size()));
+    const auto rows = exactly(row_ptr), cols = exactly(col);
+    layout.row_ptr = rows.get(), layout.col = cols.get();
+    scatter_values(layout, sizeof(T), given.get(), dense.get());
+    gather_values(layout, sizeof(T), dense.get(), back.get());
+    check(std::equal(values.begin(), values.end(), back.get()), "values from their own dense weight");
+    check(std::count(dense.get(), dense.get() + size, T{0}) == int64_t(size - values.size()), "zeros between the values");
+}
+
 }  // namespace
 
 int main() {
@@ -226,5 +253,12 @@ int main() {
         }
     }
     check_loss<float>(37, 1001, 1.5, 3.0);  // enough for two threads
+    for (const int64_t taps : {1, 9}) {
+        for (const bool channels_last : {false, true}) {
+            check_masked_dense<uint16_t>(1, 1, 5, taps, channels_last);
+            check_masked_dense<uint32_t>(2, 2, 3, taps, channels_last);
+            check_masked_dense<uint64_t>(4, 1, 3, taps, channels_last);
+        }
+    }
     std::puts("passed");
 }

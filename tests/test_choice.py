@@ -58,6 +58,15 @@ def test_the_crossover_decides():
         assert tuning.chosen_backends(layer, shape)[pass_] == "kernel"
 
 
+def test_each_product_runs_alone():
+    layer, shape = conv()
+    layer.values.requires_grad_(False)
+    for pass_, run in tuning.products(layer, shape).items():
+        with choice.asked_for() as works:
+            run()
+        assert [work.pass_ for work in works] == [pass_]
+
+
 def test_nearest_neighbour(monkeypatch):
     base = Work("forward", 128, 64, 64, 256, 9, 1, 1)
     table = [

@@ -303,7 +303,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path, sanitizing_compiler):
     compile_ = sanitizing_compiler("-O1", "-g")
-    kernels = ["average", "drop_and_grow", "transpose_index", "unknown_aware_loss"]
+    kernels = ["average", "drop_and_grow", "masked_dense", "transpose_index", "unknown_aware_loss"]
     sources = [str(ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in kernels]
     driver, program = str(ROOT / "tests" / "cpu_small_ops.cpp"), str(tmp_path / "driver")
     include = ["-I", str(ROOT / "csrc")]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.library import LIBRARY, define, register_autograd
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import memory_format
 
@@ -232,7 +232,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     )
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
 def batch_norm_relu(

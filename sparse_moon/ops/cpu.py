@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_moon.ops.choice import Pass, Work, kernel_pays
 from sparse_moon.ops.library import LIBRARY
+from sparse_moon.ops.masked_dense import block_of
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import Geometry, _split, memory_format
 from sparse_moon.ops.sparse_conv2d import _fake_forward as _conv2d_empty
@@ -27,7 +28,6 @@ from sparse_moon.ops.sparse_linear import _fake_values_grad as _linear_values_gr
 from sparse_moon.ops.sparse_linear import _forward as _linear_reference
 from sparse_moon.ops.sparse_linear import _input_grad as _linear_input_grad_reference
 from sparse_moon.ops.sparse_linear import _values_grad as _linear_values_grad_reference
-from sparse_moon.ops.sparse_linear import block_of
 
 # A dense product in bfloat16 is about this much faster than in float32, so the kernel pays at densities as much lower.
 _BFLOAT16_DENSE_SPEED = 2.0

@@ -1,10 +1,9 @@
 """The GPU kernels of the operators, registered for CUDA.
 
 Products with blocks and vectors have Triton kernels, unstructured ones CUDA C++ kernels. They run where
-:mod:`sparse_moon.ops.choice` finds that they pay, or where they are asked for. Where Triton is asked for and has no
-kernel, the product is masked dense: one launch writes the whole weight, the library multiplies, one launch reads the
-values' gradient. Everything else goes to the operator's reference. The small operators have CUDA C++ kernels, which run
-where they are asked for.
+:mod:`sparse_moon.ops.choice` finds that they pay, or where they are asked for; everything else goes to the operator's
+reference, a dense product on the scattered weight (:mod:`sparse_moon.ops.masked_dense`). The small operators have CUDA
+C++ kernels, which run where they are asked for.
 """
 
 import math
@@ -12,9 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from sparse_moon.ops import cuda_conv2d, cuda_linear, cuda_small_ops
 from sparse_moon.ops import sparse_conv2d as conv2d
@@ -24,15 +21,15 @@ from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, random_scor
 from sparse_moon.ops.choice import Pass, Work, kernel_pays, kernel_wanted
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
 from sparse_moon.ops.library import LIBRARY
+from sparse_moon.ops.masked_dense import block_of
 from sparse_moon.ops.native import native_cuda
 from sparse_moon.ops.sparse_conv2d import Geometry
-from sparse_moon.ops.sparse_linear import block_of, values_shape
 from sparse_moon.ops.transpose_index import transpose_index_reference
 from sparse_moon.topology import Index
 
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
-Choice = Literal["triton", "cuda", "masked dense", "reference"]
+Choice = Literal["triton", "cuda", "reference"]
 
 
 def _choose(work: Work, index: tuple[Tensor, ...], takes: Callable[[], bool], *operands: Tensor | None) -> Choice:
@@ -45,23 +42,7 @@ def _choose(work: Work, index: tuple[Tensor, ...], takes: Callable[[], bool], *o
     there = native_cuda is not None if kind == "cuda" else takes()
     if there and kernel_pays(work, index[1].numel() / max(blocks, 1), kind):
         return kind
-    return "masked dense" if kernel_wanted("triton") else "reference"
-
-
-def _dense(values: Tensor, index: tuple[Tensor, ...], shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
-    from sparse_moon.kernels import masked_dense
-
-    dense = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
-    masked_dense.scatter(values.contiguous(), index[0], index[1], dense)
-    return dense
-
-
-def _gather(dense: Tensor, block: tuple[int, int], index: tuple[Tensor, ...]) -> Tensor:
-    from sparse_moon.kernels import masked_dense
-
-    values = dense.new_empty(values_shape(index[1], list(block)))
-    masked_dense.gather(dense, index[0], index[1], values)
-    return values
+    return "reference"
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -101,9 +82,6 @@ def sparse_linear(input: Tensor, values: Tensor, bias: Tensor | None, probe: Ten
             return output
         case "cuda":
             return cuda_linear.sparse_linear(input, values, bias, index[0], index[1])
-        case "masked dense":
-            shape = ((index[0].numel() - 1) * block[0], input.shape[-1])
-            return F.linear(input, _dense(values, index, shape, torch.contiguous_format), bias)
         case _:
             return linear._forward(input, values, bias, probe, *index)
 
@@ -122,9 +100,6 @@ def sparse_linear_input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Te
             return result
         case "cuda":
             return cuda_linear.sparse_linear_input_grad(grad, values, *_index(index)[2:])
-        case "masked dense":
-            shape = (grad.shape[-1], (index[2].numel() - 1) * block[1])
-            return grad @ _dense(values, index, shape, torch.contiguous_format)
         case _:
             return linear._input_grad(grad, values, *index)
 
@@ -142,8 +117,6 @@ def sparse_linear_values_grad(grad: Tensor, input: Tensor, block: list[int], *in
             return result
         case "cuda":
             return cuda_linear.sparse_linear_values_grad(grad, input, index[0], index[1])
-        case "masked dense":
-            return _gather(linear._dense_grad(grad, input), shape, index)
         case _:
             return linear._values_grad(grad, input, block, *index)
 
@@ -202,9 +175,6 @@ def sparse_conv2d(input: Tensor, values: Tensor, bias: Tensor | None, probe: Ten
             return _as(input, output)
         case "cuda":
             return _as(input, cuda_conv2d.forward(input, values, bias, geometry, _index(index)))
-        case "masked dense":
-            weight = _dense(values, index, tuple(geometry.weight_shape), conv2d.memory_format(input))
-            return _as(input, F.conv2d(input, weight, bias, *geometry[1:]))
         case _:
             return conv2d._forward(input, values, bias, probe, *spec)
 
@@ -223,9 +193,6 @@ def sparse_conv2d_input_grad(grad: Tensor, values: Tensor, input_shape: list[int
             return _as(grad, result)
         case "cuda":
             return _as(grad, cuda_conv2d.input_grad(grad, values, input_shape, geometry, _index(index)))
-        case "masked dense":
-            weight = _dense(values, index, tuple(geometry.weight_shape), conv2d.memory_format(grad))
-            return _as(grad, conv2d_input(input_shape, weight, grad, *geometry[1:]))
         case _:
             return conv2d._input_grad(grad, values, input_shape, *spec)
 
@@ -244,8 +211,6 @@ def sparse_conv2d_values_grad(grad: Tensor, input: Tensor, block: list[int], *sp
             return result
         case "cuda":
             return cuda_conv2d.values_grad(grad, input, geometry, _index(index))
-        case "masked dense":
-            return _gather(conv2d_weight(input, geometry.weight_shape, grad, *geometry[1:]), shape, index)
         case _:
             return conv2d._values_grad(grad, input, block, *spec)
 

@@ -7,17 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sparse_moon.ops.library import LIBRARY, define, to_autocast_dtype
-from sparse_moon.ops.sparse_linear import (
-    INDEX_SCHEMA,
-    block_of,
-    check_dtypes,
-    check_operands,
-    dense_matrix,
-    gather_values,
-    values_shape,
-)
-from sparse_moon.topology import Topology, matrix_shape, matrix_to_weight, weight_to_matrix
+from sparse_moon.ops.library import define, register_autograd, to_autocast_dtype
+from sparse_moon.ops.masked_dense import block_of, values_shape
+from sparse_moon.ops.sparse_linear import INDEX_SCHEMA, check_dtypes, check_operands
+from sparse_moon.topology import Topology, matrix_shape, weight_to_matrix
 
 GEOMETRY_SCHEMA = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
 
@@ -44,14 +37,15 @@ def _split(spec: tuple[Any, ...]) -> tuple[Geometry, tuple[Tensor, ...]]:
     return Geometry(*spec[:5]), spec[5:]
 
 
-def _dense_weight(values: Tensor, geometry: Geometry, index: tuple[Tensor, ...]) -> Tensor:
-    return matrix_to_weight(dense_matrix(values, index), tuple(geometry.weight_shape), block_of(values)[1])
-
-
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for a tensor that is only that, contiguous otherwise: the layout that results follow."""
     channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _dense_weight(values: Tensor, geometry: Geometry, index: tuple[Tensor, ...], activation: Tensor) -> Tensor:
+    channels_last = memory_format(activation) == torch.channels_last
+    return torch.ops.sparse_moon.scatter_values(values, geometry.weight_shape, channels_last, *index[:2])
 
 
 def sparse_conv2d_reference(input: Tensor, values: Tensor, bias: Tensor | None, *spec: Any) -> Tensor:
@@ -60,7 +54,7 @@ def sparse_conv2d_reference(input: Tensor, values: Tensor, bias: Tensor | None, 
     ``spec`` is a :class:`Geometry`, flat, then the index tensors.
     """
     geometry, index = _split(spec)
-    return F.conv2d(input, _dense_weight(values, geometry, index), bias, *geometry[1:])
+    return F.conv2d(input, _dense_weight(values, geometry, index, input), bias, *geometry[1:])
 
 
 def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
@@ -69,7 +63,7 @@ def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor |
 
 def _input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
-    weight = _dense_weight(values, geometry, index)
+    weight = _dense_weight(values, geometry, index, grad)
     result = conv2d_input(input_shape, weight, grad, *geometry[1:])
     return result.contiguous(memory_format=memory_format(grad))
 
@@ -81,7 +75,8 @@ def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -
 
 def _values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
-    return gather_values(_dense_grad(grad, input, block[1], *geometry), index, (block[0], block[1]))
+    weight_grad = conv2d_weight(input, geometry.weight_shape, grad, *geometry[1:])
+    return torch.ops.sparse_moon.gather_values(weight_grad, block, *index[:2])
 
 
 def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
@@ -129,14 +124,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_input = ops.sparse_conv2d_input_grad(grad, values, input.shape, *geometry, *index)
     if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
         d_probe = ops.sparse_conv2d_dense_grad(grad, input, block[1], *geometry)
-        d_values = gather_values(d_probe, tuple(index), block) if needs_values else None
+        d_values = ops.gather_values(d_probe, block, *index[:2]) if needs_values else None
     elif needs_values:
         d_values = ops.sparse_conv2d_values_grad(grad, input, block, *geometry, *index)
     d_bias = grad.sum((0, 2, 3)) if needs_bias else None
     return d_input, d_values, d_bias, d_probe, *[None] * 10
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
 def sparse_conv2d(

@@ -6,33 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.library import LIBRARY, define, to_autocast_dtype
-from sparse_moon.topology import Topology, blocks_to_matrix, entry_positions, matrix_to_blocks
+from sparse_moon.ops.library import define, register_autograd, to_autocast_dtype
+from sparse_moon.ops.masked_dense import block_of, values_shape
+from sparse_moon.topology import Topology
 
 INDEX_SCHEMA = "Tensor row_ptr, Tensor col, Tensor t_ptr, Tensor t_row, Tensor t_perm"
 
 
-def block_of(values: Tensor) -> tuple[int, int]:
-    """Block shape that compact values imply."""
-    return (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
-
-
-def dense_matrix(values: Tensor, index: tuple[Tensor, ...]) -> Tensor:
-    """The dense matrix ``(rows, cols)`` of compact values."""
+def _dense_weight(values: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     row_ptr, col, t_ptr, _, _ = index
-    grid = (row_ptr.numel() - 1, t_ptr.numel() - 1)
-    return blocks_to_matrix(values, entry_positions(row_ptr, col, grid[1]), grid)
-
-
-def gather_values(matrix: Tensor, index: tuple[Tensor, ...], block: tuple[int, int]) -> Tensor:
-    """Compact values of a dense matrix ``(rows, cols)``."""
-    row_ptr, col, t_ptr, _, _ = index
-    return matrix_to_blocks(matrix, entry_positions(row_ptr, col, t_ptr.numel() - 1), block)
+    bh, bw = block_of(values)
+    shape = ((row_ptr.numel() - 1) * bh, (t_ptr.numel() - 1) * bw)
+    return torch.ops.sparse_moon.scatter_values(values, shape, False, row_ptr, col)
 
 
 def sparse_linear_reference(input: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
     """The specification: scatter the values into a dense weight, then ``F.linear``."""
-    return F.linear(input, dense_matrix(values, index), bias)
+    return F.linear(input, _dense_weight(values, index), bias)
 
 
 def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> Tensor:
@@ -40,7 +30,7 @@ def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor |
 
 
 def _input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Tensor:
-    return grad @ dense_matrix(values, index)
+    return grad @ _dense_weight(values, index)
 
 
 def _dense_grad(grad: Tensor, input: Tensor) -> Tensor:
@@ -48,12 +38,7 @@ def _dense_grad(grad: Tensor, input: Tensor) -> Tensor:
 
 
 def _values_grad(grad: Tensor, input: Tensor, block: list[int], *index: Tensor) -> Tensor:
-    return gather_values(_dense_grad(grad, input), index, (block[0], block[1]))
-
-
-def values_shape(col: Tensor, block: list[int]) -> tuple[int, ...]:
-    """Shape of compact values for these entries and block."""
-    return (col.numel(),) if list(block) == [1, 1] else (col.numel(), *block)
+    return torch.ops.sparse_moon.gather_values(_dense_grad(grad, input), block, *index[:2])
 
 
 def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> Tensor:
@@ -95,14 +80,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     d_values = d_probe = None
     if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
         d_probe = ops.sparse_linear_dense_grad(grad, input)
-        d_values = gather_values(d_probe, tuple(index), block_of(values)) if needs_values else None
+        d_values = ops.gather_values(d_probe, block_of(values), *index[:2]) if needs_values else None
     elif needs_values:
         d_values = ops.sparse_linear_values_grad(grad, input, block_of(values), *index)
     d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
     return d_input, d_values, d_bias, d_probe, None, None, None, None, None
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
 def sparse_linear(

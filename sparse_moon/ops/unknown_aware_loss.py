@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.choice import kernel_wanted
-from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.library import LIBRARY, define, register_autograd
 from sparse_moon.ops.native import native
 
 
@@ -105,7 +105,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor, N
     return (grad * grad_loss).to(ctx.dtype), None, None
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
 def unknown_aware_loss(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, LossStatistics]:

@@ -1,0 +1,127 @@
+"""``scatter_values`` and ``gather_values``: compact values to a dense weight and back, for masked dense products."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_moon.ops.choice import kernel_wanted
+from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.native import native
+from sparse_moon.topology import blocks_to_matrix, entry_positions, matrix_to_blocks, matrix_to_weight, weight_to_matrix
+
+# What the GPU kernel moves.
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def block_of(values: Tensor) -> tuple[int, int]:
+    """Block shape that compact values imply."""
+    return (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
+
+
+def values_shape(col: Tensor, block: list[int] | tuple[int, int]) -> tuple[int, ...]:
+    """Shape of compact values for these entries and block."""
+    return (col.numel(),) if tuple(block) == (1, 1) else (col.numel(), *block)
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def scatter_values_reference(
+    values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor
+) -> Tensor:
+    """The specification: a dense weight (O, I) or (O, C, kh, kw), zero where no value has its place."""
+    bw = block_of(values)[1]
+    grid = (row_ptr.numel() - 1, math.prod(weight_shape[1:]) // bw)
+    matrix = blocks_to_matrix(values, entry_positions(row_ptr, col, grid[1]), grid)
+    return matrix_to_weight(matrix, tuple(weight_shape), bw).contiguous(memory_format=_layout(channels_last))
+
+
+def gather_values_reference(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> Tensor:
+    """The specification: compact values of a dense weight (O, I) or (O, C, kh, kw)."""
+    matrix = weight_to_matrix(weight, block[1])
+    positions = entry_positions(row_ptr, col, matrix.shape[1] // block[1])
+    return matrix_to_blocks(matrix, positions, (block[0], block[1])).contiguous()
+
+
+def _fake_scatter(values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor) -> Tensor:
+    return torch.empty(
+        weight_shape, dtype=values.dtype, device=values.device, memory_format=_layout(channels_last)
+    )  # fmt: skip
+
+
+def _fake_gather(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> Tensor:
+    return weight.new_empty(values_shape(col, block))
+
+
+define("scatter_values(Tensor values, int[] weight_shape, bool channels_last, Tensor row_ptr, Tensor col) -> Tensor",
+       scatter_values_reference, _fake_scatter)  # fmt: skip
+define("gather_values(Tensor weight, int[] block, Tensor row_ptr, Tensor col) -> Tensor",
+       gather_values_reference, _fake_gather)  # fmt: skip
+
+
+def _places(weight: Tensor, block: tuple[int, int], row_ptr: Tensor, col: Tensor) -> tuple[int, ...]:
+    """Where the entries lie in a contiguous or channels_last weight, as the extension takes it."""
+    channels, taps = weight.shape[1], math.prod(weight.shape[2:])
+    strides = (taps, 1) if weight.is_contiguous() else (1, channels)
+    return (row_ptr.numel() - 1, *block, channels * taps, taps, *strides, row_ptr.data_ptr(), col.data_ptr(),
+            torch.get_num_threads())  # fmt: skip
+
+
+def _scatter_cpu(values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor) -> Tensor:
+    assert native is not None
+    values, row_ptr, col = values.contiguous(), row_ptr.contiguous(), col.contiguous()
+    weight = _fake_scatter(values, weight_shape, channels_last, row_ptr, col)
+    places = _places(weight, block_of(values), row_ptr, col)
+    native.scatter_values(places, values.element_size(), values.data_ptr(), weight.data_ptr())
+    return weight
+
+
+def _gather_cpu(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> Tensor:
+    assert native is not None
+    row_ptr, col = row_ptr.contiguous(), col.contiguous()
+    weight = weight.contiguous(memory_format=_packed(weight))
+    values = _fake_gather(weight, block, row_ptr, col)
+    places = _places(weight, (block[0], block[1]), row_ptr, col)
+    native.gather_values(places, values.element_size(), weight.data_ptr(), values.data_ptr())
+    return values
+
+
+def _packed(weight: Tensor) -> torch.memory_format:
+    """The layout without gaps that costs no copy where there is one."""
+    return _layout(weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+
+
+if native is not None:
+    LIBRARY.impl("scatter_values", _scatter_cpu, "CPU")
+    LIBRARY.impl("gather_values", _gather_cpu, "CPU")
+
+
+def scatter_values_cuda(
+    values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor
+) -> Tensor:
+    """One launch, where Triton is asked for and moves the dtype."""
+    if values.dtype not in _DTYPES or not kernel_wanted("triton"):
+        return scatter_values_reference(values, weight_shape, channels_last, row_ptr, col)
+    # not before it is wanted: Triton is slow to import, and not there on every platform
+    from sparse_moon.kernels import masked_dense
+
+    weight = _fake_scatter(values, weight_shape, channels_last, row_ptr, col)
+    masked_dense.scatter(values.contiguous(), row_ptr, col, weight)
+    return weight
+
+
+def gather_values_cuda(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> Tensor:
+    """One launch, where Triton is asked for and moves the dtype."""
+    if weight.dtype not in _DTYPES or not kernel_wanted("triton"):
+        return gather_values_reference(weight, block, row_ptr, col)
+    from sparse_moon.kernels import masked_dense
+
+    values = _fake_gather(weight, block, row_ptr, col)
+    masked_dense.gather(weight.contiguous(memory_format=_packed(weight)), row_ptr, col, values)
+    return values
+
+
+LIBRARY.impl("scatter_values", scatter_values_cuda, "CUDA")
+LIBRARY.impl("gather_values", gather_values_cuda, "CUDA")
