@@ -17,6 +17,7 @@ from timing import environment, write_results
 from torch import nn
 
 import sparse_moon as sm
+from sparse_moon.memory import keep_freed_memory
 from sparse_moon.ops import choice
 from sparse_moon.tuning import best_ms, products
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     device = torch.device(parser.parse_args().device)
+    keep_freed_memory()  # as training does
     rows = []
     for dense, shape, pattern, dtype in cpu_cases() if device.type == "cpu" else cuda_cases():
         torch.manual_seed(0)
