@@ -146,6 +146,7 @@ setup(
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-ffp-contract=fast", *OPENMP_FLAGS],
             extra_link_args=OPENMP_FLAGS,
+            depends=[*map(str, Path("csrc/cpu").glob("*.h"))],
         ),
         Pybind11Extension(
             "sparse_moon._C_cuda",

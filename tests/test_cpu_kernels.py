@@ -136,6 +136,8 @@ def test_linear_features_in_chunks():
     check_linear((3,), 2500, 40, (1, 1), 0.1)
     check_linear((2, 150), 1300, 35, (1, 1), 0.1)
     check_linear((270,), 1400, 36, (4, 4), 0.2)
+    check_linear((20,), 24, 2100, (1, 1), 0.2)  # those of the input's gradient
+    check_linear((20,), 24, 2100, (4, 4), 0.2)
 
 
 PAIR = st.tuples(st.integers(1, 3), st.integers(1, 2))
@@ -173,6 +175,12 @@ def test_conv2d_plane_in_blocks_of_rows(channels_last):
     for batch in (1, 17):
         x = in_layout(torch.randn(batch, 48, 40, 41), channels_last)
         check_conv2d(x, geometry, (1, 1), 0.05, channels_last, False)
+
+
+def test_linear_with_results_written_past_the_caches():
+    """Whole cache lines in the forward pass, which bypass the caches, and rows that are not whole lines."""
+    check_linear((1100,), 8, 1920, (1, 1), 0.3)
+    check_linear((1100,), 8, 1921, (1, 1), 0.3)
 
 
 def test_conv2d_with_results_written_past_the_caches():

@@ -18,6 +18,10 @@ const Kernels& kernels();
 // Throws std::invalid_argument for a name that is not among supported_isas().
 void set_isa(const std::string& name);
 
+// Results from this size on are written past the caches. Written through them, the lanes' lines, which lie a power of
+// two apart, evict each other half written: 128 x 128 x 16 x 16 at 99 % sparsity takes 5.5 ms instead of 3.9.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
 // Asks for large pages under a result that is about to be written. Memory fresh from the system costs a page fault
 // every 4 KB otherwise: 12 ms for 32 MB, against 3 ms.
 void expect_writes(void* data, std::size_t bytes);

@@ -113,7 +113,8 @@ struct SparseMatrix {
     const float* values;               // [blocks][block_rows][block_cols]; null where only places matter
 };
 
-// y (tokens, rows) = x (tokens, cols) W^T + bias, or with the transpose y (tokens, cols) = x (tokens, rows) W.
+// y (tokens, rows) = x (tokens, cols) W^T + bias, or with the transpose y (tokens, cols) = x (tokens, rows) W. With the
+// transpose of a matrix of 1 x 1 blocks, the values are in column order.
 struct LinearJob {
     SparseMatrix matrix;
     bool transposed;
@@ -121,6 +122,7 @@ struct LinearJob {
     const float* input;
     const float* bias;  // or null
     float* output;
+    bool streaming;  // as in CorrelateJob
     char* scratch;
     int threads;
 };

@@ -19,7 +19,9 @@ void run(LinearJob job) {
     check_size(job.matrix);
     const Kernels& isa = kernels();
     const int64_t outputs = job.transposed ? job.matrix.cols : job.matrix.rows;
-    expect_writes(job.output, job.tokens * outputs * sizeof(float));
+    const int64_t bytes = job.tokens * outputs * static_cast<int64_t>(sizeof(float));
+    job.streaming = bytes >= kStreamBytes;
+    expect_writes(job.output, bytes);
     job.scratch = scratch(Slot::kKernel, isa.linear_scratch(job));
     isa.linear(job);
 }
@@ -28,12 +30,21 @@ void run(LinearJob job) {
 
 void sparse_linear(int64_t tokens, const SparseMatrix& weight, const float* input, const float* bias, float* output,
                    int threads) {
-    run({weight, false, tokens, input, bias, output, nullptr, threads});
+    run({weight, false, tokens, input, bias, output, false, nullptr, threads});
 }
 
 void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const float* grad, float* input_grad,
                               int threads) {
-    run({weight, true, tokens, grad, nullptr, input_grad, nullptr, threads});
+    SparseMatrix matrix = weight;
+    if (weight.block_rows * weight.block_cols == 1) {
+        // Once here rather than for every block of tokens: the places are anywhere in memory.
+        const int64_t n = weight.t_ptr[weight.cols];
+        float* values = reinterpret_cast<float*>(scratch(Slot::kLists, n * sizeof(float)));
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t k = 0; k < n; ++k) values[k] = weight.values[weight.t_perm[k]];
+        matrix.values = values;
+    }
+    run({matrix, true, tokens, grad, nullptr, input_grad, false, nullptr, threads});
 }
 
 void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,

@@ -1,6 +1,8 @@
 // The linear layer's inner loops for one instruction set: the convolution's, with tokens in the lanes and groups of
-// kLanes tokens as the positions of a tile. Threads pack a block of up to kTile groups together into one panel
-// [features][groups][kLanes], then divide the outputs among themselves, so that results do not depend on their number.
+// kLanes tokens as the positions of a tile. Up to kTile groups make a block, packed into a panel [features][groups]
+// [kLanes]. No thread reads what another has packed: between the caches of two cores such lines travel so slowly that
+// two threads were slower than one. Blocks of tokens are therefore what threads share out; where there are too few,
+// parts of the outputs, and each packs the block for itself.
 //
 // A panel of many features outgrows the L2 cache, where every entry would wait for L3. Features are therefore taken in
 // chunks that fit, and sums wait in a second panel between chunks.
@@ -13,6 +15,10 @@ namespace SPARSE_MOON_ISA {
 
 constexpr int64_t kChunkBytes = 640 << 10;
 constexpr int64_t kChunkFeatures = 1024;  // longer sums would round worse than those of a blocked dense product
+constexpr int64_t kChunkEntries = 16;  // of a row at least, on average: with fewer, loading and storing the sums costs more
+
+constexpr int64_t kRunFeatures = 64;  // of one token that are read together, so that the next lines are on their way
+constexpr int64_t kLeastGroups = 4;  // of a block that is only there for one more thread to have work
 
 // Tokens of one block, and the panels' geometry that follows.
 struct TokenBlocks {
@@ -21,47 +27,54 @@ struct TokenBlocks {
     int64_t stride;  // vectors between features, odd
 };
 
-inline TokenBlocks token_blocks(int64_t tokens) {
-    const int64_t groups = larger((tokens + kLanes - 1) / kLanes, 1), count = (groups + kTile - 1) / kTile;
+// Few blocks, or as many as `threads` where each still has kLeastGroups groups.
+inline TokenBlocks token_blocks(int64_t tokens, int64_t threads) {
+    const int64_t groups = larger((tokens + kLanes - 1) / kLanes, 1), fewest = (groups + kTile - 1) / kTile;
+    const int64_t even = (fewest + threads - 1) / threads * threads;
+    const int64_t count = larger(fewest, smaller(even, groups / kLeastGroups));
     const int64_t each = (groups + count - 1) / count;
-    return {count, each, odd(each)};
+    return {(groups + each - 1) / each, each, odd(each)};
 }
 
-// Features a chunk: whole blocks of the matrix.
-inline int64_t chunk_features(int64_t features, int64_t block, int64_t stride) {
-    const int64_t fitting = smaller(kChunkBytes / (stride * kVecBytes), kChunkFeatures);
+// Features a chunk: whole blocks of the matrix, whose rows have `entries` on average.
+inline int64_t chunk_features(int64_t features, int64_t block, int64_t entries, int64_t stride) {
+    const int64_t enough = features * kChunkEntries / larger(entries, 1);
+    const int64_t fitting = larger(smaller(kChunkBytes / (stride * kVecBytes), kChunkFeatures), enough);
     const int64_t chunks = larger((features + fitting - 1) / fitting, 1);
     return larger(((features + chunks - 1) / chunks + block - 1) / block * block, block);
 }
 
-// Tokens [first, first + groups kLanes) of features [begin, end) into a panel; tokens past the end become zeros.
+// Tokens [first, first + groups kLanes) of features [begin, end) into a panel, whose first feature is `begin`; tokens
+// past the end become zeros.
 inline void pack_tokens(const float* x, int64_t tokens, int64_t features, int64_t first, const TokenBlocks& blocks,
                         int64_t begin, int64_t end, float* panel) {
-    for (int64_t f = begin; f < end; f += kLanes) {
-        const int count = static_cast<int>(smaller(kLanes, end - f));
+    for (int64_t run = begin; run < end; run += kRunFeatures) {
         for (int64_t g = 0; g < blocks.groups; ++g) {
             const int64_t token = first + g * kLanes;
-            const float* start = x + token * features + f;
-            Vec rows[kLanes];
-            if (count == kLanes && token + kLanes <= tokens) {
+            for (int64_t f = run; f < smaller(run + kRunFeatures, end); f += kLanes) {
+                const int count = static_cast<int>(smaller(kLanes, end - f));
+                const float* start = x + token * features + f;
+                Vec rows[kLanes];
+                if (count == kLanes && token + kLanes <= tokens) {
 #pragma GCC unroll 16
-                for (int l = 0; l < kLanes; ++l) rows[l] = load_unaligned(start + l * features);
-            } else {
+                    for (int l = 0; l < kLanes; ++l) rows[l] = load_unaligned(start + l * features);
+                } else {
 #pragma GCC unroll 1
-                for (int l = 0; l < kLanes; ++l) {
-                    rows[l] = token + l < tokens ? load_range(start + l * features, 0, count) : Vec{};
+                    for (int l = 0; l < kLanes; ++l) {
+                        rows[l] = token + l < tokens ? load_range(start + l * features, 0, count) : Vec{};
+                    }
                 }
-            }
-            transpose(rows);
-            alignas(64) float buffer[kLanes * kLanes];
-            float* out = panel + (f * blocks.stride + g) * kLanes;
-            if (count == kLanes) {
+                transpose(rows);
+                float* out = panel + ((f - begin) * blocks.stride + g) * kLanes;
+                if (count == kLanes) {
 #pragma GCC unroll 16
-                for (int k = 0; k < kLanes; ++k) store(out + k * blocks.stride * kLanes, rows[k]);
-            } else {
+                    for (int k = 0; k < kLanes; ++k) store(out + k * blocks.stride * kLanes, rows[k]);
+                } else {
+                    alignas(64) float buffer[kLanes * kLanes];
 #pragma GCC unroll 16
-                for (int k = 0; k < kLanes; ++k) store(buffer + k * kLanes, rows[k]);
-                for (int k = 0; k < count; ++k) store(out + k * blocks.stride * kLanes, load(buffer + k * kLanes));
+                    for (int k = 0; k < kLanes; ++k) store(buffer + k * kLanes, rows[k]);
+                    for (int k = 0; k < count; ++k) store(out + k * blocks.stride * kLanes, load(buffer + k * kLanes));
+                }
             }
         }
     }
@@ -69,24 +82,31 @@ inline void pack_tokens(const float* x, int64_t tokens, int64_t features, int64_
 
 // Up to kLanes outputs [outputs][groups] vectors to y (tokens, total outputs), from output `first_output` on.
 inline void unpack_tokens(const float* tile, int64_t outputs, const TokenBlocks& blocks, int64_t first, int64_t tokens,
-                          int64_t first_output, int64_t total, float* y) {
+                          int64_t first_output, int64_t total, bool streaming, float* y) {
     const int count = static_cast<int>(outputs);
     for (int64_t g = 0; g < blocks.groups; ++g) {
         Vec columns[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) columns[i] = i < count ? load(tile + (i * blocks.groups + g) * kLanes) : Vec{};
         transpose(columns);
+        const int64_t token = first + g * kLanes;
+        float* out = y + token * total + first_output;
+        if (count == kLanes && token + kLanes <= tokens) {
+            const bool aligned = reinterpret_cast<uintptr_t>(out) % kVecBytes == 0 && total % kLanes == 0;
+            if (kStreams && streaming && aligned) {
+#pragma GCC unroll 16
+                for (int l = 0; l < kLanes; ++l) store_streaming(out + l * total, columns[l]);
+            } else {
+#pragma GCC unroll 16
+                for (int l = 0; l < kLanes; ++l) store_unaligned(out + l * total, columns[l]);
+            }
+            continue;
+        }
         alignas(64) float buffer[kLanes * kLanes];
 #pragma GCC unroll 16
         for (int l = 0; l < kLanes; ++l) store(buffer + l * kLanes, columns[l]);
-        const int64_t token = first + g * kLanes;
         for (int64_t l = 0; l < smaller(kLanes, tokens - token); ++l) {
-            float* out = y + (token + l) * total + first_output;
-            if (count == kLanes) {
-                store_unaligned(out, load(buffer + l * kLanes));
-            } else {
-                store_first(out, load(buffer + l * kLanes), count);
-            }
+            store_first(out + l * total, load(buffer + l * kLanes), count);
         }
     }
 }
@@ -111,8 +131,11 @@ struct Rows {
         return entries + 4 * row;
     }
 
+    // Entries of a row on average, in elements.
+    int64_t row_entries() const { return starts()[count() / block()] * matrix.block_rows * matrix.block_cols / larger(count(), 1); }
+
     // First row of part `part` of `parts` about equally costly ones, a multiple of kLanes.
-    int64_t part_begin(int part, int parts) const {
+    int64_t part_begin(int64_t part, int64_t parts) const {
         const int64_t groups = (count() + kLanes - 1) / kLanes;
         if (part == parts) return groups * kLanes;
         const int64_t wanted = cost(count()) * part / parts;
@@ -145,7 +168,8 @@ struct Rows {
         return k - first;
     }
 
-    // The entries of blocks [first, first + blocks) of `row`, for a panel with `bytes` between features.
+    // The entries of blocks [first, first + blocks) of `row`, for a panel with `bytes` between features, of which the
+    // first is feature 0 (an address outside the panel, where it holds a later chunk).
     int64_t list(int64_t row, int64_t first, int64_t blocks, int64_t bytes, Entry* entry) const {
         const int64_t bh = matrix.block_rows, bw = matrix.block_cols, within = row % block(), width = feature_block();
         for (int64_t k = first; k < first + blocks; ++k) {
@@ -161,24 +185,22 @@ struct Rows {
 
     // Blocks [first, first + blocks) of `row` as a tile takes them.
     void entries(int64_t, int64_t first, int64_t blocks, int64_t bytes, Entry*, MatrixRow* out) const {
-        *out = {matrix.col + first, matrix.values + first, blocks, bytes};
-    }
-    void entries(int64_t, int64_t first, int64_t blocks, int64_t bytes, Entry*, MatrixColumn* out) const {
-        *out = {matrix.t_row + first, matrix.t_perm + first, matrix.values, blocks, bytes};
+        *out = {columns() + first, matrix.values + first, blocks, bytes};
     }
     void entries(int64_t row, int64_t first, int64_t blocks, int64_t bytes, Entry* scratch, EntryList* out) const {
         *out = {scratch, list(row, first, blocks, bytes, scratch)};
     }
 };
 
-// Scratch memory: the panel, the sums between chunks (all rows, or a group for each thread where there is one chunk),
-// a list a thread, a cursor a row.
+// What a thread needs to multiply a block of tokens with a part of the rows; its scratch memory is a panel, the sums
+// between chunks (or of kLanes rows, where there is one chunk), a list of entries, and a cursor a row.
 struct LinearPlan {
     TokenBlocks blocks;
+    int64_t parts;  // of the rows
     int64_t chunk;  // features
     bool chunked;
-    int64_t panel, sums, lists, cursors;  // bytes
-    int64_t bytes() const { return panel + sums + lists + cursors; }
+    int64_t panel, sums, list, cursors;  // bytes
+    int64_t bytes() const { return panel + sums + list + cursors; }
 };
 
 inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -186,162 +208,181 @@ inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 inline LinearPlan linear_plan(const LinearJob& job) {
     const Rows rows{job.matrix, job.transposed};
     LinearPlan plan;
-    plan.blocks = token_blocks(job.tokens);
-    plan.chunk = chunk_features(rows.features(), rows.feature_block(), plan.blocks.stride);
+    plan.blocks = token_blocks(job.tokens, job.threads);
+    plan.parts = (job.threads + plan.blocks.count - 1) / plan.blocks.count;
+    plan.chunk = chunk_features(rows.features(), rows.feature_block(), rows.row_entries(), plan.blocks.stride);
     plan.chunked = plan.chunk < rows.features();
-    plan.panel = rows.features() * plan.blocks.stride * kVecBytes;
+    const int64_t features = smaller(plan.chunk, rows.features());
+    plan.panel = features * plan.blocks.stride * kVecBytes;
     const int64_t padded = (rows.count() + kLanes - 1) / kLanes * kLanes;
-    plan.sums = (plan.chunked ? padded : job.threads * kLanes) * plan.blocks.groups * kVecBytes;
-    plan.lists = job.threads * whole_lines(smaller(plan.chunk, rows.features()) * sizeof(Entry));
+    plan.sums = (plan.chunked ? padded : kLanes) * plan.blocks.groups * kVecBytes;
+    plan.list = whole_lines(features * sizeof(Entry));
     plan.cursors = whole_lines(rows.count() * sizeof(int32_t));
     return plan;
 }
 
-inline int64_t linear_scratch(const LinearJob& job) { return linear_plan(job).bytes(); }
+inline int64_t linear_scratch(const LinearJob& job) { return job.threads * linear_plan(job).bytes(); }
+
+// A block of tokens from `token` on, multiplied with rows [begin, end), begin a multiple of kLanes.
+template <class Entries>
+void linear_unit(const LinearJob& job, const LinearPlan& plan, char* scratch, int64_t token, int64_t begin,
+                 int64_t end) {
+    const Rows rows{job.matrix, job.transposed};
+    const TokenBlocks& blocks = plan.blocks;
+    const int64_t features = rows.features(), feature_bytes = blocks.stride * kVecBytes;
+    const ProductKernel<Entries> from_bias = product_row_kernel<Start::kConstant, Entries>(blocks.groups);
+    const ProductKernel<Entries> from_stored = product_row_kernel<Start::kStored, Entries>(blocks.groups);
+    float* panel = reinterpret_cast<float*>(scratch);
+    float* sums = reinterpret_cast<float*>(scratch + plan.panel);
+    Entry* list = reinterpret_cast<Entry*>(scratch + plan.panel + plan.sums);
+    int32_t* cursors = reinterpret_cast<int32_t*>(scratch + plan.panel + plan.sums + plan.list);
+    for (int64_t row = begin; row < end; ++row) cursors[row - begin] = rows.starts()[row / rows.block()];
+
+    const auto unpack = [&](const float* tile, int64_t row) {
+        unpack_tokens(tile, smaller(kLanes, end - row), blocks, token, job.tokens, row, rows.count(), job.streaming,
+                      job.output);
+    };
+    ProductTile<Entries> tile{};
+    tile.out_step = 1;
+    for (int64_t base = 0; base == 0 || base < features; base += plan.chunk) {
+        pack_tokens(job.input, job.tokens, features, token, blocks, base, smaller(base + plan.chunk, features), panel);
+        tile.panel = reinterpret_cast<const char*>(panel) - base * feature_bytes;
+        const ProductKernel<Entries> kernel = base == 0 ? from_bias : from_stored;
+        for (int64_t row = begin; row < end; ++row) {
+            // With one chunk, rows are finished in groups that are transposed while they are in the L1 cache.
+            const int64_t place = plan.chunked ? row - begin : (row - begin) % kLanes;
+            const int64_t start = cursors[row - begin];
+            const int64_t found = rows.advance(row, base + plan.chunk, cursors + (row - begin));
+            if (found > 0 || base == 0) {
+                rows.entries(row, start, found, feature_bytes, list, &tile.entries);
+                tile.initial = job.bias ? job.bias[row] : 0.0f;
+                tile.out = sums + place * blocks.groups * kLanes;
+                kernel(tile);
+            }
+            if (!plan.chunked && (place == kLanes - 1 || row == end - 1)) unpack(sums, row - place);
+        }
+    }
+    if (!plan.chunked) return;
+    for (int64_t row = begin; row < end; row += kLanes) unpack(sums + (row - begin) * blocks.groups * kLanes, row);
+}
 
 template <class Entries>
 void linear_with(const LinearJob& job) {
     const Rows rows{job.matrix, job.transposed};
     const LinearPlan plan = linear_plan(job);
-    const TokenBlocks& blocks = plan.blocks;
-    const int64_t features = rows.features(), count = rows.count(), feature_bytes = blocks.stride * kVecBytes;
-    const int64_t feature_groups = (features + kLanes - 1) / kLanes;
-    float* panel = reinterpret_cast<float*>(job.scratch);
-    const ProductKernel<Entries> from_bias = product_row_kernel<Start::kConstant, Entries>(blocks.groups);
-    const ProductKernel<Entries> from_stored = product_row_kernel<Start::kStored, Entries>(blocks.groups);
 #pragma omp parallel num_threads(job.threads)
     {
-        const int thread = thread_number(), threads = team_size();
-        const int64_t begin = rows.part_begin(thread, threads), end = rows.part_begin(thread + 1, threads);
-        float* all_sums = reinterpret_cast<float*>(job.scratch + plan.panel);
-        float* sums = all_sums + (plan.chunked ? begin : thread * kLanes) * blocks.groups * kLanes;
-        char* after_sums = job.scratch + plan.panel + plan.sums;
-        Entry* list = reinterpret_cast<Entry*>(after_sums + plan.lists / job.threads * thread);
-        int32_t* cursors = reinterpret_cast<int32_t*>(after_sums + plan.lists);
-        // With one chunk, rows are finished in groups that are transposed while they are in the L1 cache.
-        const int64_t span = plan.chunked ? larger(end - begin, 1) : kLanes;
-        ProductTile<Entries> tile{};
-        tile.panel = reinterpret_cast<const char*>(panel);
-        tile.out_step = 1;
-        for (int64_t block = 0; block < blocks.count; ++block) {
-            const int64_t token = block * blocks.groups * kLanes;
-            pack_tokens(job.input, job.tokens, features, token, blocks, feature_groups * thread / threads * kLanes,
-                        smaller(feature_groups * (thread + 1) / threads * kLanes, features), panel);
-            for (int64_t row = begin; row < smaller(end, count); ++row) {
-                cursors[row] = rows.starts()[row / rows.block()];
-            }
-#pragma omp barrier
-            for (int64_t first = begin; first < end; first += span) {
-                const int64_t last = smaller(smaller(first + span, end), count);
-                for (int64_t base = 0; base == 0 || base < features; base += plan.chunk) {
-                    const ProductKernel<Entries> kernel = base == 0 ? from_bias : from_stored;
-                    for (int64_t row = first; row < last; ++row) {
-                        const int64_t start = cursors[row];
-                        const int64_t found = rows.advance(row, base + plan.chunk, cursors + row);
-                        if (found == 0 && base > 0) continue;
-                        rows.entries(row, start, found, feature_bytes, list, &tile.entries);
-                        tile.initial = job.bias ? job.bias[row] : 0.0f;
-                        tile.out = sums + (row - first) * blocks.groups * kLanes;
-                        kernel(tile);
-                    }
-                }
-                for (int64_t row = first; row < last; row += kLanes) {
-                    unpack_tokens(sums + (row - first) * blocks.groups * kLanes, smaller(kLanes, last - row), blocks,
-                                  token, job.tokens, row, count, job.output);
-                }
-            }
-#pragma omp barrier
+        char* scratch = job.scratch + thread_number() * plan.bytes();
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < plan.blocks.count * plan.parts; ++unit) {
+            const int64_t block = unit / plan.parts, part = unit % plan.parts;
+            linear_unit<Entries>(job, plan, scratch, block * plan.blocks.groups * kLanes,
+                                 rows.part_begin(part, plan.parts),
+                                 smaller(rows.part_begin(part + 1, plan.parts), rows.count()));
         }
+        stream_fence();
     }
 }
 
 inline void linear(const LinearJob& job) {
-    if (job.matrix.block_rows * job.matrix.block_cols > 1) return linear_with<EntryList>(job);
-    return job.transposed ? linear_with<MatrixColumn>(job) : linear_with<MatrixRow>(job);
+    const bool blocks = job.matrix.block_rows * job.matrix.block_cols > 1;
+    return blocks ? linear_with<EntryList>(job) : linear_with<MatrixRow>(job);
 }
 
-// Scratch memory: a panel of the input, one of the gradient, and for each thread the offsets and sums of one row.
+// The rows are divided among the threads, each of which packs all of the input and its part of the gradient. Scratch
+// memory of a thread: a panel of each, the offsets and sums of one row, and a cursor a row.
 struct LinearDotsPlan {
     TokenBlocks blocks;
     int64_t chunk;
-    int64_t panel, grad, lists, cursors;  // bytes
-    int64_t bytes() const { return panel + grad + lists + cursors; }
+    int64_t panel, grad, list, cursors;  // bytes
+    int64_t bytes() const { return panel + grad + list + cursors; }
 };
 
 inline LinearDotsPlan linear_dots_plan(const LinearDotsJob& job) {
+    const SparseMatrix& matrix = job.matrix;
     LinearDotsPlan plan;
-    plan.blocks = token_blocks(job.tokens);
-    plan.chunk = chunk_features(job.matrix.cols, job.matrix.block_cols, plan.blocks.stride);
-    plan.panel = job.matrix.cols * plan.blocks.stride * kVecBytes;
-    plan.grad = job.matrix.rows * plan.blocks.stride * kVecBytes;
-    plan.lists = job.threads * whole_lines(smaller(plan.chunk, job.matrix.cols) * (sizeof(int32_t) + sizeof(float)));
-    plan.cursors = whole_lines(job.matrix.rows * sizeof(int32_t));
+    plan.blocks = token_blocks(job.tokens, 1);
+    const int64_t entries = Rows{matrix, false}.row_entries();
+    plan.chunk = chunk_features(matrix.cols, matrix.block_cols, entries, plan.blocks.stride);
+    const int64_t features = smaller(plan.chunk, matrix.cols);
+    plan.panel = features * plan.blocks.stride * kVecBytes;
+    plan.grad = matrix.rows * plan.blocks.stride * kVecBytes;
+    plan.list = whole_lines(features * (sizeof(int32_t) + sizeof(float)));
+    plan.cursors = whole_lines(matrix.rows * sizeof(int32_t));
     return plan;
 }
 
-inline int64_t linear_dots_scratch(const LinearDotsJob& job) { return linear_dots_plan(job).bytes(); }
+inline int64_t linear_dots_scratch(const LinearDotsJob& job) { return job.threads * linear_dots_plan(job).bytes(); }
+
+// Adds the products of a block of tokens from `token` on to the sums of rows [begin, end).
+inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& plan, char* scratch, int64_t token,
+                             int64_t begin, int64_t end) {
+    const SparseMatrix& matrix = job.matrix;
+    const Rows rows{matrix, false};
+    const TokenBlocks& blocks = plan.blocks;
+    const int64_t bh = matrix.block_rows, bw = matrix.block_cols;
+    const int32_t bytes = static_cast<int32_t>(blocks.stride * kVecBytes);
+    float* panel = reinterpret_cast<float*>(scratch);
+    float* grad = reinterpret_cast<float*>(scratch + plan.panel);
+    char* lists = scratch + plan.panel + plan.grad;
+    int32_t* offsets = reinterpret_cast<int32_t*>(lists);
+    float* row_sums = reinterpret_cast<float*>(offsets + smaller(plan.chunk, matrix.cols));
+    int32_t* cursors = reinterpret_cast<int32_t*>(lists + plan.list);
+    for (int64_t row = begin; row < end; ++row) cursors[row - begin] = matrix.row_ptr[row / bh];
+
+    pack_tokens(job.grad, job.tokens, matrix.rows, token, blocks, begin, end, grad);
+    DotTile tile{};
+    tile.rows = 1;
+    tile.cols = blocks.groups;
+    tile.panel_step = kVecBytes;
+    for (int64_t base = 0; base < matrix.cols; base += plan.chunk) {
+        const int64_t last = smaller(base + plan.chunk, matrix.cols);
+        pack_tokens(job.input, job.tokens, matrix.cols, token, blocks, base, last, panel);
+        tile.panel = reinterpret_cast<const char*>(panel) - base * bytes;
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t start = cursors[row - begin];
+            const int64_t found = rows.advance(row, base + plan.chunk, cursors + (row - begin));
+            if (found == 0) continue;
+            tile.grad = reinterpret_cast<const char*>(grad + (row - begin) * blocks.stride * kLanes);
+            if (bh * bw == 1) {
+                for (int64_t k = 0; k < found; ++k) offsets[k] = matrix.col[start + k] * bytes;
+                dot_all(tile, 1, offsets, job.sums + start, found);
+                continue;
+            }
+            int32_t* offset = offsets;
+            for (int64_t k = start; k < start + found; ++k) {
+                for (int64_t j = 0; j < bw; ++j) *offset++ = static_cast<int32_t>((matrix.col[k] * bw + j) * bytes);
+            }
+            std::memset(row_sums, 0, found * bw * sizeof(float));
+            dot_all(tile, 1, offsets, row_sums, found * bw);
+            for (int64_t k = 0; k < found; ++k) {
+                float* out = job.sums + ((start + k) * bh + row % bh) * bw;
+                for (int64_t j = 0; j < bw; ++j) out[j] += row_sums[k * bw + j];
+            }
+        }
+    }
+}
 
 inline void linear_dots(const LinearDotsJob& job) {
     const SparseMatrix& matrix = job.matrix;
     const Rows rows{matrix, false};
     const LinearDotsPlan plan = linear_dots_plan(job);
-    const TokenBlocks& blocks = plan.blocks;
-    const int64_t bh = matrix.block_rows, bw = matrix.block_cols;
-    const int64_t input_groups = (matrix.cols + kLanes - 1) / kLanes, grad_groups = (matrix.rows + kLanes - 1) / kLanes;
-    const int64_t total = matrix.row_ptr[matrix.rows / bh] * bh * bw;
-    float* panel = reinterpret_cast<float*>(job.scratch);
-    float* grad = reinterpret_cast<float*>(job.scratch + plan.panel);
+    const int64_t size = matrix.block_rows * matrix.block_cols;
 #pragma omp parallel num_threads(job.threads)
     {
         const int thread = thread_number(), threads = team_size();
+        char* scratch = job.scratch + thread * plan.bytes();
         const int64_t begin = rows.part_begin(thread, threads);
         const int64_t end = smaller(rows.part_begin(thread + 1, threads), matrix.rows);
-        char* lists = job.scratch + plan.panel + plan.grad;
-        int32_t* offsets = reinterpret_cast<int32_t*>(lists + plan.lists / job.threads * thread);
-        float* row_sums = reinterpret_cast<float*>(offsets + smaller(plan.chunk, matrix.cols));
-        int32_t* cursors = reinterpret_cast<int32_t*>(lists + plan.lists);
-        const int64_t zero_begin = total * thread / threads, zero_end = total * (thread + 1) / threads;
-        for (int64_t k = zero_begin; k < zero_end; ++k) job.sums[k] = 0.0f;
-        DotTile tile{};
-        tile.panel = reinterpret_cast<const char*>(panel);
-        tile.rows = 1;
-        tile.cols = blocks.groups;
-        tile.panel_step = kVecBytes;
-        for (int64_t block = 0; block < blocks.count; ++block) {
-            const int64_t token = block * blocks.groups * kLanes;
-            pack_tokens(job.input, job.tokens, matrix.cols, token, blocks, input_groups * thread / threads * kLanes,
-                        smaller(input_groups * (thread + 1) / threads * kLanes, matrix.cols), panel);
-            pack_tokens(job.grad, job.tokens, matrix.rows, token, blocks, grad_groups * thread / threads * kLanes,
-                        smaller(grad_groups * (thread + 1) / threads * kLanes, matrix.rows), grad);
-            for (int64_t row = begin; row < end; ++row) cursors[row] = matrix.row_ptr[row / bh];
-#pragma omp barrier
-            for (int64_t base = 0; base < matrix.cols; base += plan.chunk) {
-                for (int64_t row = begin; row < end; ++row) {
-                    const int64_t start = cursors[row];
-                    const int64_t found = rows.advance(row, base + plan.chunk, cursors + row);
-                    if (found == 0) continue;
-                    tile.grad = reinterpret_cast<const char*>(grad + row * blocks.stride * kLanes);
-                    const int32_t bytes = static_cast<int32_t>(blocks.stride * kVecBytes);
-                    if (bh * bw == 1) {
-                        for (int64_t k = 0; k < found; ++k) offsets[k] = matrix.col[start + k] * bytes;
-                        dot_all(tile, 1, offsets, job.sums + start, found);
-                        continue;
-                    }
-                    int32_t* offset = offsets;
-                    for (int64_t k = start; k < start + found; ++k) {
-                        for (int64_t j = 0; j < bw; ++j) {
-                            *offset++ = static_cast<int32_t>((matrix.col[k] * bw + j) * bytes);
-                        }
-                    }
-                    std::memset(row_sums, 0, found * bw * sizeof(float));
-                    dot_all(tile, 1, offsets, row_sums, found * bw);
-                    for (int64_t k = 0; k < found; ++k) {
-                        float* out = job.sums + ((start + k) * bh + row % bh) * bw;
-                        for (int64_t j = 0; j < bw; ++j) out[j] += row_sums[k * bw + j];
-                    }
-                }
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t block_row = row / matrix.block_rows, within = row % matrix.block_rows;
+            for (int64_t k = matrix.row_ptr[block_row]; k < matrix.row_ptr[block_row + 1]; ++k) {
+                float* sums = job.sums + k * size + within * matrix.block_cols;
+                for (int64_t j = 0; j < matrix.block_cols; ++j) sums[j] = 0.0f;
             }
-#pragma omp barrier
+        }
+        for (int64_t block = 0; begin < end && block < plan.blocks.count; ++block) {
+            linear_dots_unit(job, plan, scratch, block * plan.blocks.groups * kLanes, begin, end);
         }
     }
 }

@@ -43,17 +43,6 @@ struct MatrixRow {
     SPARSE_MOON_INLINE float weight(int64_t k) const { return values[k]; }
 };
 
-// The same of its transpose, whose values lie elsewhere.
-struct MatrixColumn {
-    const int32_t* rows;
-    const int32_t* places;
-    const float* values;
-    int64_t count;
-    int64_t feature_bytes;
-    SPARSE_MOON_INLINE int64_t offset(int64_t k) const { return rows[k] * feature_bytes; }
-    SPARSE_MOON_INLINE float weight(int64_t k) const { return values[places[k]]; }
-};
-
 template <class Entries>
 struct ProductTile {
     const char* panel;   // first position of the tile at offset 0
