@@ -15,7 +15,7 @@ namespace SPARSE_MOON_ISA {
 
 constexpr int64_t kChunkBytes = 640 << 10;
 constexpr int64_t kChunkFeatures = 1024;  // longer sums would round worse than those of a blocked dense product
-constexpr int64_t kChunkEntries = 16;  // of a row at least, on average: with fewer, loading and storing the sums costs more
+constexpr int64_t kChunkEntries = 16;  // of a row at least, on average: below, loading and storing the sums costs more
 
 constexpr int64_t kRunFeatures = 64;  // of one token that are read together, so that the next lines are on their way
 constexpr int64_t kLeastGroups = 4;  // of a block that is only there for one more thread to have work
@@ -132,7 +132,9 @@ struct Rows {
     }
 
     // Entries of a row on average, in elements.
-    int64_t row_entries() const { return starts()[count() / block()] * matrix.block_rows * matrix.block_cols / larger(count(), 1); }
+    int64_t row_entries() const {
+        return starts()[count() / block()] * matrix.block_rows * matrix.block_cols / larger(count(), 1);
+    }
 
     // First row of part `part` of `parts` about equally costly ones, a multiple of kLanes.
     int64_t part_begin(int64_t part, int64_t parts) const {
