@@ -58,7 +58,7 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
     for batch in (1, 8, 32, 128):
         for channels, size in ((16, 32), (64, 32), (128, 16), (256, 8), (512, 4)):
             found.append((nn.Conv2d(channels, channels, 3, padding=1, bias=False), (batch, channels, size, size)))
-        for channels, size in ((64, 32), (256, 8)):
+        for channels, size in ((64, 32), (128, 16), (256, 8)):
             found += [
                 (nn.Conv2d(channels, 4 * channels, 1, bias=False), (batch, channels, size, size)),
                 (nn.Conv2d(4 * channels, channels, 1, bias=False), (batch, 4 * channels, size, size)),

@@ -242,9 +242,13 @@ class Topology(nn.Module):
         """Compact values of a dense matrix ``(rows, cols)``; differentiable."""
         return matrix_to_blocks(matrix, self.positions(), self.block)
 
-    def block_scores(self, matrix: Tensor) -> Tensor:
-        """Sum of ``|matrix|`` in every block, existing or not: ``(rows, cols)`` to ``(rows / bh, cols / bw)``."""
-        return matrix.abs() if self.block == (1, 1) else grid_view(matrix, self.block).abs().sum((2, 3))
+    def block_scores(self, matrix: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Sum of ``|matrix|`` in every block, existing or not: ``(rows, cols)`` to ``(rows / bh, cols / bw)``.
+
+        With ``overwrite`` the matrix may be lost, which saves memory of its size.
+        """
+        magnitudes = matrix.abs_() if overwrite else matrix.abs()
+        return magnitudes if self.block == (1, 1) else grid_view(magnitudes, self.block).sum((2, 3))
 
     def value_scores(self, values: Tensor) -> Tensor:
         """Sum of ``|values|`` in every existing block: (n,)."""

@@ -82,6 +82,9 @@ def test_nearest_neighbour(monkeypatch):
     for work, value in table:
         assert choice.crossover(work) == value
     assert choice.crossover(base._replace(batch=2, inputs=48)) == 0.2
+    assert choice.crossover(base._replace(positions=4)) == pytest.approx(0.1)
+    table.append((base._replace(positions=64), 0.3))  # as far from 128 positions as those of 256
+    assert choice.crossover(base._replace(positions=128)) == pytest.approx(0.2)
     assert choice.crossover(base._replace(block=(16, 16))) == choice.crossover(base._replace(dtype="bfloat16")) == 0.0
     assert choice.crossover(base._replace(batch=1, taps=1)) == 0.3
     assert choice.crossover(base._replace(positions=1, taps=1, inputs=4096, batch=1)) == 0.5

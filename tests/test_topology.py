@@ -135,5 +135,8 @@ def test_moves_between_devices():
 def test_block_scores():
     topology = Topology.from_mask(torch.tensor([[True, False]]).repeat_interleave(2, 0).repeat_interleave(2, 1), (2, 2))
     matrix = torch.tensor([[1.0, -2.0, 3.0, 0.0], [4.0, 0.0, -1.0, -1.0]])
+    before = matrix.clone()
     assert topology.block_scores(matrix).tolist() == [[7.0, 5.0]]
+    assert torch.equal(matrix, before)
+    assert topology.block_scores(matrix, overwrite=True).tolist() == [[7.0, 5.0]]
     assert topology.value_scores(topology.gather(matrix)).tolist() == [7.0]

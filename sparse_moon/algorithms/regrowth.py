@@ -140,7 +140,7 @@ class RigL(SET):
     def grow_score(self, layer: SparseLayer) -> Tensor:
         grad = _dense_grad(layer)
         self._finite.append(grad.isfinite().all())
-        return layer.topology.block_scores(grad)
+        return layer.topology.block_scores(grad, overwrite=True)
 
     def _prepare(self) -> None:
         self._choices: dict[SparseLayer, Regrown] = {}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
+from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
 Backend = Literal["auto", "kernel", "triton", "cuda", "reference"]
@@ -116,7 +117,10 @@ def _table(device: str) -> list[tuple[Work, float]]:
 
 @cache
 def _nearest(work: Work) -> float:
-    """Crossover of the measured product that is most alike: nearest in the logarithms of its numbers; 0 without one."""
+    """Mean crossover of the measured products that are most alike: nearest in the logarithms of their numbers.
+
+    0 where nothing alike was measured.
+    """
     kind = (work.pass_, work.block, work.dtype)
     candidates = [(w, value) for w, value in _table(work.device) if (w.pass_, w.block, w.dtype) == kind]
     if not candidates:
@@ -129,4 +133,6 @@ def _nearest(work: Work) -> float:
         )
         return 4 * kind + sum(abs(math.log2(max(a, 1) / b)) for a, b in zip(work[1:5], other[1:5], strict=True))
 
-    return min(candidates, key=lambda candidate: distance(candidate[0]))[1]
+    distances = [distance(other) for other, _ in candidates]
+    near = min(distances) + 1e-6
+    return fmean(value for (_, value), d in zip(candidates, distances, strict=True) if d <= near)
