@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
+from torch.nn.grad import conv2d_weight
 
 from sparse_moon import SparseConv2d, ops
 from sparse_moon.topology import Topology, matrix_to_weight, weight_to_matrix
@@ -132,3 +135,15 @@ def test_bad_operands():
         conv(groups=3)
     with pytest.raises(ValueError, match="one floating point dtype"):
         conv(x.half())
+
+
+def test_dense_gradient_in_parts_of_the_batch(monkeypatch):
+    module = sys.modules["sparse_moon.ops.sparse_conv2d"]
+    grad, input = torch.randn(5, 4, 6, 6, dtype=torch.float64), torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    arguments = (grad, input, 1, [4, 3, 3, 3], [1, 1], [1, 1], [1, 1], 1)
+    whole = torch.ops.sparse_moon.sparse_conv2d_dense_grad(*arguments)
+    calls = []
+    monkeypatch.setattr(module, "conv2d_weight", lambda *given: calls.append(given) or conv2d_weight(*given))
+    monkeypatch.setattr(module, "_PART_BYTES", (grad.nbytes + input.nbytes) // 2)
+    torch.testing.assert_close(torch.ops.sparse_moon.sparse_conv2d_dense_grad(*arguments), whole)
+    assert [len(given[0]) for given in calls] == [3, 2]

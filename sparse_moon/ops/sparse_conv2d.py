@@ -1,5 +1,6 @@
 """``sparse_conv2d``: a 2-d convolution with a block-sparse weight (O, C/groups, kh, kw) held as compact values."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -7,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sparse_moon.ops.library import define, register_autograd, to_autocast_dtype
+from sparse_moon.ops.library import LIBRARY, define, register_autograd, to_autocast_dtype
 from sparse_moon.ops.masked_dense import block_of, values_shape
 from sparse_moon.ops.sparse_linear import INDEX_SCHEMA, check_dtypes, check_operands
 from sparse_moon.topology import Topology, matrix_shape, weight_to_matrix
 
 GEOMETRY_SCHEMA = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
+
+# Activations that the dense gradient is computed from at a time on the CPU.
+_PART_BYTES = 2**25
 
 
 class Geometry(NamedTuple):
@@ -73,6 +77,17 @@ def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -
     return weight_to_matrix(weight_grad, block_width).contiguous()
 
 
+def _dense_grad_cpu(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -> Tensor:
+    """In parts of the batch: the library copies what it is given into its own layout, at training's peak of memory."""
+    parts = max(math.ceil((grad.nbytes + input.nbytes) / _PART_BYTES), 1)
+    pairs = zip(grad.chunk(parts), input.chunk(parts), strict=True)
+    parts_of_sum = (conv2d_weight(part, geometry[0], part_grad, *geometry[1:]) for part_grad, part in pairs)
+    total = next(parts_of_sum)
+    for more in parts_of_sum:
+        total += more
+    return weight_to_matrix(total, block_width).contiguous()
+
+
 def _values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
     weight_grad = conv2d_weight(input, geometry.weight_shape, grad, *geometry[1:])
@@ -104,6 +119,7 @@ define(f"sparse_conv2d_input_grad(Tensor grad, Tensor values, int[] input_shape,
        _input_grad, _fake_input_grad)  # fmt: skip
 define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {GEOMETRY_SCHEMA}) -> Tensor",
        _dense_grad, _fake_dense_grad)  # fmt: skip
+LIBRARY.impl("sparse_conv2d_dense_grad", _dense_grad_cpu, "CPU")
 define(f"sparse_conv2d_values_grad(Tensor grad, Tensor input, int[] block, {_SPEC}) -> Tensor",
        _values_grad, _fake_values_grad)  # fmt: skip
 
