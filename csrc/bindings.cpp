@@ -125,9 +125,21 @@ void bind_sparse_products(py::module_& m) {
         },
         py::arg("conv"), py::arg("weight"), py::arg("grad"), py::arg("grad_channels_last"), py::arg("input"),
         py::arg("input_channels_last"), py::arg("values_grad"), py::arg("threads"));
+    m.def(
+        "sparse_conv2d_grads",
+        [](const ConvTuple& conv, const MatrixTuple& weight, Address grad, bool grad_channels_last, Address input,
+           bool input_channels_last, Address input_grad, Address values_grad, int threads) {
+            py::gil_scoped_release unlocked;
+            sparse_moon::sparse_conv2d_grads(conv2d(conv), matrix(weight), pointer<const float>(grad),
+                                             grad_channels_last, pointer<const float>(input), input_channels_last,
+                                             pointer<float>(input_grad), pointer<float>(values_grad), threads);
+        },
+        py::arg("conv"), py::arg("weight"), py::arg("grad"), py::arg("grad_channels_last"), py::arg("input"),
+        py::arg("input_channels_last"), py::arg("input_grad"), py::arg("values_grad"), py::arg("threads"));
 }
 
-// Block rows, block shape, elements of a dense row, taps, strides of channel and tap, addresses of row_ptr and col, threads.
+// Block rows, block shape, elements of a dense row, taps, strides of channel and tap, addresses of row_ptr and col,
+// threads.
 using PlacesTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, std::uintptr_t,
                                std::uintptr_t, int>;
 

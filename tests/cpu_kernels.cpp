@@ -146,6 +146,11 @@ void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool chan
         compare("sparse_conv2d", isa, got_y, y);
         compare("sparse_conv2d_input_grad", isa, got_dx, dx);
         compare("sparse_conv2d_values_grad", isa, got_dv, dv);
+        got_dx.assign(dx.size(), NAN), got_dv.assign(dv.size(), NAN);
+        sparse_conv2d_grads(conv, weight.matrix, grad.data(), channels_last, x.data(), channels_last, got_dx.data(),
+                            got_dv.data(), 2);
+        compare("sparse_conv2d_grads: input", isa, got_dx, dx);
+        compare("sparse_conv2d_grads: values", isa, got_dv, dv);
     }
 }
 

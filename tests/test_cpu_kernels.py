@@ -110,7 +110,8 @@ def check_conv2d(
             cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
             cpu._conv2d_values_grad(grad, x, list(block), *geometry, *index),
         )
-        for result in zip(ours, dense, exact, sizes, strict=True):
+        together = cpu._conv2d_grads(grad, x, values, *geometry, *index)
+        for result in zip((*ours, *together), *(r + r[1:] for r in (dense, exact, sizes)), strict=True):
             assert_as_good_as_dense(*result)
     native.set_isa(ISAS[0])
 
@@ -177,6 +178,20 @@ def test_conv2d_plane_in_blocks_of_rows(channels_last):
         check_conv2d(x, geometry, (1, 1), 0.05, channels_last, False)
 
 
+@pytest.mark.parametrize(("kernel", "padding", "dilation", "groups"), [
+    ((3, 3), (1, 1), (1, 1), 1), ((5, 3), (2, 0), (1, 1), 1), ((3, 1), (2, 3), (2, 1), 2), ((1, 1), (0, 0), (1, 1), 1),
+])  # fmt: skip
+@pytest.mark.parametrize("layouts", [(False, False), (True, True), (False, True)])
+def test_conv2d_that_keeps_the_height(kernel, padding, dilation, groups, layouts):
+    """Both gradients from one panel of the output's gradient."""
+    geometry = Geometry([12, 8 // groups, *kernel], [1, 1], list(padding), list(dilation), groups)
+    for batch, size in ((17, (7, 9)), (32, (30, 12))):
+        x = in_layout(torch.randn(batch, 8, *size), layouts[0])
+        assert geometry.output_size(x.shape)[0] == size[0]
+        for block in ((1, 1), (2, 2)):
+            check_conv2d(x, geometry, block, 0.2, layouts[1], False)
+
+
 def test_linear_with_results_written_past_the_caches():
     """Whole cache lines in the forward pass, which bypass the caches, and rows that are not whole lines."""
     check_linear((1100,), 8, 1920, (1, 1), 0.3)
@@ -200,12 +215,15 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
             results.append((
                 cpu._conv2d(x, values, None, None, *geometry, *topology.index),
                 cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *topology.index),
+                cpu._conv2d_grads(grad, x, values, *geometry, *topology.index)[0],
                 cpu._linear(tokens, values, None, None, *topology.index),
                 cpu._linear_input_grad(token_grad, values, *topology.index),
                 cpu._linear_values_grad(token_grad, tokens, [1, 1], *topology.index),
             ))  # fmt: skip
             first = cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *topology.index)
             again = cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *topology.index)
+            assert torch.equal(first, again)
+            first, again = (cpu._conv2d_grads(grad, x, values, *geometry, *topology.index)[1] for _ in range(2))
             assert torch.equal(first, again)
     finally:
         torch.set_num_threads(before)
@@ -227,6 +245,7 @@ def test_operands_in_other_layouts(isa):
             cpu._conv2d(x, values, None, None, *geometry, *index),
             cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
             cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *index),
+            *cpu._conv2d_grads(grad, x, values, *geometry, *index),
             cpu._linear(tokens, values, None, None, *index),
             cpu._linear_input_grad(token_grad, values, *index),
             cpu._linear_values_grad(token_grad, tokens, [1, 1], *index),

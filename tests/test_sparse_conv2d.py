@@ -111,6 +111,7 @@ def test_opcheck(layout, block):
     opcheck(package.sparse_conv2d_input_grad.default, (grad, values, x.shape, *geometry, *topology.index))
     opcheck(package.sparse_conv2d_dense_grad.default, (grad, x, block[1], *geometry))
     opcheck(package.sparse_conv2d_values_grad.default, (grad, x, list(block), *geometry, *topology.index))
+    opcheck(package.sparse_conv2d_grads.default, (grad, x, values, *geometry, *topology.index))
 
 
 def test_bad_operands():

@@ -94,7 +94,9 @@ struct CorrelateDotsJob {
     Axis height, width;
     Groups groups;
     PanelShape panel, grad_panel;
+    Axis grad_height;  // that `grad` is packed by; grid row r is panel row r - grad_height.first
     Planes source, grad;
+    const CorrelateJob* input_grad;  // null, or what is computed from the same panels of `grad`, of the same groups
     const int32_t* offsets;  // [starts[grad.channels]] as Entry::offset
     const int64_t* starts;   // [grad.channels + 1]
     int64_t splits;

@@ -261,6 +261,65 @@ CorrelateJob make_job(const Conv2d& conv, const Dimension& height, const Dimensi
     return job;
 }
 
+int64_t entry_count(const SparseMatrix& weight) {
+    return weight.row_ptr[weight.rows / weight.block_rows] * weight.block_rows * weight.block_cols;
+}
+
+// The gradient of the values; the caller sets the job's groups, splits and threads, and how `grad` is packed.
+struct ValuesGrad {
+    Conv2d conv;
+    Dimension height, width;
+    CorrelateDotsJob job{};
+
+    ValuesGrad(const Conv2d& conv_, Planes grad, Planes source)
+        : conv(conv_), height(forward_dimension(conv_, 0)), width(forward_dimension(conv_, 1)) {
+        job.height = height.axis;
+        job.width = width.axis;
+        job.source = source;
+        job.grad = grad;
+    }
+
+    // Threads that there is work and memory for; each keeps a partial sum.
+    static int threads(const SparseMatrix& weight, int64_t units, int threads) {
+        const int64_t affordable = kPartialSumBytes / (std::max<int64_t>(entry_count(weight), 1) * kFloat);
+        return static_cast<int>(std::clamp<int64_t>(std::min(units, affordable), 1, threads));
+    }
+    static int64_t lists_bytes(const SparseMatrix& weight, int threads) {
+        return entry_count(weight) * static_cast<int64_t>(sizeof(int32_t) + threads * sizeof(float));
+    }
+
+    // `lists` has lists_bytes(weight, job.threads).
+    void run(const SparseMatrix& weight, float* values_grad, char* lists, int all_threads) {
+        job.panel = panel_shape(job.height, job.width, conv.in_channels, most_rows(job.groups));
+        const Offsets offsets(job.panel, height, width, kernels().lanes);
+        const std::vector<int64_t> starts = row_starts(weight);
+        const int64_t count = starts.back();
+        int32_t* entry_offsets = reinterpret_cast<int32_t*>(lists);
+        job.offsets = entry_offsets;
+        job.starts = starts.data();
+        job.sums = reinterpret_cast<float*>(lists + count * sizeof(int32_t));
+#pragma omp parallel for num_threads(all_threads) schedule(static)
+        for (int64_t row = 0; row < weight.rows; ++row) {
+            int32_t* offset = entry_offsets + starts[row];
+            for_each_entry(conv, weight, row, row + 1,
+                           [&](int64_t, int64_t channel, int64_t tap, int64_t) { *offset++ = offsets(channel, tap); });
+        }
+        job.thread_scratch = kernels().correlate_dots_scratch(job);
+        job.scratch = scratch(Slot::kKernel, job.thread_scratch * job.threads);
+        kernels().correlate_dots(job);
+#pragma omp parallel for num_threads(all_threads) schedule(static)
+        for (int64_t row = 0; row < weight.rows; ++row) {
+            int64_t k = starts[row];
+            for_each_entry(conv, weight, row, row + 1, [&](int64_t, int64_t, int64_t, int64_t place) {
+                float total = 0.0f;
+                for (int t = 0; t < job.threads; ++t) total += job.sums[t * count + k];
+                values_grad[place] = total;
+                ++k;
+            });
+        }
+    }
+};
+
 void run(CorrelateJob& job) {
     job.thread_scratch = kernels().correlate_scratch(job);
     job.scratch = scratch(Slot::kKernel, job.thread_scratch * job.threads);
@@ -300,8 +359,7 @@ void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, c
     CorrelateJob job = make_job(conv, height, width, planes(grad, conv.out_channels, conv.out_size, channels_last),
                                 planes(input_grad, conv.in_channels, conv.in_size, channels_last), threads);
     const Offsets offsets(job.panel, height, width, kernels().lanes);
-    const int64_t count = weight.row_ptr[weight.rows / weight.block_rows] * weight.block_rows * weight.block_cols;
-    Entry* entries = reinterpret_cast<Entry*>(scratch(Slot::kLists, count * sizeof(Entry)));
+    Entry* entries = reinterpret_cast<Entry*>(scratch(Slot::kLists, entry_count(weight) * sizeof(Entry)));
     std::vector<int64_t> starts;
     input_grad_entries(conv, weight, offsets, job.height.phases * job.width.phases, threads, entries, starts);
     job.entries = entries;
@@ -314,54 +372,61 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
                                float* values_grad, int threads) {
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) {
-        const int64_t blocks = weight.row_ptr[weight.rows / weight.block_rows];
-        std::fill_n(values_grad, blocks * weight.block_rows * weight.block_cols, 0.0f);
+        std::fill_n(values_grad, entry_count(weight), 0.0f);
         return;
     }
-    const int64_t lanes = kernels().lanes;
-    const Dimension height = forward_dimension(conv, 0), width = forward_dimension(conv, 1);
-    CorrelateDotsJob job{};
-    job.height = height.axis;
-    job.width = width.axis;
-    job.source = planes(input, conv.in_channels, conv.in_size, input_channels_last);
-    job.grad = planes(grad, conv.out_channels, conv.out_size, grad_channels_last);
-    job.groups = make_groups(job.height, job.width, conv.batch, conv.in_channels, lanes, threads);
-    job.panel = panel_shape(job.height, job.width, conv.in_channels, most_rows(job.groups));
-    const Axis rows{job.height.grid, job.height.grid, job.height.grid, 1, 1, 0, 0};
-    const Axis cols{job.width.grid, job.width.grid, job.width.grid, 1, 1, 0, 0};
-    job.grad_panel = panel_shape(rows, cols, conv.out_channels, most_rows(job.groups));
-    job.splits = split_count(job.groups, conv.out_channels, 1, threads);
+    ValuesGrad product(conv, planes(grad, conv.out_channels, conv.out_size, grad_channels_last),
+                       planes(input, conv.in_channels, conv.in_size, input_channels_last));
+    product.job.groups =
+        make_groups(product.height.axis, product.width.axis, conv.batch, conv.in_channels, kernels().lanes, threads);
+    const Axis rows{conv.out_size[0], conv.out_size[0], conv.out_size[0], 1, 1, 0, 0};
+    const Axis cols{conv.out_size[1], conv.out_size[1], conv.out_size[1], 1, 1, 0, 0};
+    product.job.grad_height = rows;
+    product.job.grad_panel = panel_shape(rows, cols, conv.out_channels, most_rows(product.job.groups));
+    product.job.splits = split_count(product.job.groups, conv.out_channels, 1, threads);
+    product.job.threads = ValuesGrad::threads(weight, product.job.groups.units() * product.job.splits, threads);
+    product.run(weight, values_grad, scratch(Slot::kLists, ValuesGrad::lists_bytes(weight, product.job.threads)),
+                threads);
+}
 
+void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
+                         const float* input, bool input_channels_last, float* input_grad, float* values_grad,
+                         int threads) {
+    const Conv2d conv = with_even_rows(given);
+    const Dimension height = input_grad_dimension(conv, 0), width = input_grad_dimension(conv, 1);
+    const int64_t lanes = kernels().lanes;
+    const int64_t channels = std::max(conv.in_channels, conv.out_channels);
+    const Groups groups = make_groups(height.axis, width.axis, conv.batch, channels, lanes, threads);
+    const int64_t units = groups.units();
+    // One unit's rows of both products must be the same, and there must be work for all threads.
+    if (conv.batch == 0 || conv.stride[0] * conv.stride[1] != 1 || conv.in_size[0] != conv.out_size[0] ||
+        units < threads || ValuesGrad::threads(weight, units, threads) < threads) {
+        sparse_conv2d_input_grad(given, weight, grad, input_grad, grad_channels_last, threads);
+        sparse_conv2d_values_grad(given, weight, grad, grad_channels_last, input, input_channels_last, values_grad,
+                                  threads);
+        return;
+    }
+    CorrelateJob job = make_job(conv, height, width, planes(grad, conv.out_channels, conv.out_size, grad_channels_last),
+                                planes(input_grad, conv.in_channels, conv.in_size, grad_channels_last), threads);
+    job.groups = groups;
+    job.panel = panel_shape(job.height, job.width, conv.out_channels, most_rows(groups));
     const Offsets offsets(job.panel, height, width, lanes);
-    const std::vector<int64_t> starts = row_starts(weight);
-    const int64_t count = starts.back();
-    const int64_t affordable = kPartialSumBytes / (std::max<int64_t>(count, 1) * kFloat);
-    const int64_t useful = std::min(job.groups.units() * job.splits, affordable);
-    job.threads = static_cast<int>(std::clamp<int64_t>(useful, 1, threads));
-    char* lists = scratch(Slot::kLists, count * (sizeof(int32_t) + job.threads * sizeof(float)));
-    int32_t* entry_offsets = reinterpret_cast<int32_t*>(lists);
-    job.offsets = entry_offsets;
+    const int64_t bytes = entry_count(weight) * sizeof(Entry);
+    char* lists = scratch(Slot::kLists, bytes + ValuesGrad::lists_bytes(weight, threads));
+    Entry* entries = reinterpret_cast<Entry*>(lists);
+    std::vector<int64_t> starts;
+    input_grad_entries(conv, weight, offsets, 1, threads, entries, starts);
+    job.entries = entries;
     job.starts = starts.data();
-    job.sums = reinterpret_cast<float*>(lists + count * sizeof(int32_t));
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < weight.rows; ++row) {
-        int32_t* offset = entry_offsets + starts[row];
-        for_each_entry(conv, weight, row, row + 1,
-                       [&](int64_t, int64_t channel, int64_t tap, int64_t) { *offset++ = offsets(channel, tap); });
-    }
-    job.thread_scratch = kernels().correlate_dots_scratch(job);
-    job.scratch = scratch(Slot::kKernel, job.thread_scratch * job.threads);
-    kernels().correlate_dots(job);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < weight.rows; ++row) {
-        int64_t k = starts[row];
-        for_each_entry(conv, weight, row, row + 1, [&](int64_t, int64_t, int64_t, int64_t place) {
-            float total = 0.0f;
-            for (int t = 0; t < job.threads; ++t) total += job.sums[t * count + k];
-            values_grad[place] = total;
-            ++k;
-        });
-    }
+
+    ValuesGrad product(conv, job.source, planes(input, conv.in_channels, conv.in_size, input_channels_last));
+    product.job.groups = groups;
+    product.job.grad_height = job.height;
+    product.job.grad_panel = job.panel;
+    product.job.input_grad = &job;
+    product.job.splits = 1;
+    product.job.threads = threads;
+    product.run(weight, values_grad, lists + bytes, threads);
 }
 
 }  // namespace sparse_moon

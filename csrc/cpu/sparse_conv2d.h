@@ -30,4 +30,10 @@ void sparse_conv2d_values_grad(const Conv2d& conv, const SparseMatrix& weight, c
                                bool grad_channels_last, const float* input, bool input_channels_last,
                                float* values_grad, int threads);
 
+// Both gradients; grad is packed once for both where the convolution keeps the plane's height, without a stride, and
+// the batch has work for all threads.
+void sparse_conv2d_grads(const Conv2d& conv, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
+                         const float* input, bool input_channels_last, float* input_grad, float* values_grad,
+                         int threads);
+
 }  // namespace sparse_moon

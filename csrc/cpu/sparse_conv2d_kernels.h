@@ -100,6 +100,19 @@ inline int64_t correlate_scratch(const CorrelateJob& job) {
     return job.panel.vectors() * kVecBytes + tile_scratch(job);
 }
 
+// Target channels [first, last) of a unit whose source is packed.
+inline void correlate_unit(const CorrelateJob& job, const Lanes& lanes, const float* panel, float* scratch,
+                           int64_t first, int64_t last) {
+    const TileShape shape = tile_shape(lanes.rows, job.width.grid, job.width.step);
+    // The last tile of a row or column is moved back inside, over positions that are computed twice.
+    for (int64_t row = 0; row < lanes.rows; row += shape.rows) {
+        for (int64_t col = 0; col < job.width.grid; col += shape.cols) {
+            correlate_tile(job, lanes, panel, scratch, shape, smaller(row, lanes.rows - shape.rows),
+                           smaller(col, job.width.grid - shape.cols), first, last);
+        }
+    }
+}
+
 inline void correlate(const CorrelateJob& job) {
     const int64_t units = job.groups.units(), channels = job.target.channels;
 #pragma omp parallel num_threads(job.threads)
@@ -111,30 +124,23 @@ inline void correlate(const CorrelateJob& job) {
         for (int64_t work = 0; work < units * job.splits; ++work) {
             const Lanes lanes = lanes_of_unit(job.groups, work / job.splits);
             pack(job.source, job.height, job.panel, lanes, panel);
-            const TileShape shape = tile_shape(lanes.rows, job.width.grid, job.width.step);
             // A split holds whole groups of kLanes channels, so that no two threads write to one vector's worth.
             const int64_t groups = (channels + kLanes - 1) / kLanes, split = work % job.splits;
             const int64_t first = groups * split / job.splits * kLanes;
             const int64_t last = smaller(groups * (split + 1) / job.splits * kLanes, channels);
-            // The last tile of a row or column is moved back inside, over positions that are computed twice.
-            for (int64_t row = 0; row < lanes.rows; row += shape.rows) {
-                for (int64_t col = 0; col < job.width.grid; col += shape.cols) {
-                    correlate_tile(job, lanes, panel, scratch, shape, smaller(row, lanes.rows - shape.rows),
-                                   smaller(col, job.width.grid - shape.cols), first, last);
-                }
-            }
+            correlate_unit(job, lanes, panel, scratch, first, last);
         }
         stream_fence();
     }
 }
 
 inline int64_t correlate_dots_scratch(const CorrelateDotsJob& job) {
-    return (job.panel.vectors() + job.grad_panel.vectors()) * kVecBytes;
+    const int64_t tile = job.input_grad ? tile_scratch(*job.input_grad) : 0;
+    return (job.panel.vectors() + job.grad_panel.vectors()) * kVecBytes + tile;
 }
 
 inline void correlate_dots(const CorrelateDotsJob& job) {
     const int64_t units = job.groups.units(), channels = job.grad.channels, total = job.starts[channels];
-    const Axis plain = {job.height.grid, job.height.grid, job.height.grid, 1, 1, 0, 0};
     // A tile is large enough that summing over the lanes at its end costs little, and small enough that the part of
     // the panel under it stays in the L2 cache over all output channels.
     constexpr int64_t kPositions = 48, kMaxTileCols = 64;
@@ -147,6 +153,7 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
         const int thread = thread_number();
         float* panel = reinterpret_cast<float*>(job.scratch + thread * job.thread_scratch);
         float* grad = panel + job.panel.vectors() * kLanes;
+        float* tiles = grad + job.grad_panel.vectors() * kLanes;
         float* sums = job.sums + thread * total;
         for (int t = thread; t < job.threads; t += team_size()) {
             for (int64_t k = 0; k < total; ++k) job.sums[t * total + k] = 0.0f;
@@ -161,8 +168,11 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
 #pragma omp for schedule(static)
         for (int64_t work = 0; work < units * job.splits; ++work) {
             const Lanes lanes = lanes_of_unit(job.groups, work / job.splits);
+            pack(job.grad, job.grad_height, job.grad_panel, lanes, grad);
+            if (job.input_grad) {
+                correlate_unit(*job.input_grad, lanes, grad, tiles, 0, job.input_grad->target.channels);
+            }
             pack(job.source, job.height, job.panel, lanes, panel);
-            pack(job.grad, plain, job.grad_panel, lanes, grad);
             const int64_t split = work % job.splits;
             const int64_t first = channels * split / job.splits, last = channels * (split + 1) / job.splits;
             for (int64_t row = 0; row < lanes.rows; row += tile_rows) {
@@ -171,7 +181,8 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
                     tile.cols = smaller(tile_cols, job.width.grid - col);
                     tile.panel = reinterpret_cast<const char*>(panel) + row * tile.panel_row + col * tile.panel_step;
                     for (int64_t o = first; o < last; ++o) {
-                        tile.grad = reinterpret_cast<const char*>(grad) + row * tile.grad_row +
+                        tile.grad = reinterpret_cast<const char*>(grad) +
+                                    (row - job.grad_height.first) * tile.grad_row +
                                     (o * job.grad_panel.channel_stride + job.grad_panel.margin + col) * kVecBytes;
                         dot_all(tile, step, job.offsets + job.starts[o], sums + job.starts[o],
                                 job.starts[o + 1] - job.starts[o]);
@@ -179,6 +190,7 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
                 }
             }
         }
+        stream_fence();
     }
 }
 

@@ -17,9 +17,11 @@ from sparse_moon.ops.masked_dense import block_of
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import Geometry, _split, memory_format
 from sparse_moon.ops.sparse_conv2d import _fake_forward as _conv2d_empty
+from sparse_moon.ops.sparse_conv2d import _fake_grads as _conv2d_grads_empty
 from sparse_moon.ops.sparse_conv2d import _fake_input_grad as _conv2d_input_grad_empty
 from sparse_moon.ops.sparse_conv2d import _fake_values_grad as _conv2d_values_grad_empty
 from sparse_moon.ops.sparse_conv2d import _forward as _conv2d_reference
+from sparse_moon.ops.sparse_conv2d import _grads as _conv2d_grads_reference
 from sparse_moon.ops.sparse_conv2d import _input_grad as _conv2d_input_grad_reference
 from sparse_moon.ops.sparse_conv2d import _values_grad as _conv2d_values_grad_reference
 from sparse_moon.ops.sparse_linear import _fake_forward as _linear_empty
@@ -185,7 +187,27 @@ def _conv2d_values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: An
     return result.to(dtype)
 
 
+def _conv2d_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tuple[Tensor, Tensor]:
+    geometry, index = _split(spec)
+    products: tuple[Pass, ...] = ("input_grad", "values_grad")
+    works = [_conv2d_work(pass_, input.shape, geometry) for pass_ in products]
+    if not all([_use_kernel(work, index, grad, input, values) for work in works]):
+        return _conv2d_grads_reference(grad, input, values, *spec)
+    dtype = grad.dtype
+    grad, grad_channels_last = _planes(grad)
+    input, input_channels_last = _planes(input)
+    values, *index_ = _contiguous(values, *index)
+    input_grad, values_grad = _conv2d_grads_empty(grad, input, values, *spec)
+    _extension().sparse_conv2d_grads(
+        _convolution(input.shape, geometry), _matrix(values, block_of(values), tuple(index_)),
+        grad.data_ptr(), grad_channels_last, input.data_ptr(), input_channels_last,
+        input_grad.data_ptr(), values_grad.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return input_grad.to(dtype), values_grad.to(dtype)
+
+
 if native is not None:
+    LIBRARY.impl("sparse_conv2d_grads", _conv2d_grads, "CPU")
     LIBRARY.impl("sparse_linear", _linear, "CPU")
     LIBRARY.impl("sparse_linear_input_grad", _linear_input_grad, "CPU")
     LIBRARY.impl("sparse_linear_values_grad", _linear_values_grad, "CPU")

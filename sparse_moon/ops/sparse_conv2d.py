@@ -108,8 +108,19 @@ def _fake_dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: A
     return input.new_empty(matrix_shape(tuple(geometry[0])))
 
 
+def _grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tuple[Tensor, Tensor]:
+    ops = torch.ops.sparse_moon
+    input_grad = ops.sparse_conv2d_input_grad(grad, values, input.shape, *spec)
+    return input_grad, ops.sparse_conv2d_values_grad(grad, input, block_of(values), *spec)
+
+
 def _fake_values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: Any) -> Tensor:
     return input.new_empty(values_shape(spec[6], block))
+
+
+def _fake_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tuple[Tensor, Tensor]:
+    input_grad = _fake_input_grad(grad, values, list(input.shape), *spec)
+    return input_grad, _fake_values_grad(grad, input, list(block_of(values)), *spec)
 
 
 _SPEC = f"{GEOMETRY_SCHEMA}, {INDEX_SCHEMA}"
@@ -122,6 +133,8 @@ define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {G
 LIBRARY.impl("sparse_conv2d_dense_grad", _dense_grad_cpu, "CPU")
 define(f"sparse_conv2d_values_grad(Tensor grad, Tensor input, int[] block, {_SPEC}) -> Tensor",
        _values_grad, _fake_values_grad)  # fmt: skip
+define(f"sparse_conv2d_grads(Tensor grad, Tensor input, Tensor values, {_SPEC}) -> (Tensor, Tensor)",
+       _grads, _fake_grads)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,12 +149,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
     ops, block = torch.ops.sparse_moon, block_of(values)
     d_input = d_values = d_probe = None
-    if needs_input:
+    if needs_input and needs_values and not needs_probe:
+        d_input, d_values = ops.sparse_conv2d_grads(grad, input, values, *geometry, *index)
+    elif needs_input:
         d_input = ops.sparse_conv2d_input_grad(grad, values, input.shape, *geometry, *index)
     if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
         d_probe = ops.sparse_conv2d_dense_grad(grad, input, block[1], *geometry)
         d_values = ops.gather_values(d_probe, block, *index[:2]) if needs_values else None
-    elif needs_values:
+    elif needs_values and d_values is None:
         d_values = ops.sparse_conv2d_values_grad(grad, input, block, *geometry, *index)
     d_bias = grad.sum((0, 2, 3)) if needs_bias else None
     return d_input, d_values, d_bias, d_probe, *[None] * 10
