@@ -13,6 +13,7 @@ import copy
 import math
 import multiprocessing
 import resource
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -613,21 +614,28 @@ def _average(bench: Bench, sparsity: float) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """Peak resident memory of a process that trains ResNet-18, dense and sparse, topology updates included."""
+    """Peak resident memory of a process that trains ResNet-18, dense and sparse, topology updates included.
+
+    Medians of five processes, because where the C library finds room differs from run to run.
+    """
     if bench.device.type != "cpu":
         return
-    for sparsity in bench.arguments.sparsity:
-        peaks = {}
-        for kind in ("dense", "sparse"):
-            context = multiprocessing.get_context("spawn")
+
+    def peak(kind: str, sparsity: float) -> float:
+        context, peaks = multiprocessing.get_context("spawn"), []
+        for _ in range(5):
             with context.Pool(1) as pool:  # a fresh process each, because a peak never falls
-                peaks[kind] = pool.apply(_peak_mb, (kind, sparsity, bench.arguments.fuse))
-        named = {f"{kind}_mb": round(peak, 1) for kind, peak in peaks.items()}
+                peaks.append(pool.apply(_peak_mb, (kind, sparsity, bench.arguments.fuse)))
+        return statistics.median(peaks)
+
+    dense = peak("dense", 0.0)
+    for sparsity in bench.arguments.sparsity:
+        sparse = peak("sparse", sparsity)
+        named = {"dense_mb": round(dense, 1), "sparse_mb": round(sparse, 1)}
         bench.peaks.append({"network": NETWORKS[0].name, "sparsity": sparsity, **named})
         print(
             f"memory  {NETWORKS[0].name}_b{NETWORKS[0].batch}  {sparsity:.2f}  peak resident "
-            f"{peaks['sparse']:.0f} MB, dense training {peaks['dense']:.0f} MB, "
-            f"{peaks['sparse'] / peaks['dense']:.2f} x",
+            f"{sparse:.0f} MB, dense training {dense:.0f} MB, {sparse / dense:.2f} x",
             flush=True,
         )
 
