@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from sparse_moon.ops import masked_dense, use_backend
 from sparse_moon.topology import Topology, matrix_shape, matrix_to_weight, weight_to_matrix
 
 OPS = torch.ops.sparse_moon
@@ -12,10 +11,10 @@ BLOCKS = [(1, 1), (2, 2), (4, 1), (3, 3), (16, 16)]
 KERNELS = [(), (1, 1), (3, 3), (1, 5)]
 
 
-def check(scatter, gather, topology, shape, dtype, channels_last):
+def check(topology, shape, dtype, channels_last):
     width = topology.block[1]
     values = torch.randn(topology.values_shape).to(dtype)
-    weight = scatter(values, list(shape), channels_last, topology.row_ptr, topology.col)
+    weight = OPS.scatter_values(values, list(shape), channels_last, topology.row_ptr, topology.col)
     assert torch.equal(weight, matrix_to_weight(topology.to_dense(values), shape, width))
     assert weight.dtype == dtype
     assert weight.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -23,7 +22,7 @@ def check(scatter, gather, topology, shape, dtype, channels_last):
     weight = torch.randn(shape).to(dtype)
     if channels_last:
         weight = weight.to(memory_format=torch.channels_last)
-    taken = gather(weight, list(topology.block), topology.row_ptr, topology.col)
+    taken = OPS.gather_values(weight, list(topology.block), topology.row_ptr, topology.col)
     assert torch.equal(taken, topology.gather(weight_to_matrix(weight, width)))
     assert taken.dtype == dtype and taken.is_contiguous()
 
@@ -36,7 +35,7 @@ def test_on_the_cpu(block, kernel, dtype):
     for density in (0.0, 0.3, 1.0):
         topology = Topology.random(matrix_shape(shape), density, block)
         for channels_last in (False, True)[: 1 + bool(kernel)]:
-            check(OPS.scatter_values, OPS.gather_values, topology, shape, dtype, channels_last)
+            check(topology, shape, dtype, channels_last)
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
@@ -50,25 +49,6 @@ def test_operands_with_gaps(block):
     weight = torch.randn(12, 8, 3, 3).transpose(0, 1)
     taken = OPS.gather_values(weight, list(block), topology.row_ptr, topology.col)
     assert torch.equal(taken, topology.gather(weight_to_matrix(weight, block[1])))
-
-
-@pytest.mark.parametrize("block", [(1, 1), (4, 1), (2, 2)])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_what_is_registered_for_cuda(block, channels_last):
-    """Triton's interpreter runs the kernels on CPU tensors; without Triton asked for, the reference does."""
-    pytest.importorskip("triton")
-    shape = (8, 4, 3, 3)
-    topology = Topology.random(matrix_shape(shape), 0.4, block)
-    if torch.cuda.is_available():
-        topology = topology.cuda()
-        run = (OPS.scatter_values, OPS.gather_values)
-    else:
-        run = (masked_dense.scatter_values_cuda, masked_dense.gather_values_cuda)
-    with torch.device(topology.col.device):
-        for backend in ("auto", "triton"):
-            for dtype in (torch.float32, torch.float64):
-                with use_backend(backend):
-                    check(*run, topology, shape, dtype, channels_last)
 
 
 def test_registration():

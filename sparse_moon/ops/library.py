@@ -42,7 +42,7 @@ def register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    class Product(torch.autograd.Function):
+    class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, keyset = arguments
@@ -55,7 +55,7 @@ def register_autograd(
             return *backward(ctx, *grads), None
 
     def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        return Product.apply(*inputs, keyset) if torch.is_grad_enabled() else below_autograd(keyset, inputs)
+        return Differentiable.apply(*inputs, keyset) if torch.is_grad_enabled() else below_autograd(keyset, inputs)
 
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)
 

@@ -46,9 +46,8 @@ def gather_values_reference(weight: Tensor, block: list[int], row_ptr: Tensor, c
 
 
 def _fake_scatter(values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor) -> Tensor:
-    return torch.empty(
-        weight_shape, dtype=values.dtype, device=values.device, memory_format=_layout(channels_last)
-    )  # fmt: skip
+    layout = _layout(channels_last)
+    return torch.empty(weight_shape, dtype=values.dtype, device=values.device, memory_format=layout)
 
 
 def _fake_gather(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> Tensor:
