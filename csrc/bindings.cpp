@@ -150,20 +150,17 @@ sparse_moon::MaskedDense places(const PlacesTuple& p) {
 }
 
 void bind_masked_dense(py::module_& m) {
-    m.def(
-        "scatter_values",
-        [](const PlacesTuple& layout, int64_t bytes, std::uintptr_t values, std::uintptr_t dense) {
-            py::gil_scoped_release unlocked;
-            sparse_moon::scatter_values(places(layout), bytes, pointer<const void>(values), pointer<void>(dense));
-        },
-        py::arg("places"), py::arg("bytes"), py::arg("values"), py::arg("dense"));
-    m.def(
-        "gather_values",
-        [](const PlacesTuple& layout, int64_t bytes, std::uintptr_t dense, std::uintptr_t values) {
-            py::gil_scoped_release unlocked;
-            sparse_moon::gather_values(places(layout), bytes, pointer<const void>(dense), pointer<void>(values));
-        },
-        py::arg("places"), py::arg("bytes"), py::arg("dense"), py::arg("values"));
+    const auto bind = [&](const char* name, auto move, const char* from, const char* to) {
+        m.def(
+            name,
+            [move](const PlacesTuple& layout, int64_t bytes, std::uintptr_t source, std::uintptr_t target) {
+                py::gil_scoped_release unlocked;
+                move(places(layout), bytes, pointer<const void>(source), pointer<void>(target));
+            },
+            py::arg("places"), py::arg("bytes"), py::arg(from), py::arg(to));
+    };
+    bind("scatter_values", sparse_moon::scatter_values, "values", "dense");
+    bind("gather_values", sparse_moon::gather_values, "dense", "values");
 }
 
 // (images, channels, plane), channels_last, relu, batch_statistics, eps, then the addresses of weight, bias, input,

@@ -4,7 +4,8 @@
 namespace sparse_moon {
 
 // Where the entries of a block-compressed matrix lie in a dense weight (O, C) or (O, C, kh, kw), contiguous or
-// channels_last: with `taps` = kh kw, block column j is tap j % taps of block_cols channels from j / taps * block_cols on.
+// channels_last: with `taps` = kh kw, block column j is tap j % taps of block_cols channels from j / taps * block_cols
+// on.
 struct MaskedDense {
     int64_t grid_rows;               // block rows
     int64_t block_rows, block_cols;  // shape of a block

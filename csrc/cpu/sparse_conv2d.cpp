@@ -243,13 +243,14 @@ Conv2d with_even_rows(Conv2d conv) {
     return conv;
 }
 
+// Of these groups, or with none given of those that suit this product alone.
 CorrelateJob make_job(const Conv2d& conv, const Dimension& height, const Dimension& width, Planes source, Planes target,
-                      int threads) {
+                      int threads, const Groups* groups = nullptr) {
     const int64_t lanes = kernels().lanes;
     CorrelateJob job{};
     job.height = height.axis;
     job.width = width.axis;
-    job.groups = make_groups(job.height, job.width, conv.batch, source.channels, lanes, threads);
+    job.groups = groups ? *groups : make_groups(job.height, job.width, conv.batch, source.channels, lanes, threads);
     job.panel = panel_shape(job.height, job.width, source.channels, most_rows(job.groups));
     job.source = source;
     job.target = target;
@@ -265,7 +266,13 @@ int64_t entry_count(const SparseMatrix& weight) {
     return weight.row_ptr[weight.rows / weight.block_rows] * weight.block_rows * weight.block_cols;
 }
 
-// The gradient of the values; the caller sets the job's groups, splits and threads, and how `grad` is packed.
+// Threads of which each can keep a partial sum of the values' gradient.
+int affordable_threads(const SparseMatrix& weight, int threads) {
+    const int64_t affordable = kPartialSumBytes / (std::max<int64_t>(entry_count(weight), 1) * kFloat);
+    return static_cast<int>(std::clamp<int64_t>(affordable, 1, threads));
+}
+
+// The gradient of the values; the caller sets the job's groups and how `grad` is packed.
 struct ValuesGrad {
     Conv2d conv;
     Dimension height, width;
@@ -279,26 +286,21 @@ struct ValuesGrad {
         job.grad = grad;
     }
 
-    // Threads that there is work and memory for; each keeps a partial sum.
-    static int threads(const SparseMatrix& weight, int64_t units, int threads) {
-        const int64_t affordable = kPartialSumBytes / (std::max<int64_t>(entry_count(weight), 1) * kFloat);
-        return static_cast<int>(std::clamp<int64_t>(std::min(units, affordable), 1, threads));
-    }
-    static int64_t lists_bytes(const SparseMatrix& weight, int threads) {
-        return entry_count(weight) * static_cast<int64_t>(sizeof(int32_t) + threads * sizeof(float));
-    }
-
-    // `lists` has lists_bytes(weight, job.threads).
-    void run(const SparseMatrix& weight, float* values_grad, char* lists, int all_threads) {
+    void run(const SparseMatrix& weight, float* values_grad, int threads) {
+        job.splits = split_count(job.groups, conv.out_channels, 1, threads);
+        const int64_t useful = std::max<int64_t>(job.groups.units() * job.splits, 1);
+        job.threads = static_cast<int>(std::min<int64_t>(useful, affordable_threads(weight, threads)));
         job.panel = panel_shape(job.height, job.width, conv.in_channels, most_rows(job.groups));
         const Offsets offsets(job.panel, height, width, kernels().lanes);
         const std::vector<int64_t> starts = row_starts(weight);
         const int64_t count = starts.back();
-        int32_t* entry_offsets = reinterpret_cast<int32_t*>(lists);
+        const int64_t bytes = static_cast<int64_t>(sizeof(int32_t)) + job.threads * kFloat;
+        char* memory = scratch(Slot::kSums, count * bytes);
+        int32_t* entry_offsets = reinterpret_cast<int32_t*>(memory);
         job.offsets = entry_offsets;
         job.starts = starts.data();
-        job.sums = reinterpret_cast<float*>(lists + count * sizeof(int32_t));
-#pragma omp parallel for num_threads(all_threads) schedule(static)
+        job.sums = reinterpret_cast<float*>(memory + count * sizeof(int32_t));
+#pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t row = 0; row < weight.rows; ++row) {
             int32_t* offset = entry_offsets + starts[row];
             for_each_entry(conv, weight, row, row + 1,
@@ -307,7 +309,7 @@ struct ValuesGrad {
         job.thread_scratch = kernels().correlate_dots_scratch(job);
         job.scratch = scratch(Slot::kKernel, job.thread_scratch * job.threads);
         kernels().correlate_dots(job);
-#pragma omp parallel for num_threads(all_threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t row = 0; row < weight.rows; ++row) {
             int64_t k = starts[row];
             for_each_entry(conv, weight, row, row + 1, [&](int64_t, int64_t, int64_t, int64_t place) {
@@ -383,10 +385,7 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
     const Axis cols{conv.out_size[1], conv.out_size[1], conv.out_size[1], 1, 1, 0, 0};
     product.job.grad_height = rows;
     product.job.grad_panel = panel_shape(rows, cols, conv.out_channels, most_rows(product.job.groups));
-    product.job.splits = split_count(product.job.groups, conv.out_channels, 1, threads);
-    product.job.threads = ValuesGrad::threads(weight, product.job.groups.units() * product.job.splits, threads);
-    product.run(weight, values_grad, scratch(Slot::kLists, ValuesGrad::lists_bytes(weight, product.job.threads)),
-                threads);
+    product.run(weight, values_grad, threads);
 }
 
 void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
@@ -397,23 +396,19 @@ void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const 
     const int64_t lanes = kernels().lanes;
     const int64_t channels = std::max(conv.in_channels, conv.out_channels);
     const Groups groups = make_groups(height.axis, width.axis, conv.batch, channels, lanes, threads);
-    const int64_t units = groups.units();
     // One unit's rows of both products must be the same, and there must be work for all threads.
     if (conv.batch == 0 || conv.stride[0] * conv.stride[1] != 1 || conv.in_size[0] != conv.out_size[0] ||
-        units < threads || ValuesGrad::threads(weight, units, threads) < threads) {
+        groups.units() < threads || affordable_threads(weight, threads) < threads) {
         sparse_conv2d_input_grad(given, weight, grad, input_grad, grad_channels_last, threads);
         sparse_conv2d_values_grad(given, weight, grad, grad_channels_last, input, input_channels_last, values_grad,
                                   threads);
         return;
     }
     CorrelateJob job = make_job(conv, height, width, planes(grad, conv.out_channels, conv.out_size, grad_channels_last),
-                                planes(input_grad, conv.in_channels, conv.in_size, grad_channels_last), threads);
-    job.groups = groups;
-    job.panel = panel_shape(job.height, job.width, conv.out_channels, most_rows(groups));
+                                planes(input_grad, conv.in_channels, conv.in_size, grad_channels_last), threads,
+                                &groups);
     const Offsets offsets(job.panel, height, width, lanes);
-    const int64_t bytes = entry_count(weight) * sizeof(Entry);
-    char* lists = scratch(Slot::kLists, bytes + ValuesGrad::lists_bytes(weight, threads));
-    Entry* entries = reinterpret_cast<Entry*>(lists);
+    Entry* entries = reinterpret_cast<Entry*>(scratch(Slot::kLists, entry_count(weight) * sizeof(Entry)));
     std::vector<int64_t> starts;
     input_grad_entries(conv, weight, offsets, 1, threads, entries, starts);
     job.entries = entries;
@@ -424,9 +419,7 @@ void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const 
     product.job.grad_height = job.height;
     product.job.grad_panel = job.panel;
     product.job.input_grad = &job;
-    product.job.splits = 1;
-    product.job.threads = threads;
-    product.run(weight, values_grad, lists + bytes, threads);
+    product.run(weight, values_grad, threads);
 }
 
 }  // namespace sparse_moon

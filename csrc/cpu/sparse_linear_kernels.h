@@ -16,7 +16,6 @@ namespace SPARSE_MOON_ISA {
 constexpr int64_t kChunkBytes = 640 << 10;
 constexpr int64_t kChunkFeatures = 1024;  // longer sums would round worse than those of a blocked dense product
 constexpr int64_t kChunkEntries = 16;  // of a row at least, on average: below, loading and storing the sums costs more
-
 constexpr int64_t kRunFeatures = 64;  // of one token that are read together, so that the next lines are on their way
 constexpr int64_t kLeastGroups = 4;  // of a block that is only there for one more thread to have work
 
@@ -369,20 +368,15 @@ inline void linear_dots(const LinearDotsJob& job) {
     const SparseMatrix& matrix = job.matrix;
     const Rows rows{matrix, false};
     const LinearDotsPlan plan = linear_dots_plan(job);
-    const int64_t size = matrix.block_rows * matrix.block_cols;
+    const int64_t total = matrix.row_ptr[matrix.rows / matrix.block_rows] * matrix.block_rows * matrix.block_cols;
 #pragma omp parallel num_threads(job.threads)
     {
         const int thread = thread_number(), threads = team_size();
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < total; ++k) job.sums[k] = 0.0f;
         char* scratch = job.scratch + thread * plan.bytes();
         const int64_t begin = rows.part_begin(thread, threads);
         const int64_t end = smaller(rows.part_begin(thread + 1, threads), matrix.rows);
-        for (int64_t row = begin; row < end; ++row) {
-            const int64_t block_row = row / matrix.block_rows, within = row % matrix.block_rows;
-            for (int64_t k = matrix.row_ptr[block_row]; k < matrix.row_ptr[block_row + 1]; ++k) {
-                float* sums = job.sums + k * size + within * matrix.block_cols;
-                for (int64_t j = 0; j < matrix.block_cols; ++j) sums[j] = 0.0f;
-            }
-        }
         for (int64_t block = 0; begin < end && block < plan.blocks.count; ++block) {
             linear_dots_unit(job, plan, scratch, block * plan.blocks.groups * kLanes, begin, end);
         }

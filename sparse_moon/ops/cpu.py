@@ -207,10 +207,10 @@ def _conv2d_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tu
 
 
 if native is not None:
-    LIBRARY.impl("sparse_conv2d_grads", _conv2d_grads, "CPU")
     LIBRARY.impl("sparse_linear", _linear, "CPU")
     LIBRARY.impl("sparse_linear_input_grad", _linear_input_grad, "CPU")
     LIBRARY.impl("sparse_linear_values_grad", _linear_values_grad, "CPU")
     LIBRARY.impl("sparse_conv2d", _conv2d, "CPU")
     LIBRARY.impl("sparse_conv2d_input_grad", _conv2d_input_grad, "CPU")
     LIBRARY.impl("sparse_conv2d_values_grad", _conv2d_values_grad, "CPU")
+    LIBRARY.impl("sparse_conv2d_grads", _conv2d_grads, "CPU")

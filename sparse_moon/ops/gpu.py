@@ -21,13 +21,11 @@ from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, random_scor
 from sparse_moon.ops.choice import Pass, Work, kernel_pays, kernel_wanted
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
 from sparse_moon.ops.library import LIBRARY
-from sparse_moon.ops.masked_dense import block_of
+from sparse_moon.ops.masked_dense import GPU_DTYPES, block_of
 from sparse_moon.ops.native import native_cuda
 from sparse_moon.ops.sparse_conv2d import Geometry
 from sparse_moon.ops.transpose_index import transpose_index_reference
 from sparse_moon.topology import Index
-
-_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 Choice = Literal["triton", "cuda", "reference"]
 
@@ -35,7 +33,7 @@ Choice = Literal["triton", "cuda", "reference"]
 def _choose(work: Work, index: tuple[Tensor, ...], takes: Callable[[], bool], *operands: Tensor | None) -> Choice:
     """What runs a product; ``takes`` says whether Triton has a kernel for its blocks."""
     dtypes = {t.dtype for t in operands if t is not None}
-    if len(dtypes) > 1 or not dtypes <= _DTYPES:
+    if len(dtypes) > 1 or not dtypes <= GPU_DTYPES:
         return "reference"
     kind: Literal["triton", "cuda"] = "cuda" if work.block == (1, 1) else "triton"
     blocks = (index[0].numel() - 1) * (index[2].numel() - 1)

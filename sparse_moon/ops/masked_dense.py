@@ -10,8 +10,8 @@ from sparse_moon.ops.library import LIBRARY, define
 from sparse_moon.ops.native import native
 from sparse_moon.topology import blocks_to_matrix, entry_positions, matrix_to_blocks, matrix_to_weight, weight_to_matrix
 
-# What the GPU kernel moves.
-_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+# What GPU kernels take.
+GPU_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def block_of(values: Tensor) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def scatter_values_cuda(
     values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor
 ) -> Tensor:
     """One launch, where Triton is asked for and moves the dtype."""
-    if values.dtype not in _DTYPES or not kernel_wanted("triton"):
+    if values.dtype not in GPU_DTYPES or not kernel_wanted("triton"):
         return scatter_values_reference(values, weight_shape, channels_last, row_ptr, col)
     # not before it is wanted: Triton is slow to import, and not there on every platform
     from sparse_moon.kernels import masked_dense
@@ -113,7 +113,7 @@ def scatter_values_cuda(
 
 def gather_values_cuda(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> Tensor:
     """One launch, where Triton is asked for and moves the dtype."""
-    if weight.dtype not in _DTYPES or not kernel_wanted("triton"):
+    if weight.dtype not in GPU_DTYPES or not kernel_wanted("triton"):
         return gather_values_reference(weight, block, row_ptr, col)
     from sparse_moon.kernels import masked_dense
 

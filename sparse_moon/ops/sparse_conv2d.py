@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sparse_moon.ops.library import LIBRARY, define, register_autograd, to_autocast_dtype
+from sparse_moon.ops.library import define, register_autograd, to_autocast_dtype
 from sparse_moon.ops.masked_dense import block_of, values_shape
 from sparse_moon.ops.sparse_linear import INDEX_SCHEMA, check_dtypes, check_operands
 from sparse_moon.topology import Topology, matrix_shape, weight_to_matrix
@@ -73,17 +73,12 @@ def _input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *spec: Any
 
 
 def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -> Tensor:
-    weight_grad = conv2d_weight(input, geometry[0], grad, *geometry[1:])
-    return weight_to_matrix(weight_grad, block_width).contiguous()
-
-
-def _dense_grad_cpu(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -> Tensor:
-    """In parts of the batch: the library copies what it is given into its own layout, at training's peak of memory."""
-    parts = max(math.ceil((grad.nbytes + input.nbytes) / _PART_BYTES), 1)
+    # The CPU library copies what it is given into its own layout, at training's peak of memory: parts of the batch.
+    parts = max(math.ceil((grad.nbytes + input.nbytes) / _PART_BYTES), 1) if grad.device.type == "cpu" else 1
     pairs = zip(grad.chunk(parts), input.chunk(parts), strict=True)
-    parts_of_sum = (conv2d_weight(part, geometry[0], part_grad, *geometry[1:]) for part_grad, part in pairs)
-    total = next(parts_of_sum)
-    for more in parts_of_sum:
+    summands = (conv2d_weight(part, geometry[0], part_grad, *geometry[1:]) for part_grad, part in pairs)
+    total = next(summands)
+    for more in summands:
         total += more
     return weight_to_matrix(total, block_width).contiguous()
 
@@ -130,7 +125,6 @@ define(f"sparse_conv2d_input_grad(Tensor grad, Tensor values, int[] input_shape,
        _input_grad, _fake_input_grad)  # fmt: skip
 define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {GEOMETRY_SCHEMA}) -> Tensor",
        _dense_grad, _fake_dense_grad)  # fmt: skip
-LIBRARY.impl("sparse_conv2d_dense_grad", _dense_grad_cpu, "CPU")
 define(f"sparse_conv2d_values_grad(Tensor grad, Tensor input, int[] block, {_SPEC}) -> Tensor",
        _values_grad, _fake_values_grad)  # fmt: skip
 define(f"sparse_conv2d_grads(Tensor grad, Tensor input, Tensor values, {_SPEC}) -> (Tensor, Tensor)",
@@ -151,13 +145,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     d_input = d_values = d_probe = None
     if needs_input and needs_values and not needs_probe:
         d_input, d_values = ops.sparse_conv2d_grads(grad, input, values, *geometry, *index)
-    elif needs_input:
-        d_input = ops.sparse_conv2d_input_grad(grad, values, input.shape, *geometry, *index)
-    if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
-        d_probe = ops.sparse_conv2d_dense_grad(grad, input, block[1], *geometry)
-        d_values = ops.gather_values(d_probe, block, *index[:2]) if needs_values else None
-    elif needs_values and d_values is None:
-        d_values = ops.sparse_conv2d_values_grad(grad, input, block, *geometry, *index)
+    else:
+        if needs_input:
+            d_input = ops.sparse_conv2d_input_grad(grad, values, input.shape, *geometry, *index)
+        if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
+            d_probe = ops.sparse_conv2d_dense_grad(grad, input, block[1], *geometry)
+            d_values = ops.gather_values(d_probe, block, *index[:2]) if needs_values else None
+        elif needs_values:
+            d_values = ops.sparse_conv2d_values_grad(grad, input, block, *geometry, *index)
     d_bias = grad.sum((0, 2, 3)) if needs_bias else None
     return d_input, d_values, d_bias, d_probe, *[None] * 10
 
