@@ -96,6 +96,12 @@ inline void pack_contiguous(const Planes& planes, const PanelShape& shape, const
                     out += kLanes * kLanes;
                     x += kLanes;
                     if (x == width) x = 0, out += (shape.pitch - width) * kLanes;
+                } else if (count == kLanes) {
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes; ++i, out += kLanes) {
+                        store(out, rows_of_lanes[i]);
+                        if (++x == width) x = 0, out += (shape.pitch - width) * kLanes;
+                    }
                 } else {
                     alignas(64) float buffer[kLanes * kLanes];
 #pragma GCC unroll 16
@@ -171,6 +177,10 @@ struct Destination {
     int64_t rows[kLanes];
     bool streaming;  // past the caches, where whole aligned lines are written
 };
+
+SPARSE_MOON_INLINE void advance(Destination& to, int64_t elements) {
+    for (int l = 0; l < kLanes; ++l) to.start[l] += to.rows[l] > 0 ? elements : 0;
+}
 
 // Vector l to address(l) in every lane that has row `row`, its first `count` elements.
 template <class Address>

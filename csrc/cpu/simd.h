@@ -50,6 +50,11 @@ SPARSE_MOON_INLINE Vec load_range(const float* p, int begin, int end) {
 #if defined(__AVX512F__)
     const __mmask16 mask = static_cast<__mmask16>(((1u << end) - 1u) & ~((1u << begin) - 1u));
     return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(mask, p));
+#elif defined(__AVX2__)
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i mask = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
+                                             _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+    return reinterpret_cast<Vec>(_mm256_maskload_ps(p, mask));
 #else
     Vec v{};
     for (int i = begin; i < end; ++i) v[i] = p[i];
@@ -61,6 +66,21 @@ SPARSE_MOON_INLINE Vec load_range(const float* p, int begin, int end) {
 SPARSE_MOON_INLINE void store_first(float* p, Vec v, int n) {
 #if defined(__AVX512F__)
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+    // halves, because AMD's masked stores take tens of cycles
+    if (n >= kLanes) return store_unaligned(p, v);
+    __m128 rest = _mm256_castps256_ps128(reinterpret_cast<__m256>(v));
+    if (n & 4) {
+        _mm_storeu_ps(p, rest);
+        rest = _mm256_extractf128_ps(reinterpret_cast<__m256>(v), 1);
+        p += 4;
+    }
+    if (n & 2) {
+        _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+        rest = _mm_movehl_ps(rest, rest);
+        p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, rest);
 #else
     for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif

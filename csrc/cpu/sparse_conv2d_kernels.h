@@ -7,110 +7,146 @@
 namespace sparse_moon {
 namespace SPARSE_MOON_ISA {
 
-// Tile of grid positions: at most as wide as whole vectors are stored and so that it divides the row about evenly, then
-// as high as the registers allow.
+// Tile of grid positions: about evenly wide, then as high as the registers allow. Where the plane's rows are whole
+// vectors, so are a tile's; else tiles are as wide as they can be.
 struct TileShape {
     int64_t rows, cols;
 };
 
-inline TileShape tile_shape(int64_t grid_rows, int64_t grid_cols, int64_t step) {
-    constexpr int64_t kWidest = kTile / kLanes * kLanes;
-    static_assert(kWidest > 0 && kWidest <= kMaxCols, "a tile is at least a vector wide");
-    const int64_t parts = (grid_cols + kWidest - 1) / kWidest;
-    const int64_t cols = step <= 2 ? (grid_cols + parts - 1) / parts : 1;
+inline TileShape tile_shape(const CorrelateJob& job, int64_t grid_rows) {
+    const Axis& width = job.width;
+    const bool whole = job.target.channels_last || job.target.width % kLanes == 0;
+    const int64_t widest = whole ? kTile / kLanes * kLanes : kTile;
+    static_assert(kTile >= kLanes, "a tile is at least a vector wide");
+    const int64_t parts = (width.grid + widest - 1) / widest;
+    const int64_t cols = width.step <= 2 ? (width.grid + parts - 1) / parts : 1;
     return {smaller(smaller(kMaxRows, kTile / cols), grid_rows), cols};
+}
+
+// What is computed before it is unpacked: a tile of one channel (or of kLanes neighbouring ones, where those are
+// neighbours in memory) if its rows are whole vectors; else whole rows of a plane, as many as make whole vectors, of
+// many channels. Stores of a vector's first elements cost several times those of a whole one.
+struct Region {
+    int64_t rows, cols;  // grid positions
+    int64_t channels;
+};
+
+constexpr int64_t kRegionBytes = 64 << 10;
+
+inline Region region_shape(const CorrelateJob& job, TileShape tile, int64_t grid_rows) {
+    const Axis &height = job.height, &width = job.width;
+    if (job.target.channels_last) return {tile.rows, tile.cols, kLanes};
+    const int64_t run = tile.cols * width.phases == job.target.width ? tile.rows * height.phases : 1;
+    if (run * tile.cols * width.phases % kLanes == 0) return {tile.rows, tile.cols, 1};
+    int64_t rows = tile.rows;
+    while (rows < grid_rows && rows * height.phases * job.target.width % kLanes != 0) rows += tile.rows;
+    rows = smaller(rows, grid_rows);
+    const int64_t channel_bytes = rows * height.phases * width.grid * width.phases * kVecBytes;
+    return {rows, width.grid, larger(kRegionBytes / channel_bytes, 1)};
+}
+
+// Bytes that a region takes at most.
+inline int64_t region_bytes(const CorrelateJob& job) {
+    const int64_t phases = job.height.phases * job.width.phases;
+    const int64_t rows = smaller(job.panel.block_rows, kLanes * kMaxRows);  // kLanes tiles' rows are whole vectors
+    return larger(larger(kRegionBytes, kLanes * kTile * phases * kVecBytes),
+                  rows * phases * job.width.grid * kVecBytes);
 }
 
 SPARSE_MOON_INLINE int64_t row_bytes(const PanelShape& shape) { return shape.grid_step * shape.pitch * kVecBytes; }
 
-inline Destination destination(const Planes& target, const Axis& height, const Lanes& lanes, int64_t row, int64_t rows,
-                               int64_t phase, int64_t channel, int64_t col) {
+// Of `rows` rows from grid position (row, col) on.
+inline Destination destination(const CorrelateJob& job, const Lanes& lanes, int64_t row, int64_t rows, int64_t channel,
+                               int64_t col) {
+    const Planes& target = job.target;
+    const int64_t x = col * job.width.phases;
     Destination to;
     for (int l = 0; l < kLanes; ++l) {
-        const int64_t first = lanes.row[l] + row;
-        const int64_t existing = (target.height - phase + height.phases - 1) / height.phases - first;
-        to.rows[l] = lanes.image[l] < 0 ? 0 : smaller(existing, rows);
-        const int64_t y = first * height.phases + phase;
+        const int64_t y = (lanes.row[l] + row) * job.height.phases;
+        to.rows[l] = lanes.image[l] < 0 ? 0 : smaller(target.height - y, rows * job.height.phases);
         int64_t index = lanes.image[l] * target.channels * target.height * target.width;
         if (target.channels_last) {
-            index += (y * target.width + col) * target.channels + channel;
+            index += (y * target.width + x) * target.channels + channel;
         } else {
-            index += (channel * target.height + y) * target.width + col;
+            index += (channel * target.height + y) * target.width + x;
         }
         to.start[l] = target.data + (to.rows[l] > 0 ? index : 0);
     }
+    to.streaming = job.streaming;
     return to;
 }
 
-// All target channels in [first, last) of one tile at grid (row, col) of a unit.
-inline void correlate_tile(const CorrelateJob& job, const Lanes& lanes, const float* panel, float* scratch,
-                           TileShape shape, int64_t row, int64_t col, int64_t first, int64_t last) {
-    const Axis &height = job.height, &width = job.width;
-    const Planes& target = job.target;
-    const int64_t phases = height.phases * width.phases;
-    const int64_t scratch_cols = shape.cols * width.phases;
-    const int64_t tile_size = shape.rows * scratch_cols * kLanes;
-    const int64_t group = target.channels_last ? kLanes : 1;
-    const int64_t target_col = col * width.phases;
-    const int64_t cols = smaller(scratch_cols, target.width - target_col);
-    const ProductKernel<EntryList> kernel = product_kernel(shape.rows, shape.cols, width.step);
-
+// Channels [first, first + count) of the grid positions from (row, col) on, into `results`, where each channel has
+// `size` vectors and each target row `pitch`.
+inline void compute_region(const CorrelateJob& job, const float* panel, TileShape shape, Region region, int64_t row,
+                           int64_t col, int64_t first, int64_t count, float* results, int64_t size, int64_t pitch) {
+    const int64_t down = job.height.phases, across = job.width.phases;
+    const ProductKernel<EntryList> kernel = product_kernel(shape.rows, shape.cols, job.width.step);
     ProductTile<EntryList> tile;
     tile.row_bytes = row_bytes(job.panel);
-    tile.panel = reinterpret_cast<const char*>(panel) + row * tile.row_bytes + col * width.step * kVecBytes;
-    tile.out_step = width.phases;
-    for (int64_t a = 0; a < height.phases; ++a) {
-        Destination to = destination(target, height, lanes, row, shape.rows, a, first, target_col);
-        to.streaming = job.streaming;
-        bool whole = !target.channels_last && cols == target.width && height.phases == 1 && cols == scratch_cols;
-        for (int l = 0; l < kLanes; ++l) whole = whole && (to.rows[l] <= 0 || to.rows[l] == shape.rows);
-        tile.out_row = scratch_cols;
-        for (int64_t o = first; o < last; o += group) {
-            const int64_t count = smaller(group, last - o);
+    tile.out_step = across;
+    tile.out_row = down * pitch;
+    // The last tile of a row or column is moved back inside, over positions that are computed twice.
+    for (int64_t i = 0; i < region.rows; i += shape.rows) {
+        const int64_t r = smaller(i, region.rows - shape.rows);
+        for (int64_t j = 0; j < region.cols; j += shape.cols) {
+            const int64_t c = smaller(j, region.cols - shape.cols);
+            tile.panel = reinterpret_cast<const char*>(panel) + (row + r) * tile.row_bytes +
+                         (col + c) * job.width.step * kVecBytes;
             for (int64_t k = 0; k < count; ++k) {
-                tile.initial = job.bias ? job.bias[o + k] : 0.0f;
-                for (int64_t b = 0; b < width.phases; ++b) {
-                    const int64_t* range = job.starts + (o + k) * phases + a * width.phases + b;
-                    tile.entries = {job.entries + range[0], range[1] - range[0]};
-                    tile.out = scratch + k * tile_size + b * kLanes;
-                    kernel(tile);
+                tile.initial = job.bias ? job.bias[first + k] : 0.0f;
+                const int64_t* range = job.starts + (first + k) * down * across;
+                float* out = results + (k * size + r * tile.out_row + c * across) * kLanes;
+                for (int64_t a = 0; a < down; ++a) {
+                    for (int64_t b = 0; b < across; ++b, ++range) {
+                        tile.entries = {job.entries + range[0], range[1] - range[0]};
+                        tile.out = out + (a * pitch + b) * kLanes;
+                        kernel(tile);
+                    }
                 }
             }
-            const int64_t stride = height.phases * target.width;
-            if (target.channels_last) {
-                unpack_channels_last(scratch, count, shape.rows, cols, scratch_cols, to, stride * target.channels,
-                                     target.channels);
-            } else if (whole) {
-                unpack_contiguous(scratch, 1, shape.rows * cols, 0, to, stride);
-            } else {
-                unpack_contiguous(scratch, shape.rows, cols, scratch_cols, to, stride);
-            }
-            const int64_t advance = target.channels_last ? count : target.height * target.width;
-            for (int l = 0; l < kLanes; ++l) to.start[l] += to.rows[l] > 0 ? advance : 0;
         }
     }
 }
 
-inline int64_t tile_scratch(const CorrelateJob& job) {
-    const int64_t channels = job.target.channels_last ? kLanes : 1;
-    return channels * kTile * job.width.phases * kVecBytes;
+// Target channels [first, last) of a unit whose source is packed; `results` has region_bytes(job).
+inline void correlate_unit(const CorrelateJob& job, const Lanes& lanes, const float* panel, float* results,
+                           int64_t first, int64_t last) {
+    const Planes& target = job.target;
+    const TileShape shape = tile_shape(job, lanes.rows);
+    Region region = region_shape(job, shape, lanes.rows);
+    const int64_t most_rows = region.rows, pitch = region.cols * job.width.phases;
+    for (int64_t i = 0; i < lanes.rows; i += most_rows) {
+        const int64_t row = smaller(i, lanes.rows - shape.rows);
+        region.rows = smaller(most_rows, lanes.rows - row);
+        const int64_t rows = region.rows * job.height.phases, size = rows * pitch;
+        for (int64_t j = 0; j < job.width.grid; j += region.cols) {
+            const int64_t col = smaller(j, job.width.grid - region.cols);
+            const int64_t cols = smaller(pitch, target.width - col * job.width.phases);
+            Destination to = destination(job, lanes, row, region.rows, first, col);
+            bool whole = cols == target.width && cols == pitch;
+            for (int l = 0; l < kLanes; ++l) whole = whole && (to.rows[l] <= 0 || to.rows[l] == rows);
+            for (int64_t o = first; o < last; o += region.channels) {
+                const int64_t count = smaller(region.channels, last - o);
+                compute_region(job, panel, shape, region, row, col, o, count, results, size, pitch);
+                if (target.channels_last) {
+                    unpack_channels_last(results, count, rows, cols, pitch, to, target.width * target.channels,
+                                         target.channels);
+                    advance(to, count);
+                    continue;
+                }
+                for (int64_t k = 0; k < count; ++k, advance(to, target.height * target.width)) {
+                    const float* from = results + k * size * kLanes;
+                    whole ? unpack_contiguous(from, 1, rows * cols, 0, to, 0)
+                          : unpack_contiguous(from, rows, cols, pitch, to, target.width);
+                }
+            }
+        }
+    }
 }
 
 inline int64_t correlate_scratch(const CorrelateJob& job) {
-    return job.panel.vectors() * kVecBytes + tile_scratch(job);
-}
-
-// Target channels [first, last) of a unit whose source is packed.
-inline void correlate_unit(const CorrelateJob& job, const Lanes& lanes, const float* panel, float* scratch,
-                           int64_t first, int64_t last) {
-    const TileShape shape = tile_shape(lanes.rows, job.width.grid, job.width.step);
-    // The last tile of a row or column is moved back inside, over positions that are computed twice.
-    for (int64_t row = 0; row < lanes.rows; row += shape.rows) {
-        for (int64_t col = 0; col < job.width.grid; col += shape.cols) {
-            correlate_tile(job, lanes, panel, scratch, shape, smaller(row, lanes.rows - shape.rows),
-                           smaller(col, job.width.grid - shape.cols), first, last);
-        }
-    }
+    return job.panel.vectors() * kVecBytes + region_bytes(job);
 }
 
 inline void correlate(const CorrelateJob& job) {
@@ -118,7 +154,7 @@ inline void correlate(const CorrelateJob& job) {
 #pragma omp parallel num_threads(job.threads)
     {
         float* panel = reinterpret_cast<float*>(job.scratch + thread_number() * job.thread_scratch);
-        float* scratch = panel + job.panel.vectors() * kLanes;
+        float* results = panel + job.panel.vectors() * kLanes;
         clear_margins(job.panel, panel);
 #pragma omp for schedule(dynamic)
         for (int64_t work = 0; work < units * job.splits; ++work) {
@@ -128,15 +164,15 @@ inline void correlate(const CorrelateJob& job) {
             const int64_t groups = (channels + kLanes - 1) / kLanes, split = work % job.splits;
             const int64_t first = groups * split / job.splits * kLanes;
             const int64_t last = smaller(groups * (split + 1) / job.splits * kLanes, channels);
-            correlate_unit(job, lanes, panel, scratch, first, last);
+            correlate_unit(job, lanes, panel, results, first, last);
         }
         stream_fence();
     }
 }
 
 inline int64_t correlate_dots_scratch(const CorrelateDotsJob& job) {
-    const int64_t tile = job.input_grad ? tile_scratch(*job.input_grad) : 0;
-    return (job.panel.vectors() + job.grad_panel.vectors()) * kVecBytes + tile;
+    const int64_t region = job.input_grad ? region_bytes(*job.input_grad) : 0;
+    return (job.panel.vectors() + job.grad_panel.vectors()) * kVecBytes + region;
 }
 
 inline void correlate_dots(const CorrelateDotsJob& job) {
@@ -153,7 +189,7 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
         const int thread = thread_number();
         float* panel = reinterpret_cast<float*>(job.scratch + thread * job.thread_scratch);
         float* grad = panel + job.panel.vectors() * kLanes;
-        float* tiles = grad + job.grad_panel.vectors() * kLanes;
+        float* results = grad + job.grad_panel.vectors() * kLanes;
         float* sums = job.sums + thread * total;
         for (int t = thread; t < job.threads; t += team_size()) {
             for (int64_t k = 0; k < total; ++k) job.sums[t * total + k] = 0.0f;
@@ -170,7 +206,7 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
             const Lanes lanes = lanes_of_unit(job.groups, work / job.splits);
             pack(job.grad, job.grad_height, job.grad_panel, lanes, grad);
             if (job.input_grad) {
-                correlate_unit(*job.input_grad, lanes, grad, tiles, 0, job.input_grad->target.channels);
+                correlate_unit(*job.input_grad, lanes, grad, results, 0, job.input_grad->target.channels);
             }
             pack(job.source, job.height, job.panel, lanes, panel);
             const int64_t split = work % job.splits;

@@ -15,7 +15,7 @@ namespace sparse_moon {
 namespace SPARSE_MOON_ISA {
 
 constexpr int kMaxRows = 4;                              // output rows of a tile
-constexpr int kTile = kRegisters == 32 ? 16 : 12;        // output positions of a tile, an accumulator each
+constexpr int kTile = kRegisters == 32 ? 16 : 14;        // output positions of a tile, an accumulator each
 constexpr int kMaxCols = kTile;                          // output columns of a tile
 constexpr int kDots = kRegisters == 32 ? 16 : 8;         // entries of a dot_tile
 constexpr int kDotPositions = kRegisters == 32 ? 8 : 4;  // gradient vectors that a dot_tile holds at once
