@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 import torch.distributed as dist
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from sparse_moon import compare, flops, models, runs
@@ -26,11 +27,19 @@ from sparse_moon.nn import densify
 from sparse_moon.ood import save_detector
 from sparse_moon.train import train
 
+# What ``compare`` combines.
+_COMBINED = {
+    "method": "one or more of train's",
+    "reliability": "one or more of train's; moon:-tuning or cigl:-mask-averaging leaves parts out",
+    "sparsity": "one or more",
+    "seed": "one or more",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a run of several failed, 2 wrong arguments, data or files, 130 interrupted."""
     parser = _parser()
-    arguments = parser.parse_args(_with_preset_paths(list(sys.argv[1:] if argv is None else argv)))
+    arguments = parser.parse_args(_with_presets(list(sys.argv[1:] if argv is None else argv)))
     command = arguments.command
     try:
         commands = {"train": _train, "compare": _compare, "eval": _eval, "flops": _flops, "export": _export}
@@ -49,13 +58,30 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _with_preset_paths(argv: list[str]) -> list[str]:
-    """``--config NAME`` with the preset's path in place of its name."""
+def _with_presets(argv: list[str]) -> list[str]:
+    """``--config`` with the path of a preset in place of its name; for ``compare`` with the settings themselves."""
     known = presets()
     for i, argument in enumerate(argv[:-1]):
-        if argument == "--config" and argv[i + 1] in known and not Path(argv[i + 1]).exists():
-            argv[i + 1] = str(known[argv[i + 1]])
+        if argument == "--config":
+            path = Path(argv[i + 1])
+            path = known[argv[i + 1]] if argv[i + 1] in known and not path.exists() else path
+            argv[i + 1] = _settings_of_runs(path) if argv[0] == "compare" and path.is_file() else str(path)
     return argv
+
+
+def _settings_of_runs(path: Path) -> str:
+    """Settings of ``train`` in a YAML file, as ``compare`` takes them: lists of what it combines."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        return str(path)  # the parser says what is wrong with it
+    without = "".join(f"-{part}" for part in settings.pop("without", None) or ())
+    if without:
+        settings["reliability"] = f"{settings.get('reliability', TrainConfig.reliability)}:{without}"
+    single = {name: [settings[name]] for name in _COMBINED if not isinstance(settings.get(name, []), list)}
+    return yaml.safe_dump({**settings, **single})
 
 
 def _parser() -> ArgumentParser:
@@ -131,16 +157,10 @@ def _compare_parser() -> ArgumentParser:
         "of its own, and put their figures side by side. Finished runs are skipped, interrupted ones resumed.",
     )
     parser.add_argument("--config", action="config", help="as in train: settings of all runs")
-    lists = {
-        "method": "one or more of train's",
-        "reliability": "one or more of train's; moon:-tuning or cigl:-mask-averaging leaves parts out",
-        "sparsity": "one or more",
-        "seed": "one or more",
-    }
-    for name, text in lists.items():
+    for name, text in _COMBINED.items():
         kind = {"sparsity": float, "seed": int}.get(name, str)
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=[getattr(TrainConfig(), name)], help=text)
-    _add_settings(parser, leave_out={*lists, "without"})
+    _add_settings(parser, leave_out={*_COMBINED, "without"})
     parser.add_argument("--out", type=str, required=True, help="folder of the runs and of the table")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process")
     parser.add_argument("--table-only", action="store_true", help="train nothing, write the table of what there is")

@@ -2,11 +2,14 @@
 
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,20 @@ def run_name(config: TrainConfig) -> str:
     return f"{config.method}-{config.reliability}{without}{sparsity}-seed{config.seed}"
 
 
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises ``SystemExit`` in the block, so that what has to be done at its end is done."""
+    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_exit_on_sigterm()
 def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> list[str]:
     """Train each run in ``folder / run_name``; skip finished ones, resume interrupted ones.
 
@@ -98,7 +115,10 @@ def _experiment(config: TrainConfig) -> dict[str, Any]:
 
 
 def _finished(folder: Path) -> bool:
-    return (folder / runs.RESULTS).exists() and bool(runs.read_checkpoint(folder)["finished"])
+    """Whether the run has its results and its last checkpoint, which may have been removed since to save space."""
+    if not (folder / runs.RESULTS).exists():
+        return False
+    return not (folder / runs.CHECKPOINT).exists() or bool(runs.read_checkpoint(folder)["finished"])
 
 
 def _start(folder: Path) -> "subprocess.Popen[bytes]":

@@ -333,9 +333,14 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, progress: 
         progress: show a progress bar.
 
     Raises:
-        ValueError: bad settings or data, a folder that holds a run, a checkpoint that cannot be read, a loss that is
-            not finite. Earlier results stay intact.
+        ValueError: bad settings or data, a folder that holds a run or that another process writes to, a checkpoint
+            that cannot be read, a loss that is not finite. Earlier results stay intact.
     """
+    with runs.only_writer(folder) if rank() == 0 else nullcontext():
+        return _train(config, folder, resume=resume, progress=progress)
+
+
+def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
     if not resume and (folder / runs.CONFIG).exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
     state = runs.read_checkpoint(folder) if resume and (folder / runs.CHECKPOINT).exists() else None
@@ -346,7 +351,6 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, progress: 
         trainer.load_state_dict(state)
     main = rank() == 0
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
         runs.write_json(folder / runs.CONFIG, asdict(config))
         runs.write_metrics(folder, trainer.history)
 

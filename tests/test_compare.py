@@ -1,6 +1,10 @@
 import json
 import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 from sparse_moon import compare, runs
 from sparse_moon.cli import main
 from sparse_moon.config import TrainConfig
+from sparse_moon.train import train
 
 QUICK = [
     "--model", "mlp", "--width", "32", "--epochs", "2", "--batch-size", "128", "--interval", "5", "--lr", "0.2",
@@ -62,6 +67,65 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     (row,) = [r for r in json.loads((out / compare.TABLE).read_text())["rows"] if r["label"] == "rigl none 0.9"]
     far = [after["ood"][name]["energy"]["auroc"] for name in ("noise", "photos")]
     assert row["figures"]["auroc/far/energy"]["mean"] == pytest.approx(statistics.mean(far))
+
+
+def test_a_configuration_of_train_holds_for_all_runs(tmp_path, capsys, monkeypatch):
+    started = []
+    monkeypatch.setattr(compare, "run_all", lambda configs, folder, jobs: (started.extend(configs), [])[1])
+    monkeypatch.setattr(compare, "write_table", lambda folder: {"near": [], "rows": []})
+    main(["compare", "--config", "moon-mnist", "--method", "rigl", "set", "--epochs", "15", "--out", str(tmp_path)])
+    assert [(c.method, c.reliability, c.sparsity, c.seed) for c in started] == [
+        ("rigl", "moon", 0.95, 0), ("set", "moon", 0.95, 0),
+    ]  # fmt: skip
+    assert {(c.model, c.batch_size, c.epochs) for c in started} == {("resnet18", 128, 15)}
+
+    path = tmp_path / "own.yaml"
+    path.write_text("reliability: moon\nwithout: [loss, voting]\nsparsity: [0.5, 0.6]\nlr: 0.3\n")
+    started.clear()
+    main(["compare", "--config", str(path), "--out", str(tmp_path)])
+    assert [(c.label, c.sparsity, c.lr) for c in started] == [
+        ("moon:-loss-voting", 0.5, 0.3), ("moon:-loss-voting", 0.6, 0.3),
+    ]  # fmt: skip
+
+    path.write_text("a: [1")
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--config", str(path), "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "line 1, column 4" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and locks")
+def test_sigterm_ends_the_runs_and_a_run_has_one_writer(tmp_path):
+    config = settings(epochs=1000)
+    folder = tmp_path / compare.run_name(config)
+    compare._prepare(folder, config)
+    command = [sys.executable, "-m", "sparse_moon", "compare", *QUICK[:4], "--epochs", "1000", *QUICK[6:],
+               "--out", str(tmp_path), "--reliability", "none"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            _wait(lambda: (folder / runs.CHECKPOINT).exists())
+            with pytest.raises(ValueError, match="another process is writing the run in"):
+                train(config, folder, resume=True, progress=False)
+        finally:
+            process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    with runs.only_writer(folder):  # the run was ended, too
+        pass
+
+
+def _wait(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_whose_checkpoint_was_removed_counts(tmp_path):
+    write_run(tmp_path, CONFIG, accuracy=0.9, near=0.5, far=(0.5, 0.5), seconds=[1.0])
+    path = tmp_path / compare.run_name(CONFIG)
+    (path / runs.CHECKPOINT).unlink()
+    assert compare._finished(path)
+    (path / runs.RESULTS).unlink()
+    assert not compare._finished(path)
 
 
 def settings(**changes):
