@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, check_counters, mask_threshold
-from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.library import define, implement
 from sparse_moon.ops.native import native
 
 
@@ -65,7 +65,7 @@ def _cpu(
 
 
 if native is not None:
-    LIBRARY.impl("average_", _cpu, "CPU")
+    implement("average_", "cpu", _cpu)
 
 
 def average_(

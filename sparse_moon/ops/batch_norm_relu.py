@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.library import LIBRARY, define, register_autograd
+from sparse_moon.ops.library import call, define, implement, register_autograd
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import memory_format
 
@@ -201,8 +201,8 @@ def _backward_cpu(
 
 
 if native is not None:
-    LIBRARY.impl("batch_norm_relu", _cpu, "CPU")
-    LIBRARY.impl("batch_norm_relu_backward", _backward_cpu, "CPU")
+    implement("batch_norm_relu", "cpu", _cpu)
+    implement("batch_norm_relu_backward", "cpu", _backward_cpu)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -218,8 +218,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     input, output, weight, bias, mean, var = ctx.saved_tensors
-    input_grad, residual_grad, weight_grad, bias_grad = torch.ops.sparse_moon.batch_norm_relu_backward(
-        grad, input, output, weight, bias, mean, var, ctx.eps, ctx.relu, ctx.batch_statistics
+    input_grad, residual_grad, weight_grad, bias_grad = call(
+        "batch_norm_relu_backward",
+        grad,
+        input,
+        output,
+        weight,
+        bias,
+        mean,
+        var,
+        ctx.eps,
+        ctx.relu,
+        ctx.batch_statistics,
     )
     if not ctx.relu:
         residual_grad = grad
@@ -232,7 +242,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     )
 
 
-register_autograd(_OP, _backward, setup_context=_setup_context)
+_batch_norm_relu = register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
 def batch_norm_relu(
@@ -290,7 +300,7 @@ def batch_norm_relu(
             output = output + residual
         return F.relu(output) if relu else output
     mean, var = (None, None) if training else (running_mean, running_var)
-    output, mean, var = torch.ops.sparse_moon.batch_norm_relu(input, residual, weight, bias, mean, var, eps, relu)
+    output, mean, var = _batch_norm_relu(input, residual, weight, bias, mean, var, eps, relu)
     if training and running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean, momentum)

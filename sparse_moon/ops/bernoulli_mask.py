@@ -9,7 +9,7 @@ bits on every device.
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.library import define, implement
 from sparse_moon.ops.native import native
 
 _WORD = 0xFFFFFFFF
@@ -75,8 +75,8 @@ def _cpu_scores(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
 
 
 if native is not None:
-    LIBRARY.impl("bernoulli_mask", _cpu, "CPU")
-    LIBRARY.impl("random_scores", _cpu_scores, "CPU")
+    implement("bernoulli_mask", "cpu", _cpu)
+    implement("random_scores", "cpu", _cpu_scores)
 
 
 def bernoulli_mask(like: Tensor, keep: float, *, seed: int, stream: int, step: Tensor) -> Tensor:

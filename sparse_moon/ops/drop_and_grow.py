@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.library import define, implement
 from sparse_moon.ops.native import native
 from sparse_moon.topology import Index, Topology, build_index, entry_positions
 
@@ -70,7 +70,7 @@ def _cpu(
 
 
 if native is not None:
-    LIBRARY.impl("drop_and_grow", _cpu, "CPU")
+    implement("drop_and_grow", "cpu", _cpu)
 
 
 def drop_and_grow(

@@ -20,7 +20,7 @@ from sparse_moon.ops.average_ import average_reference_
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, random_scores_reference
 from sparse_moon.ops.choice import Pass, Work, kernel_pays, kernel_wanted
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
-from sparse_moon.ops.library import LIBRARY
+from sparse_moon.ops.library import implement
 from sparse_moon.ops.masked_dense import GPU_DTYPES, block_of
 from sparse_moon.ops.native import native_cuda
 from sparse_moon.ops.sparse_conv2d import Geometry
@@ -236,10 +236,10 @@ for _name, _kernel, _reference in (
     ("random_scores", cuda_small_ops.random_scores, random_scores_reference),
     ("transpose_index", cuda_small_ops.transpose_index, transpose_index_reference),
 ):
-    LIBRARY.impl(_name, _small_operator(_kernel, _reference), "CUDA")
-LIBRARY.impl("sparse_linear", sparse_linear, "CUDA")
-LIBRARY.impl("sparse_linear_input_grad", sparse_linear_input_grad, "CUDA")
-LIBRARY.impl("sparse_linear_values_grad", sparse_linear_values_grad, "CUDA")
-LIBRARY.impl("sparse_conv2d", sparse_conv2d, "CUDA")
-LIBRARY.impl("sparse_conv2d_input_grad", sparse_conv2d_input_grad, "CUDA")
-LIBRARY.impl("sparse_conv2d_values_grad", sparse_conv2d_values_grad, "CUDA")
+    implement(_name, "cuda", _small_operator(_kernel, _reference))
+implement("sparse_linear", "cuda", sparse_linear)
+implement("sparse_linear_input_grad", "cuda", sparse_linear_input_grad)
+implement("sparse_linear_values_grad", "cuda", sparse_linear_values_grad)
+implement("sparse_conv2d", "cuda", sparse_conv2d)
+implement("sparse_conv2d_input_grad", "cuda", sparse_conv2d_input_grad)
+implement("sparse_conv2d_values_grad", "cuda", sparse_conv2d_values_grad)

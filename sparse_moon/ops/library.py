@@ -2,15 +2,24 @@
 
 Every operator has a reference implementation for all devices (``CompositeExplicitAutograd``) and a fake one for
 tracing; a faster kernel for one device registers itself for that device's dispatch key and is then preferred.
+
+The dispatcher turns the arguments of an operator written in Python into its own values and back at every stage, which
+takes as long as a small layer's product. So in plain eager execution, where nothing but us would look at the call,
+kernels are called directly; compilers, modes, transforms and tensor subclasses see the operators.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from types import new_class
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("sparse_moon", "DEF")
+
+_kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by operator and type of device
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> str:
@@ -22,42 +31,82 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     return name
 
 
+def implement(operator: str, device_type: Literal["cpu", "cuda"], kernel: Callable[..., Any]) -> None:
+    """Use this kernel for the operator on this type of device, in place of the reference."""
+    LIBRARY.impl(operator, kernel, device_type.upper())
+    _kernels[operator, device_type] = kernel
+
+
+def call(operator: str, *inputs: Any) -> Any:
+    """Call an operator that has no gradient and whose first argument is a tensor."""
+    kernel = None if torch.is_grad_enabled() else _direct_kernel(operator, inputs)
+    return kernel(*inputs) if kernel else getattr(torch.ops.sparse_moon, operator)(*inputs)
+
+
+def _direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The kernel to call in place of the operator, or None where anything else may want to see the operator."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in inputs)
+    ):
+        return None
+    return _kernels.get((operator, inputs[0].device.type))
+
+
 def register_autograd(
     name: str, backward: Callable[..., tuple[Tensor | None, ...]], *, setup_context: Callable[..., None]
-) -> None:
+) -> Callable[..., Any]:
     """What ``torch.library.register_autograd`` does for an operator without default arguments, at half its cost a call.
 
     Torch's own compares the arguments with the schema's defaults in every forward pass, 30 to 50 us for the operators
-    of a layer, which is as long as a small layer's product takes.
+    of a layer.
 
     Args:
-        name: of the operator, qualified.
-        backward: from ``ctx`` and the results' gradients to a gradient or None for each argument.
+        name: of the operator, qualified; its first argument is a tensor.
+        backward: from ``ctx`` and the results' gradients to a gradient or None for each argument. It cannot be
+            differentiated in turn: that raises ``RuntimeError``.
         setup_context: stores what the backward pass needs in ``ctx``; called with ``inputs`` and ``output``.
+
+    Returns:
+        The operator as a function, which calls kernels directly where it can.
     """
     namespace, operator = name.split("::")
     op = getattr(getattr(torch.ops, namespace), operator).default
 
-    def below_autograd(keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...]) -> Any:
+    def below_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            *inputs, keyset = arguments
-            output = below_autograd(keyset, tuple(inputs))
-            setup_context(ctx, tuple(inputs), output)
-            return output
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *inputs, run = arguments
+        output = run(*inputs)
+        setup_context(ctx, tuple(inputs), output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return *backward(ctx, *grads), None
+    @once_differentiable
+    def backward_of_all(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *backward(ctx, *grads), None
+
+    # named after the operator, because profilers show the class
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
+    function: Any = new_class(operator, (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
 
     def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        return Differentiable.apply(*inputs, keyset) if torch.is_grad_enabled() else below_autograd(keyset, inputs)
+        if torch.is_grad_enabled():
+            return function.apply(*inputs, partial(below_autograd, keyset))
+        return below_autograd(keyset, *inputs)
+
+    def call_or_dispatch(*inputs: Any) -> Any:
+        kernel = _direct_kernel(operator, inputs)
+        if kernel is None:
+            return op(*inputs)
+        return function.apply(*inputs, kernel) if torch.is_grad_enabled() else kernel(*inputs)
 
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)
+    return call_or_dispatch
 
 
 def to_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

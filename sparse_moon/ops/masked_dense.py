@@ -1,12 +1,13 @@
 """``scatter_values`` and ``gather_values``: compact values to a dense weight and back, for masked dense products."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparse_moon.ops.choice import kernel_wanted
-from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.library import define, implement
 from sparse_moon.ops.native import native
 from sparse_moon.topology import blocks_to_matrix, entry_positions, matrix_to_blocks, matrix_to_weight, weight_to_matrix
 
@@ -19,7 +20,7 @@ def block_of(values: Tensor) -> tuple[int, int]:
     return (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
 
 
-def values_shape(col: Tensor, block: list[int] | tuple[int, int]) -> tuple[int, ...]:
+def values_shape(col: Tensor, block: Sequence[int]) -> tuple[int, ...]:
     """Shape of compact values for these entries and block."""
     return (col.numel(),) if tuple(block) == (1, 1) else (col.numel(), *block)
 
@@ -38,7 +39,7 @@ def scatter_values_reference(
     return matrix_to_weight(matrix, tuple(weight_shape), bw).contiguous(memory_format=_layout(channels_last))
 
 
-def gather_values_reference(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> Tensor:
+def gather_values_reference(weight: Tensor, block: Sequence[int], row_ptr: Tensor, col: Tensor) -> Tensor:
     """The specification: compact values of a dense weight (O, I) or (O, C, kh, kw)."""
     matrix = weight_to_matrix(weight, block[1])
     positions = entry_positions(row_ptr, col, matrix.shape[1] // block[1])
@@ -93,8 +94,8 @@ def _packed(weight: Tensor) -> torch.memory_format:
 
 
 if native is not None:
-    LIBRARY.impl("scatter_values", _scatter_cpu, "CPU")
-    LIBRARY.impl("gather_values", _gather_cpu, "CPU")
+    implement("scatter_values", "cpu", _scatter_cpu)
+    implement("gather_values", "cpu", _gather_cpu)
 
 
 def scatter_values_cuda(
@@ -122,5 +123,5 @@ def gather_values_cuda(weight: Tensor, block: list[int], row_ptr: Tensor, col: T
     return values
 
 
-LIBRARY.impl("scatter_values", scatter_values_cuda, "CUDA")
-LIBRARY.impl("gather_values", gather_values_cuda, "CUDA")
+implement("scatter_values", "cuda", scatter_values_cuda)
+implement("gather_values", "cuda", gather_values_cuda)

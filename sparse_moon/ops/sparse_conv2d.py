@@ -1,6 +1,7 @@
 """``sparse_conv2d``: a 2-d convolution with a block-sparse weight (O, C/groups, kh, kw) held as compact values."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sparse_moon.ops.library import define, register_autograd, to_autocast_dtype
+from sparse_moon.ops.library import call, define, register_autograd, to_autocast_dtype
 from sparse_moon.ops.masked_dense import block_of, values_shape
 from sparse_moon.ops.sparse_linear import INDEX_SCHEMA, check_dtypes, check_operands
 from sparse_moon.topology import Topology, matrix_shape, weight_to_matrix
@@ -22,13 +23,13 @@ _PART_BYTES = 2**25
 class Geometry(NamedTuple):
     """What a convolution needs to know besides its operands; flat in the operators' signatures."""
 
-    weight_shape: list[int]
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
-    def output_size(self, input_shape: torch.Size) -> tuple[int, int]:
+    def output_size(self, input_shape: Sequence[int]) -> tuple[int, int]:
         """Height and width of the output plane."""
         h, w = (
             (size + 2 * self.padding[i] - self.dilation[i] * (self.weight_shape[2 + i] - 1) - 1) // self.stride[i] + 1
@@ -38,7 +39,8 @@ class Geometry(NamedTuple):
 
 
 def _split(spec: tuple[Any, ...]) -> tuple[Geometry, tuple[Tensor, ...]]:
-    return Geometry(*spec[:5]), spec[5:]
+    weight_shape, stride, padding, dilation, groups = spec[:5]
+    return Geometry(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups), spec[5:]
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
@@ -49,7 +51,7 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 def _dense_weight(values: Tensor, geometry: Geometry, index: tuple[Tensor, ...], activation: Tensor) -> Tensor:
     channels_last = memory_format(activation) == torch.channels_last
-    return torch.ops.sparse_moon.scatter_values(values, geometry.weight_shape, channels_last, *index[:2])
+    return call("scatter_values", values, geometry.weight_shape, channels_last, *index[:2])
 
 
 def sparse_conv2d_reference(input: Tensor, values: Tensor, bias: Tensor | None, *spec: Any) -> Tensor:
@@ -65,7 +67,7 @@ def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor |
     return sparse_conv2d_reference(input, values, bias, *spec).contiguous(memory_format=memory_format(input))
 
 
-def _input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *spec: Any) -> Tensor:
+def _input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
     weight = _dense_weight(values, geometry, index, grad)
     result = conv2d_input(input_shape, weight, grad, *geometry[1:])
@@ -83,10 +85,10 @@ def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -
     return weight_to_matrix(total, block_width).contiguous()
 
 
-def _values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: Any) -> Tensor:
+def _values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
     weight_grad = conv2d_weight(input, geometry.weight_shape, grad, *geometry[1:])
-    return torch.ops.sparse_moon.gather_values(weight_grad, block, *index[:2])
+    return call("gather_values", weight_grad, block, *index[:2])
 
 
 def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
@@ -95,7 +97,7 @@ def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Ten
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
-def _fake_input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *spec: Any) -> Tensor:
+def _fake_input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], *spec: Any) -> Tensor:
     return torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
 
 
@@ -104,12 +106,11 @@ def _fake_dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: A
 
 
 def _grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tuple[Tensor, Tensor]:
-    ops = torch.ops.sparse_moon
-    input_grad = ops.sparse_conv2d_input_grad(grad, values, input.shape, *spec)
-    return input_grad, ops.sparse_conv2d_values_grad(grad, input, block_of(values), *spec)
+    input_grad = call("sparse_conv2d_input_grad", grad, values, input.shape, *spec)
+    return input_grad, call("sparse_conv2d_values_grad", grad, input, block_of(values), *spec)
 
 
-def _fake_values_grad(grad: Tensor, input: Tensor, block: list[int], *spec: Any) -> Tensor:
+def _fake_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *spec: Any) -> Tensor:
     return input.new_empty(values_shape(spec[6], block))
 
 
@@ -141,23 +142,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, values, *index = ctx.saved_tensors
     geometry = ctx.geometry
     needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
-    ops, block = torch.ops.sparse_moon, block_of(values)
+    block = block_of(values)
     d_input = d_values = d_probe = None
     if needs_input and needs_values and not needs_probe:
-        d_input, d_values = ops.sparse_conv2d_grads(grad, input, values, *geometry, *index)
+        d_input, d_values = call("sparse_conv2d_grads", grad, input, values, *geometry, *index)
     else:
         if needs_input:
-            d_input = ops.sparse_conv2d_input_grad(grad, values, input.shape, *geometry, *index)
+            d_input = call("sparse_conv2d_input_grad", grad, values, input.shape, *geometry, *index)
         if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
-            d_probe = ops.sparse_conv2d_dense_grad(grad, input, block[1], *geometry)
-            d_values = ops.gather_values(d_probe, block, *index[:2]) if needs_values else None
+            d_probe = call("sparse_conv2d_dense_grad", grad, input, block[1], *geometry)
+            d_values = call("gather_values", d_probe, block, *index[:2]) if needs_values else None
         elif needs_values:
-            d_values = ops.sparse_conv2d_values_grad(grad, input, block, *geometry, *index)
+            d_values = call("sparse_conv2d_values_grad", grad, input, block, *geometry, *index)
     d_bias = grad.sum((0, 2, 3)) if needs_bias else None
     return d_input, d_values, d_bias, d_probe, *[None] * 10
 
 
-register_autograd(_OP, _backward, setup_context=_setup_context)
+_sparse_conv2d = register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
 def sparse_conv2d(
@@ -200,9 +201,9 @@ def sparse_conv2d(
         raise ValueError(f"input must be (N, {weight_shape[1] * groups}, H, W), got shape {tuple(input.shape)}")
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
         raise ValueError(f"invalid stride {stride}, padding {padding} or dilation {dilation}")
-    geometry = Geometry(list(weight_shape), list(stride), list(padding), list(dilation), groups)
+    geometry = Geometry(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
     if min(geometry.output_size(input.shape)) < 1:
         raise ValueError(f"a {weight_shape[2]} x {weight_shape[3]} kernel does not fit input {tuple(input.shape)}")
     input, values, bias = to_autocast_dtype(input.device.type, input, values, bias)  # type: ignore[assignment]
     check_dtypes(input, values, bias)
-    return torch.ops.sparse_moon.sparse_conv2d(input, values, bias, probe, *geometry, *topology.index)
+    return _sparse_conv2d(input, values, bias, probe, *geometry, *topology.index)

@@ -1,12 +1,12 @@
 """``sparse_linear``: ``y = x W^T + b`` with a block-sparse ``W`` (O, I) held as compact values."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.library import define, register_autograd, to_autocast_dtype
+from sparse_moon.ops.library import call, define, register_autograd, to_autocast_dtype
 from sparse_moon.ops.masked_dense import block_of, values_shape
 from sparse_moon.topology import Topology
 
@@ -17,7 +17,7 @@ def _dense_weight(values: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     row_ptr, col, t_ptr, _, _ = index
     bh, bw = block_of(values)
     shape = ((row_ptr.numel() - 1) * bh, (t_ptr.numel() - 1) * bw)
-    return torch.ops.sparse_moon.scatter_values(values, shape, False, row_ptr, col)
+    return call("scatter_values", values, shape, False, row_ptr, col)
 
 
 def sparse_linear_reference(input: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def _dense_grad(grad: Tensor, input: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).t() @ input.reshape(-1, input.shape[-1])
 
 
-def _values_grad(grad: Tensor, input: Tensor, block: list[int], *index: Tensor) -> Tensor:
-    return torch.ops.sparse_moon.gather_values(_dense_grad(grad, input), block, *index[:2])
+def _values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *index: Tensor) -> Tensor:
+    return call("gather_values", _dense_grad(grad, input), block, *index[:2])
 
 
 def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _fake_dense_grad(grad: Tensor, input: Tensor) -> Tensor:
     return input.new_empty((grad.shape[-1], input.shape[-1]))
 
 
-def _fake_values_grad(grad: Tensor, input: Tensor, block: list[int], *index: Tensor) -> Tensor:
+def _fake_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *index: Tensor) -> Tensor:
     return input.new_empty(values_shape(index[1], block))
 
 
@@ -75,19 +75,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, values, *index = ctx.saved_tensors
     needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
-    ops = torch.ops.sparse_moon
-    d_input = ops.sparse_linear_input_grad(grad, values, *index) if needs_input else None
+    d_input = call("sparse_linear_input_grad", grad, values, *index) if needs_input else None
     d_values = d_probe = None
     if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
-        d_probe = ops.sparse_linear_dense_grad(grad, input)
-        d_values = ops.gather_values(d_probe, block_of(values), *index[:2]) if needs_values else None
+        d_probe = call("sparse_linear_dense_grad", grad, input)
+        d_values = call("gather_values", d_probe, block_of(values), *index[:2]) if needs_values else None
     elif needs_values:
-        d_values = ops.sparse_linear_values_grad(grad, input, block_of(values), *index)
+        d_values = call("sparse_linear_values_grad", grad, input, block_of(values), *index)
     d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
     return d_input, d_values, d_bias, d_probe, None, None, None, None, None
 
 
-register_autograd(_OP, _backward, setup_context=_setup_context)
+_sparse_linear = register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
 def sparse_linear(
@@ -114,7 +113,7 @@ def sparse_linear(
         raise ValueError(f"input must have {topology.shape[1]} features last, got shape {tuple(input.shape)}")
     input, values, bias = to_autocast_dtype(input.device.type, input, values, bias)  # type: ignore[assignment]
     check_dtypes(input, values, bias)
-    return torch.ops.sparse_moon.sparse_linear(input, values, bias, probe, *topology.index)
+    return _sparse_linear(input, values, bias, probe, *topology.index)
 
 
 def check_operands(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.library import LIBRARY, define
+from sparse_moon.ops.library import define, implement
 from sparse_moon.ops.native import native
 from sparse_moon.topology import entry_rows
 
@@ -36,4 +36,4 @@ def _cpu(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor, 
 
 
 if native is not None:
-    LIBRARY.impl("transpose_index", _cpu, "CPU")
+    implement("transpose_index", "cpu", _cpu)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.choice import kernel_wanted
-from sparse_moon.ops.library import LIBRARY, define, register_autograd
+from sparse_moon.ops.library import define, implement, register_autograd
 from sparse_moon.ops.native import native
 
 
@@ -77,7 +77,7 @@ def _cpu(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 if native is not None:
-    LIBRARY.impl("unknown_aware_loss", _cpu, "CPU")
+    implement("unknown_aware_loss", "cpu", _cpu)
 
 
 def _cuda(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _cuda(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Te
     return outputs
 
 
-LIBRARY.impl("unknown_aware_loss", _cuda, "CUDA")
+implement("unknown_aware_loss", "cuda", _cuda)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -105,7 +105,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor, N
     return (grad * grad_loss).to(ctx.dtype), None, None
 
 
-register_autograd(_OP, _backward, setup_context=_setup_context)
+_unknown_aware_loss = register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
 def unknown_aware_loss(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, LossStatistics]:
@@ -129,5 +129,5 @@ def unknown_aware_loss(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tenso
         raise ValueError(f"target must be int64 ({logits.shape[0]},), got {target.dtype} {tuple(target.shape)}")
     if w.dim() != 0:
         raise ValueError(f"w must be a 0-d tensor, got shape {tuple(w.shape)}")
-    loss, _, statistics = torch.ops.sparse_moon.unknown_aware_loss(logits, target, w)
+    loss, _, statistics = _unknown_aware_loss(logits, target, w)
     return loss, LossStatistics(*statistics.unbind())
