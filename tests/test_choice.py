@@ -48,6 +48,29 @@ def test_backends_agree_and_are_really_different(monkeypatch):
     assert calls
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_each_gradient_has_its_own_choice(kernel, layout, monkeypatch):
+    layer, shape = conv()
+    x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
+    calls = []
+    for pass_, wins in zip(("input_grad", "values_grad"), kernel, strict=True):
+        choice.remember(Work(pass_, 4, 4, 16, 25, 9, 2, 2), float(wins))
+    for name in ("sparse_conv2d_grads", "sparse_conv2d_input_grad", "sparse_conv2d_values_grad"):
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    gradients = torch.autograd.grad(layer(x).square().sum(), [x, layer.values])
+    assert calls == {
+        (0, 0): [], (1, 1): ["sparse_conv2d_grads"],
+        (1, 0): ["sparse_conv2d_input_grad"], (0, 1): ["sparse_conv2d_values_grad"],
+    }[kernel]  # fmt: skip
+    exact, y = layer.double(), x.detach().double().requires_grad_()
+    expected = torch.autograd.grad(exact(y).square().sum(), [y, exact.values])
+    for got, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert gradients[0].is_contiguous(memory_format=layout)
+
+
 def test_the_crossover_decides():
     layer, shape = conv()
     for pass_ in PASSES:

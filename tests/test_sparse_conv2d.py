@@ -143,8 +143,9 @@ def test_dense_gradient_in_parts_of_the_batch(monkeypatch):
     grad, input = torch.randn(5, 4, 6, 6, dtype=torch.float64), torch.randn(5, 3, 6, 6, dtype=torch.float64)
     arguments = (grad, input, 1, [4, 3, 3, 3], [1, 1], [1, 1], [1, 1], 1)
     whole = torch.ops.sparse_moon.sparse_conv2d_dense_grad(*arguments)
-    calls = []
-    monkeypatch.setattr(module, "conv2d_weight", lambda *given: calls.append(given) or conv2d_weight(*given))
+    calls, weight_grad = [], module._weight_grad
+    monkeypatch.setattr(module, "_weight_grad", lambda *given: calls.append(given) or weight_grad(*given))
     monkeypatch.setattr(module, "_PART_BYTES", (grad.nbytes + input.nbytes) // 2)
     torch.testing.assert_close(torch.ops.sparse_moon.sparse_conv2d_dense_grad(*arguments), whole)
     assert [len(given[0]) for given in calls] == [3, 2]
+    torch.testing.assert_close(whole, conv2d_weight(input, [4, 3, 3, 3], grad, padding=1).flatten(1))

@@ -18,6 +18,7 @@ from sparse_moon.ops.library import implement
 from sparse_moon.ops.masked_dense import block_of, values_shape
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import Geometry, _split, memory_format
+from sparse_moon.ops.sparse_conv2d import _dense_grads as _conv2d_dense_grads
 from sparse_moon.ops.sparse_conv2d import _forward as _conv2d_reference
 from sparse_moon.ops.sparse_conv2d import _grads as _conv2d_grads_reference
 from sparse_moon.ops.sparse_conv2d import _input_grad as _conv2d_input_grad_reference
@@ -193,8 +194,9 @@ def _conv2d_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tu
     geometry, index = _split(spec)
     plan = _plan(tuple(input.shape), geometry)
     works = [plan.works["input_grad"], plan.works["values_grad"]]
-    if not all([_use_kernel(work, index, grad, input, values) for work in works]):
-        return _conv2d_grads_reference(grad, input, values, *spec)
+    pays = [_use_kernel(work, index, grad, input, values) for work in works]
+    if not all(pays):
+        return (_conv2d_grads_reference if any(pays) else _conv2d_dense_grads)(grad, input, values, *spec)
     dtype, grad_layout, layout, index = grad.dtype, memory_format(grad), memory_format(input), _contiguous(index)
     grad, input, values = _packed(grad, grad_layout), _packed(input, layout), _packed(values)
     input_grad = _empty(input.shape, grad_layout)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from sparse_moon.ops.library import call, define, register_autograd, to_autocast_dtype
 from sparse_moon.ops.masked_dense import block_of, values_shape
@@ -67,18 +66,45 @@ def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor |
     return sparse_conv2d_reference(input, values, bias, *spec).contiguous(memory_format=memory_format(input))
 
 
+def _convolution_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, input_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Those of the two gradients that are asked for.
+
+    ``torch.nn.grad`` would stand an expanded number in for the operand that is not needed, whose layout then costs
+    transpositions: 35 ms in place of 15 for both gradients of a 1 x 1 convolution in channels_last (64 to 256 channels,
+    16 images of 32 x 32, one Zen 3 core).
+    """
+    _, stride, padding, dilation, groups = geometry
+    mask = [input_grad, weight_grad, False]
+    d_input, d_weight, _ = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, stride, padding, dilation, False, (0, 0), groups, mask
+    )
+    return d_input, d_weight
+
+
+def _stand_in(shape: Sequence[int], grad: Tensor) -> Tensor:
+    """For an operand whose numbers are not needed: memory that nothing touches, in the gradient's layout."""
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
+
+
 def _input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
     weight = _dense_weight(values, geometry, index, grad)
-    result = conv2d_input(input_shape, weight, grad, *geometry[1:])
+    result, _ = _convolution_backward(grad, _stand_in(input_shape, grad), weight, geometry, True, False)
     return result.contiguous(memory_format=memory_format(grad))
 
 
-def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -> Tensor:
+def _weight_grad(grad: Tensor, input: Tensor, geometry: Geometry) -> Tensor:
+    return _convolution_backward(grad, input, _stand_in(geometry.weight_shape, grad), geometry, False, True)[1]
+
+
+def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *spec: Any) -> Tensor:
     # The CPU library copies what it is given into its own layout, at training's peak of memory: parts of the batch.
     parts = max(math.ceil((grad.nbytes + input.nbytes) / _PART_BYTES), 1) if grad.device.type == "cpu" else 1
+    geometry, _ = _split(spec)
     pairs = zip(grad.chunk(parts), input.chunk(parts), strict=True)
-    summands = (conv2d_weight(part, geometry[0], part_grad, *geometry[1:]) for part_grad, part in pairs)
+    summands = (_weight_grad(part_grad, part, geometry) for part_grad, part in pairs)
     total = next(summands)
     for more in summands:
         total += more
@@ -87,8 +113,7 @@ def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -
 
 def _values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
-    weight_grad = conv2d_weight(input, geometry.weight_shape, grad, *geometry[1:])
-    return call("gather_values", weight_grad, block, *index[:2])
+    return call("gather_values", _weight_grad(grad, input, geometry), block, *index[:2])
 
 
 def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
@@ -108,6 +133,15 @@ def _fake_dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: A
 def _grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tuple[Tensor, Tensor]:
     input_grad = call("sparse_conv2d_input_grad", grad, values, input.shape, *spec)
     return input_grad, call("sparse_conv2d_values_grad", grad, input, block_of(values), *spec)
+
+
+def _dense_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tuple[Tensor, Tensor]:
+    """Both gradients by one dense product."""
+    geometry, index = _split(spec)
+    weight = _dense_weight(values, geometry, index, grad)
+    input_grad, weight_grad = _convolution_backward(grad, input, weight, geometry, True, True)
+    values_grad = call("gather_values", weight_grad, block_of(values), *index[:2])
+    return input_grad.contiguous(memory_format=memory_format(grad)), values_grad
 
 
 def _fake_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *spec: Any) -> Tensor:
