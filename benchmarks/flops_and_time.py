@@ -465,7 +465,8 @@ def _sparse_steps(
     sparsity, allocation, pattern = variant
     rigl, moon, cigl = (
         sm.sparsify(
-            network.build(outputs), sparsity, allocation, pattern=pattern, fuse=bench.arguments.fuse
+            network.build(outputs), sparsity, allocation, pattern=pattern, fuse=bench.arguments.fuse,
+            recompute=bench.arguments.recompute,
         ).to(bench.device)
         for outputs in (network.classes, network.classes + 1, network.classes)
     )  # fmt: skip
@@ -625,7 +626,7 @@ def memory(bench: Bench) -> None:
         context, peaks = multiprocessing.get_context("spawn"), []
         for _ in range(5):
             with context.Pool(1) as pool:  # a fresh process each, because a peak never falls
-                peaks.append(pool.apply(_peak_mb, (kind, sparsity, bench.arguments.fuse)))
+                peaks.append(pool.apply(_peak_mb, (kind, sparsity, bench.arguments.fuse, bench.arguments.recompute)))
         return statistics.median(peaks)
 
     dense = peak("dense", 0.0)
@@ -640,11 +641,11 @@ def memory(bench: Bench) -> None:
         )
 
 
-def _peak_mb(kind: str, sparsity: float, fuse: bool) -> float:
+def _peak_mb(kind: str, sparsity: float, fuse: bool, recompute: bool) -> float:
     network = NETWORKS[0]
     model = network.build(network.classes)
     if kind == "sparse":
-        model = sm.sparsify(model, sparsity, "uniform", fuse=fuse)
+        model = sm.sparsify(model, sparsity, "uniform", fuse=fuse, recompute=recompute)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
     method = sm.Dense(model, optimizer) if kind == "dense" else sm.RigL(model, optimizer, total_steps=100, interval=2)
     x, y = torch.randn(network.batch, *network.image_shape), torch.randint(network.classes, (network.batch,))
@@ -712,6 +713,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", help="only cases whose name contains one of these")
     parser.add_argument("--peers", action="store_true", help="also time SparseProp, where it is installed")
     parser.add_argument("--fuse", action="store_true", help="fuse batch norm and ReLU in the networks of 'step'")
+    parser.add_argument("--recompute", action="store_true", help="with --fuse: keep less for the backward pass")
     parser.add_argument("--keep-memory", action="store_true", help="call sparse_moon.memory.keep_freed_memory() first")
     parser.add_argument("--threads", type=int, help="torch's threads; default its own choice")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, main cases only")

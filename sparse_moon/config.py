@@ -47,6 +47,7 @@ class TrainConfig:
         allocation: erk, er or uniform.
         exclude: layers to keep dense, by name with * and ?.
         fuse: run batch norm, ReLU and residual addition as one operation (faster on the CPU).
+        recompute: with fuse, compute what a sparse convolution reads again in the backward pass (less memory).
         epochs: passes over the training data.
         batch_size: images a batch, over all processes.
         lr: learning rate at the start; it falls along half a cosine to lr_end at lr_until and then stays.
@@ -95,6 +96,7 @@ class TrainConfig:
     allocation: Allocation = "erk"
     exclude: tuple[str, ...] = ()
     fuse: bool = False
+    recompute: bool = False
     epochs: int = 40
     batch_size: int = 64
     lr: float = 0.12
@@ -160,6 +162,8 @@ class TrainConfig:
         for name in ("keep", "forward_share"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        if self.recompute and not self.fuse:
+            raise ValueError("recompute needs fuse")
         parts = PARTS.get(self.reliability, ())
         if not set(self.without) <= set(parts):
             raise ValueError(f"{self.reliability!r} has the parts {parts} to leave out, got {self.without}")

@@ -52,7 +52,7 @@ def build_model(config: TrainConfig, dataset: data.DataSet) -> nn.Module:
             selection="constant_fan_in" if config.method == "srigl" else "random",
         )  # fmt: skip
     if config.fuse:
-        model = fuse(model)
+        model = fuse(model, recompute=config.recompute)
     if config.reliability == "generalized-odin":
         linear = cast(nn.Linear, model.get_submodule("fc"))
         model.fc = CosineHead(linear.in_features, linear.out_features)

@@ -23,6 +23,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     Args:
         num_features ... dtype: as ``nn.BatchNorm2d``.
         relu: whether the rectifier is applied.
+        recompute: whether sparse convolutions of the output compute it again in the backward pass, in place of keeping
+            it (on the CPU, without a residual): a layer's activations take half the memory, for another pass over them.
 
     Shapes:
         input and residual (N, C, H, W), contiguous or channels_last; the output follows the input. A residual that has
@@ -40,15 +42,19 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         dtype: torch.dtype | None = None,
         *,
         relu: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.relu = relu
+        self.relu, self.recompute = relu, recompute
 
     @classmethod
-    def from_batch_norm(cls, batch_norm: nn.BatchNorm2d, relu: bool = True) -> Self:
+    def from_batch_norm(cls, batch_norm: nn.BatchNorm2d, relu: bool = True, recompute: bool = False) -> Self:
         """The same batch norm, with the rectifier: it shares parameters and running statistics with the given one."""
         bn = batch_norm
-        self = cls(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, "meta", relu=relu)
+        self = cls(
+            bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, "meta", relu=relu,
+            recompute=recompute,
+        )  # fmt: skip
         self._parameters, self._buffers = bn._parameters.copy(), bn._buffers.copy()
         return self.train(bn.training)
 
@@ -66,13 +72,14 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         output = batch_norm_relu(
             input, mean, var, self.weight, self.bias, residual if broadcast is None else None,
             training=training, momentum=momentum, eps=self.eps, relu=self.relu and broadcast is None,
+            recompute=self.recompute,
         )  # fmt: skip
         if broadcast is None:
             return output
         return F.relu(output + broadcast) if self.relu else output + broadcast
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, relu={self.relu}"
+        return f"{super().extra_repr()}, relu={self.relu}, recompute={self.recompute}"
 
 
 def _add_(x: Any, y: Any) -> Any:
@@ -140,7 +147,7 @@ class _FusedModel(fx.GraphModule):
         self._modules, self._parameters, self._buffers = modules, parameters, buffers
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     """Put :class:`BatchNormReLU2d` in the places of batch norm followed by a rectifier, or by a sum and a rectifier.
 
     The rectifier may be ``nn.ReLU``, ``F.relu``, ``torch.relu`` or a method, in place or not. Only an
@@ -148,6 +155,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module that ``torch.fx`` can trace; not changed. Sparse layers are kept whole.
+        recompute: of the new modules; see there.
 
     Returns:
         A module with the forward pass of the model, the same parameters and buffers (shared with it), and the same
@@ -163,7 +171,7 @@ def fuse(model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the model's code does with a placeholder
         warnings.warn(f"the model is left as it is, torch.fx cannot trace it: {error}", stacklevel=2)
         return model
-    fused = _rewrite(graph, dict(model.named_modules(remove_duplicate=False)))
+    fused = _rewrite(graph, dict(model.named_modules(remove_duplicate=False)), recompute)
     if not fused:
         return model
     rebuilt = _rebuild(model, fused)
@@ -183,7 +191,7 @@ def _trace(model: nn.Module) -> fx.Graph:
     return training
 
 
-def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[nn.Module, BatchNormReLU2d]:
+def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module], recompute: bool) -> dict[nn.Module, BatchNormReLU2d]:
     """Rewrite the graph; returns what replaces each batch norm."""
     calls = Counter(modules[str(node.target)] for node in graph.nodes if node.op == "call_module")
     fused: dict[nn.Module, BatchNormReLU2d] = {}
@@ -204,7 +212,7 @@ def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[nn.Module, 
         relu.replace_all_uses_with(new)
         for old in (relu, *reversed(chain)):
             graph.erase_node(old)
-        fused[batch_norm] = BatchNormReLU2d.from_batch_norm(batch_norm)
+        fused[batch_norm] = BatchNormReLU2d.from_batch_norm(batch_norm, recompute=recompute)
     graph.lint()
     return fused
 

@@ -393,6 +393,7 @@ def sparsify(
     first_dense: bool = True,
     input_size: tuple[int, ...] | None = None,
     fuse: bool = False,
+    recompute: bool = False,
 ) -> nn.Module:
     """Replace the linear and 2-d convolution layers of a model by sparse ones, in place.
 
@@ -417,6 +418,8 @@ def sparsify(
             use in one forward pass instead of by definition, which matters for what "first" is.
         fuse: also run batch norm, ReLU and the residual addition between them as one operation; see
             :func:`sparse_moon.fusion.fuse`. It pays in training on the CPU.
+        recompute: with ``fuse``, less memory for more time: what batch norm and ReLU make for a sparse convolution is
+            not kept for the backward pass; see :class:`sparse_moon.BatchNormReLU2d`.
 
     Returns:
         The model itself (or, where the model is itself such a layer, its replacement); with ``fuse`` a traced module
@@ -425,6 +428,8 @@ def sparsify(
     Raises:
         ValueError: a bad argument, no layer to convert, or a sparsity that cannot be reached.
     """
+    if recompute and not fuse:
+        raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")
     plan = _plan(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
     start = plan.densities
     if start_sparsity is not None:
@@ -452,7 +457,7 @@ def sparsify(
     if fuse:
         from sparse_moon import fusion  # which imports this module
 
-        return fusion.fuse(model)
+        return fusion.fuse(model, recompute=recompute)
     return model
 
 

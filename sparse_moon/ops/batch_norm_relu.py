@@ -5,6 +5,7 @@ xhat = (x - mean) / sqrt(var + eps), y = relu(weight xhat + bias + residual)
 with the mean and the biased variance of each channel, of the batch or given (Ioffe and Szegedy 2015).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sparse_moon.ops.library import call, define, implement, register_autograd
 from sparse_moon.ops.native import native
+from sparse_moon.ops.recompute import hang_recipe
 from sparse_moon.ops.sparse_conv2d import memory_format
 
 _PLANE = (0, 2, 3)
@@ -242,6 +244,11 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     )
 
 
+def _again(eps: float, relu: bool, input: Tensor, *operands: Tensor | None) -> Tensor:
+    """The output from (input, weight, bias, mean, variance)."""
+    return call("batch_norm_relu", input, None, *operands, eps, relu)[0]
+
+
 _batch_norm_relu = register_autograd(_OP, _backward, setup_context=_setup_context)
 
 
@@ -257,6 +264,7 @@ def batch_norm_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
+    recompute: bool = False,
 ) -> Tensor:
     """``relu(batch_norm(input) + residual)`` as torch computes it, in fewer passes over memory.
 
@@ -273,6 +281,8 @@ def batch_norm_relu(
         momentum: share of the batch in the update of the running statistics.
         eps: added to the variance.
         relu: whether the rectifier is applied.
+        recompute: let sparse convolutions of the output compute it again in the backward pass, to the same bits, in
+            place of keeping it, where it takes no more than what is kept anyway: by the kernel, without a residual.
 
     Raises:
         ValueError: shapes that do not fit, missing statistics, or a single value per channel in training.
@@ -300,9 +310,13 @@ def batch_norm_relu(
             output = output + residual
         return F.relu(output) if relu else output
     mean, var = (None, None) if training else (running_mean, running_var)
-    output, mean, var = _batch_norm_relu(input, residual, weight, bias, mean, var, eps, relu)
+    output, batch_mean, batch_var = _batch_norm_relu(input, residual, weight, bias, mean, var, eps, relu)
+    if training:
+        mean, var = batch_mean, batch_var
+    if recompute and residual is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        hang_recipe(output, partial(_again, eps, relu), input, weight, bias, mean, var)
     if training and running_mean is not None and running_var is not None:
         with torch.no_grad():
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(var * (count / (count - 1)), momentum)
+            running_mean.lerp_(batch_mean, momentum)
+            running_var.lerp_(batch_var * (count / (count - 1)), momentum)
     return output

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_moon.ops.library import call, define, register_autograd, to_autocast_dtype
 from sparse_moon.ops.masked_dense import block_of, values_shape
+from sparse_moon.ops.recompute import keep
 from sparse_moon.ops.sparse_linear import INDEX_SCHEMA, check_dtypes, check_operands
 from sparse_moon.topology import Topology, matrix_shape, weight_to_matrix
 
@@ -169,12 +170,14 @@ define(f"sparse_conv2d_grads(Tensor grad, Tensor input, Tensor values, {_SPEC}) 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, values, _, _, *spec = inputs
     ctx.geometry, index = _split(tuple(spec))
-    ctx.save_for_backward(input, values, *index)
+    kept, ctx.make_input = keep(input)
+    ctx.save_for_backward(values, *index, *kept)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, values, *index = ctx.saved_tensors
-    geometry = ctx.geometry
+    values, *rest = ctx.saved_tensors
+    index, geometry = rest[:5], ctx.geometry
+    input = ctx.make_input(*rest[5:])
     needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
     block = block_of(values)
     d_input = d_values = d_probe = None
