@@ -370,6 +370,18 @@ def layer_sparsities(model: nn.Module) -> dict[str, float]:
     return {n: m.sparsity if isinstance(m, SparseLayer) else 0.0 for n, m in weight_layers(model).items()}
 
 
+def live_outputs(model: nn.Module) -> dict[str, float]:
+    """Share of the outputs (channels or features) of every linear and convolution layer that have a weight at all.
+
+    An output without weights is a constant: at high sparsity some methods leave a layer few channels (see
+    docs/topology-methods.md, RigL). 1 for dense layers.
+    """
+    return {
+        name: (module.topology.row_ptr.diff() > 0).float().mean().item() if isinstance(module, SparseLayer) else 1.0
+        for name, module in weight_layers(model).items()
+    }
+
+
 def overall_sparsity(model: nn.Module) -> float:
     """Share of weights of all linear and convolution layers that do not exist (biases and norms do not count)."""
     present = total = 0

@@ -29,7 +29,7 @@ from sparse_moon.losses import (
     VirtualOutlierLoss,
     mixup,
 )
-from sparse_moon.nn import layer_sparsities, overall_sparsity, sparse_layers
+from sparse_moon.nn import layer_sparsities, live_outputs, overall_sparsity, sparse_layers
 from sparse_moon.ood import CosineHead, classifier_head
 from sparse_moon.random_mask import RandomMask
 from sparse_moon.report import write_report
@@ -379,6 +379,7 @@ def _results(trainer: Trainer, model: nn.Module, ood_sets: Mapping[str, data.Ima
             "target": 0.0 if config.method == "dense" else config.sparsity,
             "actual": overall_sparsity(trainer.model),
             "layers": layer_sparsities(trainer.model),
+            "live_outputs": live_outputs(trainer.model),
         },
         "flops": _flops(trainer),
         "memory": flops.memory_report(trainer.model, trainer.optimizer),

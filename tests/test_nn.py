@@ -87,6 +87,13 @@ def test_single_image_without_batch_dimension():
     assert torch.equal(layer(x), layer(x[None])[0])
 
 
+def test_outputs_without_weights_are_not_live():
+    topology = sm.Topology(torch.tensor([0, 2, 9]), (4, 5))  # rows 0, 0 and 1
+    layer = sm.SparseLinear(5, 4, sparsity=0.85)
+    layer.topology = topology
+    assert sm.live_outputs(nn.Sequential(layer, nn.Linear(4, 2))) == {"0": 0.5, "1": 1.0}
+
+
 def test_sparsify_reaches_the_sparsity_and_densify_inverts_it():
     model = small_net()
     assert sm.sparsify(model, 0.9) is model
