@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import ceilings, environment, median_ms, write_results
+from timing import ceilings, computes_bf16, environment, median_ms, write_results
 from torch import Tensor, nn
 
 import sparse_moon as sm
@@ -184,7 +184,7 @@ def _layer(bench: Bench, case: Case, sparsity: float, pattern: str, dtype: torch
         runs: dict[str, Callable[[int], Any]] = {}
         for layout, operands in layouts.items():
             runs[f"dense {SHORT[dtype]}{layout}"] = runner(*operands, pass_)
-            if dtype == torch.float32:
+            if dtype == torch.float32 and computes_bf16(bench.device):
                 runs[f"dense bf16{layout}"] = autocast(runner(*operands, pass_), bench.device)
         runs |= {name: runner(module, inputs, grads, pass_) for name, module in others.items()}
         # the kernels of GPUs work on channels_last
@@ -418,7 +418,7 @@ def _step(bench: Bench, network: Network) -> None:
         runs |= {f"{variant} {name}": run for name, run in steps.items()}
     times = bench.times(runs)
     fp32 = {name: time for name, time in times.items() if name.startswith("dense fp32")}
-    baselines = {name: times[name] for name in (min(fp32, key=fp32.__getitem__), "dense bf16")}
+    baselines = {name: times[name] for name in (min(fp32, key=fp32.__getitem__), "dense bf16") if name in times}
     for variant in variants:
         own = {name: times[f"{variant} {name}"] for name in ("rigl", "moon", "cigl", "update", "average")}
         own["more loss"] = losses["moon"] - losses["cross-entropy"]
@@ -453,6 +453,8 @@ def _dense_steps(
             model = network.build(network.classes).to(device, memory_format=layout)
             own_x = x_last if layout == torch.channels_last else x
             yield name, training(model, sm.Dense(model, _sgd(model)), nn.CrossEntropyLoss(), own_x)
+    if not computes_bf16(device):
+        return
     layout = torch.channels_last if convolutional else torch.contiguous_format
     model = network.build(network.classes).to(device, memory_format=layout)
     yield "dense bf16", autocast(training(model, sm.Dense(model, _sgd(model)), nn.CrossEntropyLoss(), x_last), device)

@@ -49,6 +49,11 @@ def _time_ms(run: Callable[[int], Any], round_: int, device: torch.device) -> fl
     return 1e3 * (time.perf_counter() - begin)
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself; elsewhere torch emulates it, a hundred times slower than fp32."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def ceilings(device: torch.device, *, seconds: float) -> dict[str, float]:
     """What the machine can do: matrix products in GFLOP/s, copy in GB/s (read and written bytes both count)."""
     n = 2048 if device.type == "cpu" else 8192
@@ -56,16 +61,12 @@ def ceilings(device: torch.device, *, seconds: float) -> dict[str, float]:
     half_a, half_b = a.bfloat16(), b.bfloat16()
     source = torch.randn(2**26 if device.type == "cpu" else 2**30, device=device)
     target = torch.empty_like(source)
-    times = median_ms({
-        "fp32": lambda _: torch.mm(a, b),
-        "bf16": lambda _: torch.mm(half_a, half_b),
-        "copy": lambda _: target.copy_(source),
-    }, device, seconds=seconds)  # fmt: skip
-    return {
-        "gflops_fp32": 2e-6 * n**3 / times["fp32"],
-        "gflops_bf16": 2e-6 * n**3 / times["bf16"],
-        "copy_gb_per_s": 2e-6 * 4 * source.numel() / times["copy"],
-    }
+    candidates = {"fp32": lambda _: torch.mm(a, b), "copy": lambda _: target.copy_(source)}
+    if computes_bf16(device):
+        candidates["bf16"] = lambda _: torch.mm(half_a, half_b)
+    times = median_ms(candidates, device, seconds=seconds)
+    rates = {f"gflops_{name}": 2e-6 * n**3 / times[name] for name in times if name != "copy"}
+    return {**rates, "copy_gb_per_s": 2e-6 * 4 * source.numel() / times["copy"]}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
