@@ -228,6 +228,7 @@ int main() {
     for (const bool channels_last : {false, true}) {
         check_conv2d({17, 5, {9, 7}, 18, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.3, channels_last);
         check_conv2d({3, 8, {8, 16}, 6, {}, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 2}, 3, 1, 0.4, channels_last);
+        check_conv2d({9, 80, {6, 9}, 70, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.5, channels_last);
         check_conv2d({20, 4, {5, 33}, 3, {}, {1, 1}, {2, 2}, {0, 0}, {1, 1}, 1}, 1, 1, 0.7, channels_last);
         check_conv2d({2, 4, {11, 10}, 4, {}, {5, 2}, {3, 1}, {4, 0}, {2, 3}, 1}, 2, 2, 0.6, channels_last);
         check_conv2d({1, 3, {4, 4}, 20, {}, {7, 7}, {1, 1}, {3, 3}, {1, 1}, 1}, 1, 1, 0.0, channels_last);

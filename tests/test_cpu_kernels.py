@@ -192,6 +192,13 @@ def test_conv2d_that_keeps_the_height(kernel, padding, dilation, groups, layouts
             check_conv2d(x, geometry, block, 0.2, layouts[1], False)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("stride", "size", "block"), [(1, (6, 9), (1, 1)), (2, (7, 16), (1, 1)), (1, (8, 8), (2, 2))])
+def test_conv2d_of_many_channels_in_chunks(channels_last, stride, size, block):
+    x = in_layout(torch.randn(9, 96, *size), channels_last)
+    check_conv2d(x, Geometry((70, 96, 3, 3), (stride,) * 2, (1, 1), (1, 1), 1), block, 0.5, channels_last, True)
+
+
 def test_linear_with_results_written_past_the_caches():
     """Whole cache lines in the forward pass, which bypass the caches, and rows that are not whole lines."""
     check_linear((1100,), 8, 1920, (1, 1), 0.3)

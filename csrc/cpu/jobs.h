@@ -81,6 +81,8 @@ struct CorrelateJob {
     Planes source, target;
     const Entry* entries;
     const int64_t* starts;  // [target.channels * height.phases * width.phases + 1] ranges of `entries`
+    int64_t chunks;         // of source channels, at least 1
+    const int64_t* cuts;    // [target.channels * height.phases * width.phases][chunks - 1] between an output's chunks
     const float* bias;      // [target.channels] or null
     bool streaming;         // the target is so large that it will not be found in a cache anyway
     int64_t splits;         // parts into which the target channels of a unit are split, for want of units
@@ -99,6 +101,8 @@ struct CorrelateDotsJob {
     const CorrelateJob* input_grad;  // null, or what is computed from the same panels of `grad`, of the same groups
     const int32_t* offsets;  // [starts[grad.channels]] as Entry::offset
     const int64_t* starts;   // [grad.channels + 1]
+    int64_t chunks;          // of source channels, at least 1
+    const int64_t* cuts;     // [grad.channels][chunks - 1] between an output's chunks
     int64_t splits;
     float* sums;  // [threads][starts[grad.channels]] out: one partial sum a thread
     char* scratch;
@@ -148,8 +152,10 @@ struct BatchNormReLUBackward;
 struct Kernels {
     const char* name;
     int64_t lanes;
+    int64_t (*correlate_chunks)(const CorrelateJob&);   // what `chunks` should be, by everything else
     int64_t (*correlate_scratch)(const CorrelateJob&);  // bytes a thread, whole vectors
     void (*correlate)(const CorrelateJob&);
+    int64_t (*correlate_dots_chunks)(const CorrelateDotsJob&);
     int64_t (*correlate_dots_scratch)(const CorrelateDotsJob&);  // bytes a thread, whole vectors
     void (*correlate_dots)(const CorrelateDotsJob&);
     int64_t (*linear_scratch)(const LinearJob&);  // bytes in all

@@ -14,8 +14,10 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     SPARSE_MOON_NAME(SPARSE_MOON_ISA),
     kLanes,
+    correlate_chunks,
     correlate_scratch,
     correlate,
+    correlate_dots_chunks,
     correlate_dots_scratch,
     correlate_dots,
     linear_scratch,

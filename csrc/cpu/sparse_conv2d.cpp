@@ -266,6 +266,32 @@ int64_t entry_count(const SparseMatrix& weight) {
     return weight.row_ptr[weight.rows / weight.block_rows] * weight.block_rows * weight.block_cols;
 }
 
+// Divides the entries of each output, which are in the order of their channels, into job.chunks parts of the channels.
+template <class Job, class Offset>
+std::vector<int64_t> cut_into_chunks(Job& job, int64_t outputs, Offset offset) {
+    const int64_t channel_bytes = job.panel.channel_stride * kernels().lanes * kFloat;
+    std::vector<int64_t> cuts(outputs * (job.chunks - 1));
+    job.cuts = cuts.data();
+    if (job.chunks == 1) return cuts;
+#pragma omp parallel for num_threads(job.threads) schedule(static)
+    for (int64_t output = 0; output < outputs; ++output) {
+        int64_t k = job.starts[output];
+        for (int64_t chunk = 1; chunk < job.chunks; ++chunk) {
+            const int64_t end = job.panel.channels * chunk / job.chunks * channel_bytes;
+            while (k < job.starts[output + 1] && offset(k) < end) ++k;
+            cuts[output * (job.chunks - 1) + chunk - 1] = k;
+        }
+    }
+    return cuts;
+}
+
+// What job.cuts points to.
+std::vector<int64_t> cut_entries(CorrelateJob& job) {
+    job.chunks = kernels().correlate_chunks(job);
+    return cut_into_chunks(job, job.target.channels * job.height.phases * job.width.phases,
+                           [&](int64_t k) { return job.entries[k].offset; });
+}
+
 // Threads of which each can keep a partial sum of the values' gradient.
 int affordable_threads(const SparseMatrix& weight, int threads) {
     const int64_t affordable = kPartialSumBytes / (std::max<int64_t>(entry_count(weight), 1) * kFloat);
@@ -306,6 +332,9 @@ struct ValuesGrad {
             for_each_entry(conv, weight, row, row + 1,
                            [&](int64_t, int64_t channel, int64_t tap, int64_t) { *offset++ = offsets(channel, tap); });
         }
+        job.chunks = kernels().correlate_dots_chunks(job);
+        const std::vector<int64_t> cuts =
+            cut_into_chunks(job, conv.out_channels, [&](int64_t k) { return entry_offsets[k]; });
         job.thread_scratch = kernels().correlate_dots_scratch(job);
         job.scratch = scratch(Slot::kKernel, job.thread_scratch * job.threads);
         kernels().correlate_dots(job);
@@ -323,6 +352,7 @@ struct ValuesGrad {
 };
 
 void run(CorrelateJob& job) {
+    const std::vector<int64_t> cuts = cut_entries(job);
     job.thread_scratch = kernels().correlate_scratch(job);
     job.scratch = scratch(Slot::kKernel, job.thread_scratch * job.threads);
     kernels().correlate(job);
@@ -413,6 +443,7 @@ void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const 
     input_grad_entries(conv, weight, offsets, 1, threads, entries, starts);
     job.entries = entries;
     job.starts = starts.data();
+    const std::vector<int64_t> cuts = cut_entries(job);
 
     ValuesGrad product(conv, job.source, planes(input, conv.in_channels, conv.in_size, input_channels_last));
     product.job.groups = groups;

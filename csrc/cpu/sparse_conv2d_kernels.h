@@ -35,6 +35,10 @@ constexpr int64_t kRegionBytes = 64 << 10;
 
 inline Region region_shape(const CorrelateJob& job, TileShape tile, int64_t grid_rows) {
     const Axis &height = job.height, &width = job.width;
+    if (job.chunks > 1) {
+        const int64_t bytes = tile.rows * height.phases * tile.cols * width.phases * kVecBytes;
+        return {tile.rows, tile.cols, larger(kRegionBytes / bytes / kLanes * kLanes, kLanes)};
+    }
     if (job.target.channels_last) return {tile.rows, tile.cols, kLanes};
     const int64_t run = tile.cols * width.phases == job.target.width ? tile.rows * height.phases : 1;
     if (run * tile.cols * width.phases % kLanes == 0) return {tile.rows, tile.cols, 1};
@@ -43,6 +47,29 @@ inline Region region_shape(const CorrelateJob& job, TileShape tile, int64_t grid
     rows = smaller(rows, grid_rows);
     const int64_t channel_bytes = rows * height.phases * width.grid * width.phases * kVecBytes;
     return {rows, width.grid, larger(kRegionBytes / channel_bytes, 1)};
+}
+
+// Parts of the source channels of which a tile's share stays in the L1 cache over all outputs, whose sums wait in the
+// region between them; one where so few entries would be left a part that loading and storing sums costs more.
+constexpr int64_t kWindowBytes = 24 << 10;
+// Vectors of AVX-512 fill that with few channels; whether it pays there has not been measured.
+constexpr bool kInChunks = kLanes <= 8;
+
+// For a tile, and outputs that have `entries` in all, with `least` of each left a chunk.
+inline int64_t channel_chunks(const PanelShape& panel, const Axis& width, TileShape tile, int64_t outputs,
+                              int64_t entries, int64_t least) {
+    if (!kInChunks) return 1;
+    const int64_t rows = panel.rows - (panel.block_rows - tile.rows) * panel.grid_step;
+    const int64_t cols = (tile.cols - 1) * width.step + width.last - width.first + 1;
+    const int64_t fitting = larger(kWindowBytes / (rows * cols * kVecBytes), 1);
+    return larger(smaller((panel.channels + fitting - 1) / fitting, entries / larger(outputs * least, 1)), 1);
+}
+
+inline int64_t correlate_chunks(const CorrelateJob& job) {
+    constexpr int64_t kLeastEntries = 16;
+    const int64_t outputs = job.target.channels * job.height.phases * job.width.phases;
+    return channel_chunks(job.panel, job.width, tile_shape(job, job.panel.block_rows), outputs, job.starts[outputs],
+                          kLeastEntries);
 }
 
 // Bytes that a region takes at most.
@@ -81,7 +108,11 @@ inline Destination destination(const CorrelateJob& job, const Lanes& lanes, int6
 inline void compute_region(const CorrelateJob& job, const float* panel, TileShape shape, Region region, int64_t row,
                            int64_t col, int64_t first, int64_t count, float* results, int64_t size, int64_t pitch) {
     const int64_t down = job.height.phases, across = job.width.phases;
-    const ProductKernel<EntryList> kernel = product_kernel(shape.rows, shape.cols, job.width.step);
+    const ProductKernel<EntryList> first_kernel =
+        product_kernel<Start::kConstant>(shape.rows, shape.cols, job.width.step);
+    const ProductKernel<EntryList> next_kernel =
+        product_kernel<Start::kStored>(shape.rows, shape.cols, job.width.step);
+    const int64_t cuts = job.chunks - 1;
     ProductTile<EntryList> tile;
     tile.row_bytes = row_bytes(job.panel);
     tile.out_step = across;
@@ -93,15 +124,22 @@ inline void compute_region(const CorrelateJob& job, const float* panel, TileShap
             const int64_t c = smaller(j, region.cols - shape.cols);
             tile.panel = reinterpret_cast<const char*>(panel) + (row + r) * tile.row_bytes +
                          (col + c) * job.width.step * kVecBytes;
-            for (int64_t k = 0; k < count; ++k) {
-                tile.initial = job.bias ? job.bias[first + k] : 0.0f;
-                const int64_t* range = job.starts + (first + k) * down * across;
-                float* out = results + (k * size + r * tile.out_row + c * across) * kLanes;
-                for (int64_t a = 0; a < down; ++a) {
-                    for (int64_t b = 0; b < across; ++b, ++range) {
-                        tile.entries = {job.entries + range[0], range[1] - range[0]};
-                        tile.out = out + (a * pitch + b) * kLanes;
-                        kernel(tile);
+            for (int64_t chunk = 0; chunk <= cuts; ++chunk) {
+                const ProductKernel<EntryList> kernel = chunk == 0 ? first_kernel : next_kernel;
+                for (int64_t k = 0; k < count; ++k) {
+                    tile.initial = job.bias ? job.bias[first + k] : 0.0f;
+                    int64_t output = (first + k) * down * across;
+                    float* out = results + (k * size + r * tile.out_row + c * across) * kLanes;
+                    for (int64_t a = 0; a < down; ++a) {
+                        for (int64_t b = 0; b < across; ++b, ++output) {
+                            const int64_t* cut = job.cuts + output * cuts + chunk;
+                            const int64_t begin = chunk == 0 ? job.starts[output] : cut[-1];
+                            const int64_t end = chunk == cuts ? job.starts[output + 1] : cut[0];
+                            if (chunk > 0 && begin == end) continue;
+                            tile.entries = {job.entries + begin, end - begin};
+                            tile.out = out + (a * pitch + b) * kLanes;
+                            kernel(tile);
+                        }
                     }
                 }
             }
@@ -130,9 +168,12 @@ inline void correlate_unit(const CorrelateJob& job, const Lanes& lanes, const fl
                 const int64_t count = smaller(region.channels, last - o);
                 compute_region(job, panel, shape, region, row, col, o, count, results, size, pitch);
                 if (target.channels_last) {
-                    unpack_channels_last(results, count, rows, cols, pitch, to, target.width * target.channels,
-                                         target.channels);
-                    advance(to, count);
+                    for (int64_t k = 0; k < count; k += kLanes) {
+                        const int64_t part = smaller(kLanes, count - k);
+                        unpack_channels_last(results + k * size * kLanes, part, rows, cols, pitch, to,
+                                             target.width * target.channels, target.channels);
+                        advance(to, part);
+                    }
                     continue;
                 }
                 for (int64_t k = 0; k < count; ++k, advance(to, target.height * target.width)) {
@@ -170,6 +211,20 @@ inline void correlate(const CorrelateJob& job) {
     }
 }
 
+// A tile is large enough that summing over the lanes at its end costs little.
+inline TileShape dots_tile_shape(const CorrelateDotsJob& job) {
+    constexpr int64_t kPositions = 48, kMaxCols = 64;
+    const int64_t parts = (job.width.grid + kMaxCols - 1) / kMaxCols;
+    const int64_t cols = (job.width.grid + parts - 1) / parts;
+    return {smaller((kPositions + cols - 1) / cols, job.panel.block_rows), cols};
+}
+
+inline int64_t correlate_dots_chunks(const CorrelateDotsJob& job) {
+    constexpr int64_t kLeastEntries = 6;
+    const int64_t outputs = job.grad.channels;
+    return channel_chunks(job.panel, job.width, dots_tile_shape(job), outputs, job.starts[outputs], kLeastEntries);
+}
+
 inline int64_t correlate_dots_scratch(const CorrelateDotsJob& job) {
     const int64_t region = job.input_grad ? region_bytes(*job.input_grad) : 0;
     return (job.panel.vectors() + job.grad_panel.vectors()) * kVecBytes + region;
@@ -177,13 +232,8 @@ inline int64_t correlate_dots_scratch(const CorrelateDotsJob& job) {
 
 inline void correlate_dots(const CorrelateDotsJob& job) {
     const int64_t units = job.groups.units(), channels = job.grad.channels, total = job.starts[channels];
-    // A tile is large enough that summing over the lanes at its end costs little, and small enough that the part of
-    // the panel under it stays in the L2 cache over all output channels.
-    constexpr int64_t kPositions = 48, kMaxTileCols = 64;
-    const int64_t parts = (job.width.grid + kMaxTileCols - 1) / kMaxTileCols;
-    const int64_t tile_cols = (job.width.grid + parts - 1) / parts;
-    const int64_t tile_rows = (kPositions + tile_cols - 1) / tile_cols;
-    const int64_t step = job.width.step;
+    const TileShape shape = dots_tile_shape(job);
+    const int64_t step = job.width.step, cuts = job.chunks - 1;
 #pragma omp parallel num_threads(job.threads)
     {
         const int thread = thread_number();
@@ -211,17 +261,21 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
             pack(job.source, job.height, job.panel, lanes, panel);
             const int64_t split = work % job.splits;
             const int64_t first = channels * split / job.splits, last = channels * (split + 1) / job.splits;
-            for (int64_t row = 0; row < lanes.rows; row += tile_rows) {
-                tile.rows = smaller(tile_rows, lanes.rows - row);
-                for (int64_t col = 0; col < job.width.grid; col += tile_cols) {
-                    tile.cols = smaller(tile_cols, job.width.grid - col);
+            for (int64_t row = 0; row < lanes.rows; row += shape.rows) {
+                tile.rows = smaller(shape.rows, lanes.rows - row);
+                for (int64_t col = 0; col < job.width.grid; col += shape.cols) {
+                    tile.cols = smaller(shape.cols, job.width.grid - col);
                     tile.panel = reinterpret_cast<const char*>(panel) + row * tile.panel_row + col * tile.panel_step;
-                    for (int64_t o = first; o < last; ++o) {
-                        tile.grad = reinterpret_cast<const char*>(grad) +
-                                    (row - job.grad_height.first) * tile.grad_row +
-                                    (o * job.grad_panel.channel_stride + job.grad_panel.margin + col) * kVecBytes;
-                        dot_all(tile, step, job.offsets + job.starts[o], sums + job.starts[o],
-                                job.starts[o + 1] - job.starts[o]);
+                    for (int64_t chunk = 0; chunk <= cuts; ++chunk) {
+                        for (int64_t o = first; o < last; ++o) {
+                            const int64_t* cut = job.cuts + o * cuts + chunk;
+                            const int64_t begin = chunk == 0 ? job.starts[o] : cut[-1];
+                            const int64_t end = chunk == cuts ? job.starts[o + 1] : cut[0];
+                            tile.grad = reinterpret_cast<const char*>(grad) +
+                                        (row - job.grad_height.first) * tile.grad_row +
+                                        (o * job.grad_panel.channel_stride + job.grad_panel.margin + col) * kVecBytes;
+                            dot_all(tile, step, job.offsets + begin, sums + begin, end - begin);
+                        }
                     }
                 }
             }

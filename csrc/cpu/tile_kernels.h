@@ -107,20 +107,21 @@ SPARSE_MOON_INLINE ProductKernel<Entries> product_of_cols(int64_t cols, std::int
     return kernels[cols - 1];
 }
 
-template <int S>
+template <int S, Start start>
 SPARSE_MOON_INLINE ProductKernel<EntryList> product_of_rows(int64_t rows, int64_t cols) {
     constexpr auto widths = std::make_integer_sequence<int, kMaxCols>{};
     switch (rows) {
-        case 1: return product_of_cols<1, S, Start::kConstant, EntryList>(cols, widths);
-        case 2: return product_of_cols<2, S, Start::kConstant, EntryList>(cols, widths);
-        case 3: return product_of_cols<3, S, Start::kConstant, EntryList>(cols, widths);
-        default: return product_of_cols<4, S, Start::kConstant, EntryList>(cols, widths);
+        case 1: return product_of_cols<1, S, start, EntryList>(cols, widths);
+        case 2: return product_of_cols<2, S, start, EntryList>(cols, widths);
+        case 3: return product_of_cols<3, S, start, EntryList>(cols, widths);
+        default: return product_of_cols<4, S, start, EntryList>(cols, widths);
     }
 }
 
 // Kernel for tiles of rows x cols positions, `step` panel vectors between columns: 1 or 2, anything where cols = 1.
-inline ProductKernel<EntryList> product_kernel(int64_t rows, int64_t cols, int64_t step) {
-    return step == 2 && cols > 1 ? product_of_rows<2>(rows, cols) : product_of_rows<1>(rows, cols);
+template <Start start>
+ProductKernel<EntryList> product_kernel(int64_t rows, int64_t cols, int64_t step) {
+    return step == 2 && cols > 1 ? product_of_rows<2, start>(rows, cols) : product_of_rows<1, start>(rows, cols);
 }
 
 // Kernel for one row of neighbouring positions.
