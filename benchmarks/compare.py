@@ -83,10 +83,12 @@ def main() -> None:
         for grid in GRIDS:
             before = environment(torch.device("cpu"))
             # from the folder of the data, so that no run's settings hold a path of this machine
-            code = subprocess.run([*command, *grid, "--seed", str(seed)], cwd=arguments.data).returncode
-            for results in out.glob(f"*/{runs.RESULTS}"):
-                if not (path := results.with_name(ENVIRONMENT)).exists():
-                    runs.write_json(path, before)
+            try:
+                code = subprocess.run([*command, *grid, "--seed", str(seed)], cwd=arguments.data).returncode
+            finally:  # also of an interrupted comparison
+                for results in out.glob(f"*/{runs.RESULTS}"):
+                    if not (path := results.with_name(ENVIRONMENT)).exists():
+                        runs.write_json(path, before)
             if code:
                 sys.exit(code)
 
