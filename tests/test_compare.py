@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 
 from sparse_moon import compare, runs
 from sparse_moon.cli import main
@@ -24,7 +25,12 @@ CONFIG = TrainConfig(model="mlp", width=32, epochs=2, ood=["noise", "letters", "
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
+    """In the runs' processes and in this one, because sums of another number of threads round differently."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, monkeypatch):
