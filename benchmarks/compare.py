@@ -22,8 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import environment, write_results
@@ -38,10 +40,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ENVIRONMENT, TIMES = "environment.json", "times.json"
 
 # The learning rates and their schedule, the topology's end and the final weights are those of arXiv 2403.20047.
-COMMON = [
-    "--model", "small-resnet", "--width", "16", "--fuse", "--batch-size", "128", "--interval", "100",
-    "--lr", "0.12", "--lr-end", "0.008", "--epochs", "15", "--warmup-epochs", "5",
-]  # fmt: skip
+COMMON: dict[str, Any] = {
+    "model": "small-resnet", "width": 16, "fuse": True, "batch_size": 128, "interval": 100,
+    "lr": 0.12, "lr_end": 0.008, "epochs": 15, "warmup_epochs": 5,
+}  # fmt: skip
 DATASETS = {
     "mnist": [
         "--final-weight", "0.01",
@@ -77,7 +79,7 @@ def main() -> None:
         return
     command = [
         sys.executable, "-m", "sparse_moon", "compare", "--out", str(out), "--jobs", str(arguments.jobs),
-        "--dataset", arguments.dataset, "--data-root", ".", *COMMON, *DATASETS[arguments.dataset],
+        "--dataset", arguments.dataset, "--data-root", ".", *options(COMMON), *DATASETS[arguments.dataset],
     ]  # fmt: skip
     for seed in arguments.seed:
         for grid in GRIDS:
@@ -93,17 +95,24 @@ def main() -> None:
                 sys.exit(code)
 
 
+def options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as ``sparse-moon`` takes them."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
+
+
 def times(dataset: str, data: Path) -> dict[str, object]:
     """Time of a training step of each method, and its ratio to RigL's without a reliability method."""
     keep_freed_memory()
     os.chdir(data)
-    interval, slices, length = 100, 10, 10  # a hundred steps of each, of which one is a topology update
+    slices, length = 10, 10  # a hundred steps of each, of which one is a topology update
     trainers: dict[tuple[float, str, str], Trainer] = {}
     for sparsity, method, reliability in product((0.95, 0.99), ("rigl", "set"), ("none", "moon", "cigl")):
         config = TrainConfig(
-            dataset=dataset, data_root=".", model="small-resnet", width=16, fuse=True, batch_size=128, epochs=15,
-            method=method, reliability=reliability, sparsity=sparsity, interval=interval,
-        )  # fmt: skip
+            dataset=dataset, data_root=".", method=method, reliability=reliability, sparsity=sparsity, **COMMON
+        )
         trainers[sparsity, method, reliability] = Trainer(config, load_dataset(config))
     batches = {key: trainer.batches.epoch(0) for key, trainer in trainers.items()}
     spent: dict[tuple[float, str, str], list[float]] = {key: [] for key in trainers}
@@ -125,7 +134,7 @@ def times(dataset: str, data: Path) -> dict[str, object]:
             "step_ms": round(1e3 * statistics.mean(own), 2), "over_rigl": round(sum(own) / sum(base), 3),
         })  # fmt: skip
         print(*rows[-1].values(), flush=True)
-    return {**environment(torch.device("cpu")), "update_interval": interval, "rows": rows}
+    return {**environment(torch.device("cpu")), "update_interval": COMMON["interval"], "rows": rows}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 namespace sparse_moon {
 namespace {
 
-// First place in a dense row by block column; empty where it is the block column itself. A table, because a division for
-// every entry takes most of the time (512 x 512 x 3 x 3 in channels_last, half of it there, one thread: 11 ms, not 3).
+// First place in a dense row by block column; empty where it is the block column itself. A table, because a division
+// for every entry takes most of the time (512 x 512 x 3 x 3 in channels_last, half of it there, one thread: 11 ms in
+// place of 3).
 std::vector<int32_t> column_places(const MaskedDense& layout) {
     const int64_t bw = layout.block_cols;
     std::vector<int32_t> places;

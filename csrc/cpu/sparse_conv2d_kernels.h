@@ -72,6 +72,16 @@ inline int64_t correlate_chunks(const CorrelateJob& job) {
                           kLeastEntries);
 }
 
+// The entries of one output in one chunk: places [begin, end).
+struct Places {
+    int64_t begin, end;
+};
+template <class Job>
+SPARSE_MOON_INLINE Places chunk_places(const Job& job, int64_t output, int64_t chunk) {
+    const int64_t* cut = job.cuts + output * (job.chunks - 1) + chunk;
+    return {chunk == 0 ? job.starts[output] : cut[-1], chunk == job.chunks - 1 ? job.starts[output + 1] : cut[0]};
+}
+
 // Bytes that a region takes at most.
 inline int64_t region_bytes(const CorrelateJob& job) {
     const int64_t phases = job.height.phases * job.width.phases;
@@ -112,7 +122,6 @@ inline void compute_region(const CorrelateJob& job, const float* panel, TileShap
         product_kernel<Start::kConstant>(shape.rows, shape.cols, job.width.step);
     const ProductKernel<EntryList> next_kernel =
         product_kernel<Start::kStored>(shape.rows, shape.cols, job.width.step);
-    const int64_t cuts = job.chunks - 1;
     ProductTile<EntryList> tile;
     tile.row_bytes = row_bytes(job.panel);
     tile.out_step = across;
@@ -124,7 +133,7 @@ inline void compute_region(const CorrelateJob& job, const float* panel, TileShap
             const int64_t c = smaller(j, region.cols - shape.cols);
             tile.panel = reinterpret_cast<const char*>(panel) + (row + r) * tile.row_bytes +
                          (col + c) * job.width.step * kVecBytes;
-            for (int64_t chunk = 0; chunk <= cuts; ++chunk) {
+            for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
                 const ProductKernel<EntryList> kernel = chunk == 0 ? first_kernel : next_kernel;
                 for (int64_t k = 0; k < count; ++k) {
                     tile.initial = job.bias ? job.bias[first + k] : 0.0f;
@@ -132,11 +141,9 @@ inline void compute_region(const CorrelateJob& job, const float* panel, TileShap
                     float* out = results + (k * size + r * tile.out_row + c * across) * kLanes;
                     for (int64_t a = 0; a < down; ++a) {
                         for (int64_t b = 0; b < across; ++b, ++output) {
-                            const int64_t* cut = job.cuts + output * cuts + chunk;
-                            const int64_t begin = chunk == 0 ? job.starts[output] : cut[-1];
-                            const int64_t end = chunk == cuts ? job.starts[output + 1] : cut[0];
-                            if (chunk > 0 && begin == end) continue;
-                            tile.entries = {job.entries + begin, end - begin};
+                            const Places places = chunk_places(job, output, chunk);
+                            if (chunk > 0 && places.begin == places.end) continue;
+                            tile.entries = {job.entries + places.begin, places.end - places.begin};
                             tile.out = out + (a * pitch + b) * kLanes;
                             kernel(tile);
                         }
@@ -233,7 +240,7 @@ inline int64_t correlate_dots_scratch(const CorrelateDotsJob& job) {
 inline void correlate_dots(const CorrelateDotsJob& job) {
     const int64_t units = job.groups.units(), channels = job.grad.channels, total = job.starts[channels];
     const TileShape shape = dots_tile_shape(job);
-    const int64_t step = job.width.step, cuts = job.chunks - 1;
+    const int64_t step = job.width.step;
 #pragma omp parallel num_threads(job.threads)
     {
         const int thread = thread_number();
@@ -266,15 +273,14 @@ inline void correlate_dots(const CorrelateDotsJob& job) {
                 for (int64_t col = 0; col < job.width.grid; col += shape.cols) {
                     tile.cols = smaller(shape.cols, job.width.grid - col);
                     tile.panel = reinterpret_cast<const char*>(panel) + row * tile.panel_row + col * tile.panel_step;
-                    for (int64_t chunk = 0; chunk <= cuts; ++chunk) {
+                    for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
                         for (int64_t o = first; o < last; ++o) {
-                            const int64_t* cut = job.cuts + o * cuts + chunk;
-                            const int64_t begin = chunk == 0 ? job.starts[o] : cut[-1];
-                            const int64_t end = chunk == cuts ? job.starts[o + 1] : cut[0];
+                            const Places places = chunk_places(job, o, chunk);
                             tile.grad = reinterpret_cast<const char*>(grad) +
                                         (row - job.grad_height.first) * tile.grad_row +
                                         (o * job.grad_panel.channel_stride + job.grad_panel.margin + col) * kVecBytes;
-                            dot_all(tile, step, job.offsets + begin, sums + begin, end - begin);
+                            dot_all(tile, step, job.offsets + places.begin, sums + places.begin,
+                                    places.end - places.begin);
                         }
                     }
                 }

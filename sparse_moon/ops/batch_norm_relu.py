@@ -221,18 +221,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     input, output, weight, bias, mean, var = ctx.saved_tensors
     input_grad, residual_grad, weight_grad, bias_grad = call(
-        "batch_norm_relu_backward",
-        grad,
-        input,
-        output,
-        weight,
-        bias,
-        mean,
-        var,
-        ctx.eps,
-        ctx.relu,
-        ctx.batch_statistics,
-    )
+        "batch_norm_relu_backward", grad, input, output, weight, bias, mean, var,
+        ctx.eps, ctx.relu, ctx.batch_statistics,
+    )  # fmt: skip
     if not ctx.relu:
         residual_grad = grad
     return (
