@@ -64,11 +64,19 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     assert stop.value.code == 2 and "has lr 0.2, not 0.1" in capsys.readouterr().err
 
     before = json.loads((out / "rigl-none-0.9-seed0" / runs.RESULTS).read_text())
+    scores_before = runs.read_scores(out / "rigl-none-0.9-seed0")
     monkeypatch.setattr(compare, "_start", lambda folder: pytest.fail("trained"))
     main(["compare", "--out", str(out), "--evaluate", "--ood", "photos", "noise", "--score", "energy", "knn"])
     after = json.loads((out / "rigl-none-0.9-seed0" / runs.RESULTS).read_text())
     assert after["ood"]["photos"].keys() == {"energy", "knn"} and after["time_s"] == before["time_s"]
-    assert after["ood"]["letters"] == before["ood"]["letters"] and after["ood"]["noise"] == before["ood"]["noise"]
+    assert after["ood"]["letters"] == before["ood"]["letters"]
+    assert after["ood"]["noise"].keys() == before["ood"]["noise"].keys()
+    # another process, so another rounding of sums where the BLAS chooses by what it finds there
+    scores_after = runs.read_scores(out / "rigl-none-0.9-seed0")
+    for score in ("energy", "knn"):
+        assert after["ood"]["noise"][score] == pytest.approx(before["ood"]["noise"][score], abs=5e-3)
+        for name in ("id", "noise"):
+            np.testing.assert_allclose(scores_after[f"{name}/{score}"], scores_before[f"{name}/{score}"], 1e-4, 1e-6)
     assert "photos" in (out / "rigl-none-0.9-seed0" / runs.REPORT).read_text()
     (row,) = [r for r in json.loads((out / compare.TABLE).read_text())["rows"] if r["label"] == "rigl none 0.9"]
     far = [after["ood"][name]["energy"]["auroc"] for name in ("noise", "photos")]
