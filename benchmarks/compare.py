@@ -10,7 +10,8 @@ scores and pages do not.
 
     python benchmarks/compare.py mnist DATA --times     # on an idle machine: times.json, the times of a training step
 
-Those are taken in turns in one process, topology updates included, because the runs' own depend on what else ran.
+Those are taken in turns in one process, topology updates included, and stand in the table in place of the runs' own,
+which depend on what else ran.
 
 DATA holds mnist.npz and cifar10.npz with the arrays x_train, y_train, x_test and y_test, and the OOD sets named below,
 with the images in x or x_test.
@@ -31,7 +32,8 @@ import torch
 from timing import environment, write_results
 
 from sparse_moon import runs
-from sparse_moon.config import TrainConfig
+from sparse_moon.compare import write_table
+from sparse_moon.config import TrainConfig, parse_label
 from sparse_moon.inputs import load_dataset
 from sparse_moon.memory import keep_freed_memory
 from sparse_moon.train import Trainer
@@ -57,9 +59,9 @@ DATASETS = {
     ],
 }  # fmt: skip
 GRIDS = [
-    ["--method", "rigl", "set", "--reliability", "none", "moon", "cigl", "--sparsity", "0.99"],
-    ["--method", "rigl", "--reliability", "moon:-loss", "moon:-tuning", "moon:-voting", "--sparsity", "0.99"],
-    ["--method", "rigl", "set", "--reliability", "none", "moon", "cigl", "--sparsity", "0.95"],
+    {"method": ["rigl", "set"], "reliability": ["none", "moon", "cigl"], "sparsity": ["0.99"]},
+    {"method": ["rigl"], "reliability": ["moon:-loss", "moon:-tuning", "moon:-voting"], "sparsity": ["0.99"]},
+    {"method": ["rigl", "set"], "reliability": ["none", "moon", "cigl"], "sparsity": ["0.95"]},
 ]
 
 
@@ -76,6 +78,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if arguments.times:
         write_results(out / TIMES, times(arguments.dataset, arguments.data))
+        if any(out.glob(f"*/{runs.RESULTS}")):
+            write_table(out, relative_times(out))
         return
     command = [
         sys.executable, "-m", "sparse_moon", "compare", "--out", str(out), "--jobs", str(arguments.jobs),
@@ -86,21 +90,30 @@ def main() -> None:
             before = environment(torch.device("cpu"))
             # from the folder of the data, so that no run's settings hold a path of this machine
             try:
-                code = subprocess.run([*command, *grid, "--seed", str(seed)], cwd=arguments.data).returncode
+                code = subprocess.run([*command, *options(grid), "--seed", str(seed)], cwd=arguments.data).returncode
             finally:  # also of an interrupted comparison
                 for results in out.glob(f"*/{runs.RESULTS}"):
                     if not (path := results.with_name(ENVIRONMENT)).exists():
                         runs.write_json(path, before)
             if code:
                 sys.exit(code)
+            write_table(out, relative_times(out))
 
 
 def options(settings: Mapping[str, Any]) -> list[str]:
     """Settings as ``sparse-moon`` takes them."""
     flags: list[str] = []
     for name, value in settings.items():
-        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
     return flags
+
+
+def relative_times(out: Path) -> dict[str, float] | None:
+    """By label of a table's row, where they were measured."""
+    if not (out / TIMES).exists():
+        return None
+    return {row["label"]: row["over_rigl"] for row in runs.read_json(out / TIMES)["rows"]}
 
 
 def times(dataset: str, data: Path) -> dict[str, object]:
@@ -108,33 +121,41 @@ def times(dataset: str, data: Path) -> dict[str, object]:
     keep_freed_memory()
     os.chdir(data)
     slices, length = 10, 10  # a hundred steps of each, of which one is a topology update
-    trainers: dict[tuple[float, str, str], Trainer] = {}
-    for sparsity, method, reliability in product((0.95, 0.99), ("rigl", "set"), ("none", "moon", "cigl")):
-        config = TrainConfig(
-            dataset=dataset, data_root=".", method=method, reliability=reliability, sparsity=sparsity, **COMMON
-        )
-        trainers[sparsity, method, reliability] = Trainer(config, load_dataset(config))
-    batches = {key: trainer.batches.epoch(0) for key, trainer in trainers.items()}
-    spent: dict[tuple[float, str, str], list[float]] = {key: [] for key in trainers}
+    trainers: dict[str, Trainer] = {}
+    for config in configs(dataset):
+        trainers[f"{config.method} {config.label} {config.sparsity:g}"] = Trainer(config, load_dataset(config))
+    batches = {label: trainer.batches.epoch(0) for label, trainer in trainers.items()}
+    spent: dict[str, list[float]] = {label: [] for label in trainers}
     totals = torch.zeros(3)
     for turn in range(slices + 1):
-        for key, trainer in trainers.items():
+        for label, trainer in trainers.items():
             trainer.parallel.train()
-            drawn = [next(batches[key]) for _ in range(length)]
+            drawn = [next(batches[label]) for _ in range(length)]
             begin = time.perf_counter()
             for images, labels in drawn:
                 trainer._step(images, labels, totals)
             if turn:  # the first one allocates
-                spent[key].append((time.perf_counter() - begin) / length)
+                spent[label].append((time.perf_counter() - begin) / length)
     rows = []
-    for (sparsity, method, reliability), own in spent.items():
-        base = spent[sparsity, "rigl", "none"]
-        rows.append({
-            "sparsity": sparsity, "method": method, "reliability": reliability,
-            "step_ms": round(1e3 * statistics.mean(own), 2), "over_rigl": round(sum(own) / sum(base), 3),
-        })  # fmt: skip
-        print(*rows[-1].values(), flush=True)
+    for label, trainer in trainers.items():
+        own, base = spent[label], spent[f"rigl none {trainer.config.sparsity:g}"]
+        step_ms, over_rigl = round(1e3 * statistics.mean(own), 2), round(sum(own) / sum(base), 3)
+        rows.append({"label": label, "step_ms": step_ms, "over_rigl": over_rigl})
+        print(label, step_ms, over_rigl, flush=True)
     return {**environment(torch.device("cpu")), "update_interval": COMMON["interval"], "rows": rows}
+
+
+def configs(dataset: str) -> list[TrainConfig]:
+    """The runs' settings, of one seed."""
+    found = []
+    for grid in GRIDS:
+        for method, label, sparsity in product(grid["method"], grid["reliability"], grid["sparsity"]):
+            reliability, without = parse_label(label)
+            found.append(TrainConfig(
+                dataset=dataset, data_root=".", method=method, reliability=reliability, without=without,
+                sparsity=float(sparsity), **COMMON,
+            ))  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

@@ -177,10 +177,14 @@ class _Run:
     epoch_s: float
 
 
-def write_table(folder: Path) -> dict[str, Any]:
+def write_table(folder: Path, relative_times: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Write table.json, table.md and plot.png of all finished runs in ``folder``.
 
     Runs that differ in nothing but the seed make a row.
+
+    Args:
+        relative_times: time over that of RigL alone by label of the row (``rigl moon:-tuning 0.95``), in place of what
+            the runs took themselves, which depends on what else their machine did.
 
     Returns:
         What ``table.json`` holds: ``rows``, each with ``settings``, ``label``, ``runs`` and ``figures``
@@ -211,10 +215,14 @@ def write_table(folder: Path) -> dict[str, Any]:
             for name, value in _figures(run).items():
                 gathered.setdefault(name, []).append(value)
         row_figures = {name: _mean_and_std(values) for name, values in gathered.items()}
-        if reference:
-            row_figures["relative_epoch_time"] = _mean_and_std([run.epoch_s / reference for run in group])
         shown = {key: config[key] for key in (*_SHOWN, *varying)}
-        rows.append({"label": _label(shown), "settings": shown, "runs": len(group), "epoch_s": seconds,
+        label = _label(shown)
+        if relative_times is not None:
+            if label in relative_times:
+                row_figures["relative_epoch_time"] = {"mean": relative_times[label], "std": None}
+        elif reference:
+            row_figures["relative_epoch_time"] = _mean_and_std([run.epoch_s / reference for run in group])
+        rows.append({"label": label, "settings": shown, "runs": len(group), "epoch_s": seconds,
                      "figures": row_figures})  # fmt: skip
     rows.sort(key=lambda row: (row["settings"]["sparsity"], row["settings"]["method"], row["label"]))
     table = {"near": _near(members[0][0]), "rows": rows}

@@ -194,6 +194,10 @@ def test_the_table_by_hand(tmp_path):
     assert "## FPR95, near OOD\n\n| run | msp |\n| --- | --- |\n| rigl moon:-voting 0.9 | 40.00 |" in text
     assert (tmp_path / compare.PLOT).read_bytes()[:4] == b"\x89PNG"
 
+    rows = compare.write_table(tmp_path, {"rigl moon:-voting 0.95": 1.02})["rows"]
+    measured = [row["figures"].get("relative_epoch_time") for row in rows]
+    assert measured == [None, None, {"mean": 1.02, "std": None}]
+
 
 def test_other_settings_that_differ_are_named(tmp_path):
     for pattern in ("unstructured", "block8"):
