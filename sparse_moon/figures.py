@@ -186,48 +186,55 @@ def density_chart(densities: Mapping[str, float], overall: float) -> str:
     return _svg(figure, "Density of every layer")
 
 
-def comparison(rows: Sequence[Mapping[str, Any]], score: str | None) -> Figure:
-    """Accuracy, ECE and AUROC of ``score`` of a table's rows: over the sparsity where there are several, or as bars.
+def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figure:
+    """Accuracy, ECE and near and far AUROC of ``scores``: over the sparsity where there are several, or a line a row.
 
     Args:
         rows: of ``table.json``, see :func:`sparse_moon.compare.write_table`.
     """
-    panels = [("accuracy", "accuracy"), ("ece", "ECE")]
-    panels += [(f"auroc/{kind}/{score}", f"AUROC {score}, {kind} OOD") for kind in ("near", "far")]
-    panels = [panel for panel in panels if any(panel[0] in row["figures"] for row in rows)]
+    columns = [[("accuracy", "accuracy"), ("ece", "ECE")]]
+    for score in scores:
+        panels = [(f"auroc/{kind}/{score}", f"AUROC {score}, {kind} OOD") for kind in ("near", "far")]
+        columns.append([panel for panel in panels if any(panel[0] in row["figures"] for row in rows)])
     sparsities = sorted({row["settings"]["sparsity"] for row in rows if row["settings"]["method"] != "dense"})
+    several = len(sparsities) > 1
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         words = row["label"].split(" ")
-        if len(sparsities) > 1 and row["settings"]["method"] != "dense":
+        if several and row["settings"]["method"] != "dense":
             del words[2]  # the sparsity
         lines.setdefault(" ".join(words), []).append(row)
-    height = 3.8 if len(sparsities) > 1 else 1.2 + 0.25 * len(lines)
-    figure = Figure(figsize=(4.2 * len(panels), height), layout="constrained")
-    all_axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=len(sparsities) <= 1))
-    for axes, (name, title) in zip(all_axes, panels, strict=True):
-        for i, (label, line) in enumerate(lines.items()):
-            shown = [row for row in line if name in row["figures"]]
-            means = [row["figures"][name]["mean"] for row in shown]
-            spreads = [row["figures"][name]["std"] for row in shown]
-            error = None if None in spreads else spreads
-            colour = matplotlib.colormaps["tab20"](i % 20)
-            if len(sparsities) <= 1:
-                axes.barh([i] * len(means), means, xerr=error, color=colour, capsize=3)
-            elif line[0]["settings"]["method"] == "dense":
-                axes.axhline(means[0] if means else np.nan, label=label, color=colour, linestyle="--")
-            else:
-                x = [sparsities.index(row["settings"]["sparsity"]) for row in shown]
-                axes.errorbar(x, means, error, label=label, color=colour, marker="o", markersize=4, capsize=3)
-        axes.set_title(title, fontsize=10)
-        if len(sparsities) > 1:
-            axes.set_xticks(range(len(sparsities)), [f"{sparsity:g}" for sparsity in sparsities])
-            axes.set_xlabel("sparsity")
-    if len(sparsities) > 1:
-        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    height = 6.4 + 0.2 * len(lines) / 4 if several else 2 * (1.2 + 0.25 * len(lines))
+    figure = Figure(figsize=(4.2 * len(columns), height), layout="constrained")
+    grid = figure.subplots(2, len(columns), squeeze=False, sharey=False if several else "row")
+    for column, panels in zip(grid.T, columns, strict=True):
+        for axes, (name, title) in zip(column, panels, strict=False):
+            for i, (label, line) in enumerate(lines.items()):
+                shown = [row for row in line if name in row["figures"]]
+                means = [row["figures"][name]["mean"] for row in shown]
+                spreads = [row["figures"][name]["std"] or 0.0 for row in shown]
+                style: dict[str, Any] = {"color": matplotlib.colormaps["tab20"](i % 20), "marker": "o", "markersize": 4}
+                if not several:
+                    axes.errorbar(means, [i] * len(means), xerr=spreads, linestyle="", capsize=3, **style)
+                elif line[0]["settings"]["method"] == "dense":
+                    axes.axhline(means[0] if means else np.nan, label=label, color=style["color"], linestyle="--")
+                else:
+                    x = [sparsities.index(row["settings"]["sparsity"]) for row in shown]
+                    axes.errorbar(x, means, spreads, label=label, capsize=3, **style)
+            axes.set_title(title, fontsize=10)
+            axes.grid(axis="both" if several else "x", linewidth=0.4, alpha=0.6)
+            axes.ticklabel_format(axis="y" if several else "x", useOffset=False)
+            if several:
+                axes.set_xticks(range(len(sparsities)), [f"{sparsity:g}" for sparsity in sparsities])
+                axes.set_xlabel("sparsity")
+        for axes in column[len(panels) :]:
+            axes.set_axis_off()
+    if several:
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     else:
-        all_axes[0].set_yticks(range(len(lines)), list(lines), fontsize=8)
-        all_axes[0].invert_yaxis()
+        for axes in grid[:, 0]:
+            axes.set_yticks(range(len(lines)), list(lines), fontsize=8)
+            axes.invert_yaxis()
     return figure
 
 
