@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import statistics
 import subprocess
@@ -123,8 +124,10 @@ def _finished(folder: Path) -> bool:
 
 def _start(folder: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "sparse_moon", "train", "--resume", "--out", str(folder)]
+    # this package, rather than one in the working folder: a checkout there has no compiled kernels
+    path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (folder / LOG).open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **path})
 
 
 def _summary(folder: Path) -> str:

@@ -17,6 +17,9 @@ else:
     # Triton kernels run in its interpreter, on CPU tensors; it reads this when a kernel is defined.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Programs that tests start run the package that is tested, not the checkout in the working folder.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 # One thread: small tests gain nothing from more, and lose much where another process has the cores. Tests of threaded
 # kernels ask for theirs.
 torch.set_num_threads(1)

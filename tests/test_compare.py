@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-import torch
 
 from sparse_moon import compare, runs
 from sparse_moon.cli import main
@@ -25,15 +24,16 @@ CONFIG = TrainConfig(model="mlp", width=32, epochs=2, ood=["noise", "letters", "
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """In the runs' processes and in this one, because sums of another number of threads round differently."""
+    """In the runs' processes, as in this one: sums of another number of threads round differently."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, monkeypatch):
+    # runs use the package that compares them, not what a checkout in the working folder holds
+    (tmp_path / "sparse_moon").mkdir()
+    (tmp_path / "sparse_moon" / "__init__.py").write_text("raise RuntimeError('another package')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH")
     out = tmp_path / "all"
     broken = out / "rigl-moon-without-tuning-voting-0.9-seed0"
     compare._prepare(broken, settings(without=("tuning", "voting"), reliability="moon"))
@@ -64,19 +64,11 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     assert stop.value.code == 2 and "has lr 0.2, not 0.1" in capsys.readouterr().err
 
     before = json.loads((out / "rigl-none-0.9-seed0" / runs.RESULTS).read_text())
-    scores_before = runs.read_scores(out / "rigl-none-0.9-seed0")
     monkeypatch.setattr(compare, "_start", lambda folder: pytest.fail("trained"))
     main(["compare", "--out", str(out), "--evaluate", "--ood", "photos", "noise", "--score", "energy", "knn"])
     after = json.loads((out / "rigl-none-0.9-seed0" / runs.RESULTS).read_text())
     assert after["ood"]["photos"].keys() == {"energy", "knn"} and after["time_s"] == before["time_s"]
-    assert after["ood"]["letters"] == before["ood"]["letters"]
-    assert after["ood"]["noise"].keys() == before["ood"]["noise"].keys()
-    # another process, so another rounding of sums where the BLAS chooses by what it finds there
-    scores_after = runs.read_scores(out / "rigl-none-0.9-seed0")
-    for score in ("energy", "knn"):
-        assert after["ood"]["noise"][score] == pytest.approx(before["ood"]["noise"][score], abs=5e-3)
-        for name in ("id", "noise"):
-            np.testing.assert_allclose(scores_after[f"{name}/{score}"], scores_before[f"{name}/{score}"], 1e-4, 1e-6)
+    assert after["ood"]["letters"] == before["ood"]["letters"] and after["ood"]["noise"] == before["ood"]["noise"]
     assert "photos" in (out / "rigl-none-0.9-seed0" / runs.REPORT).read_text()
     (row,) = [r for r in json.loads((out / compare.TABLE).read_text())["rows"] if r["label"] == "rigl none 0.9"]
     far = [after["ood"][name]["energy"]["auroc"] for name in ("noise", "photos")]
