@@ -11,10 +11,12 @@ from sparse_moon.memory import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
 def step():
     for _ in range(3):
-        torch.ones(2**24)  # 64 MB
-step()
+        torch.ones(10**7)  # 40 MB: glibc maps and unmaps blocks above 32 MB one by one
+for _ in range(3):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
+for _ in range(10):
+    step()
 print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -28,8 +30,8 @@ def test_freed_memory_comes_back_without_page_faults():
     kept, faults = run("keep")
     if not kept:
         pytest.skip("the C library is not glibc")
-    assert faults < 50
-    assert run("return")[1] > 90  # 3 tensors of 32 huge pages, or 16,384 small ones
+    # a small block that settles in a large free one makes the heap grow once more: one tensor of the thirty
+    assert faults < run("return")[1] / 10
 
 
 def test_other_systems_are_left_alone(monkeypatch):
