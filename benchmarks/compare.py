@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import torch
 from timing import environment, write_results
 
 from sparse_moon import runs
-from sparse_moon.compare import write_table
+from sparse_moon.compare import row_label, write_table
 from sparse_moon.config import TrainConfig, parse_label
 from sparse_moon.inputs import load_dataset
 from sparse_moon.memory import keep_freed_memory
@@ -123,7 +124,7 @@ def times(dataset: str, data: Path) -> dict[str, object]:
     slices, length = 10, 10  # a hundred steps of each, of which one is a topology update
     trainers: dict[str, Trainer] = {}
     for config in configs(dataset):
-        trainers[f"{config.method} {config.label} {config.sparsity:g}"] = Trainer(config, load_dataset(config))
+        trainers[row_label(config)] = Trainer(config, load_dataset(config))
     batches = {label: trainer.batches.epoch(0) for label, trainer in trainers.items()}
     spent: dict[str, list[float]] = {label: [] for label in trainers}
     totals = torch.zeros(3)
@@ -138,7 +139,8 @@ def times(dataset: str, data: Path) -> dict[str, object]:
                 spent[label].append((time.perf_counter() - begin) / length)
     rows = []
     for label, trainer in trainers.items():
-        own, base = spent[label], spent[f"rigl none {trainer.config.sparsity:g}"]
+        rigl = replace(trainer.config, method="rigl", reliability="none", without=())
+        own, base = spent[label], spent[row_label(rigl)]
         step_ms, over_rigl = round(1e3 * statistics.mean(own), 2), round(sum(own) / sum(base), 3)
         rows.append({"label": label, "step_ms": step_ms, "over_rigl": over_rigl})
         print(label, step_ms, over_rigl, flush=True)

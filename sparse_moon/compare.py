@@ -38,6 +38,13 @@ def run_name(config: TrainConfig) -> str:
     return f"{config.method}-{config.reliability}{without}{sparsity}-seed{config.seed}"
 
 
+def row_label(config: TrainConfig, varying: Iterable[str] = ()) -> str:
+    """Name of a run's row in the table, with the settings in ``varying``: ``rigl moon:-tuning 0.95 pattern=block8``."""
+    sparsity = [] if config.method == "dense" else [f"{config.sparsity:g}"]
+    others = [f"{key}={getattr(config, key)}" for key in varying]
+    return " ".join([config.method, config.label, *sparsity, *others])
+
+
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
     """SIGTERM raises ``SystemExit`` in the block, so that what has to be done at its end is done."""
@@ -219,7 +226,7 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
                 gathered.setdefault(name, []).append(value)
         row_figures = {name: _mean_and_std(values) for name, values in gathered.items()}
         shown = {key: config[key] for key in (*_SHOWN, *varying)}
-        label = _label(shown)
+        label = row_label(TrainConfig.from_dict(config), varying)
         if relative_times is not None:
             if label in relative_times:
                 row_figures["relative_epoch_time"] = {"mean": relative_times[label], "std": None}
@@ -246,14 +253,6 @@ def _is_base(config: Mapping[str, Any]) -> bool:
 
 def _seconds(group: Iterable[_Run]) -> float:
     return statistics.mean(run.epoch_s for run in group)
-
-
-def _label(settings: Mapping[str, Any]) -> str:
-    """``rigl moon:-tuning 0.95 pattern=block8``."""
-    without = "".join(f"{':' * (i == 0)}-{part}" for i, part in enumerate(settings["without"]))
-    sparsity = [] if settings["method"] == "dense" else [f"{settings['sparsity']:g}"]
-    others = [f"{key}={settings[key]}" for key in settings if key not in _SHOWN]
-    return " ".join([settings["method"], settings["reliability"] + without, *sparsity, *others])
 
 
 def _near(run: _Run) -> list[str]:

@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=broken))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    cpu = torch.backends.cpu.get_cpu_capability()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    terminalreporter.write_line(f"torch {torch.__version__}, CPU kernels for {cpu}, GPU {gpu}")
+
+
 def _interpreter_is_broken() -> str | None:
     """Triton up to 3.6 takes int() of arrays of one element, which NumPy refuses from 2.4 on."""
     try:
