@@ -1,11 +1,6 @@
-// Runs the CUDA kernels of the small operators on the host, thread by thread, under the sanitizers, and compares them
-// with independent versions by sorting. What stands in for CUDA: the threads of a block are fibers, which pass control
-// on at barriers and warp-wide operations. Lanes, warps and blocks run in ascending, descending or random order, and a
-// warp as far as it can before the next, so that a missing barrier shows as a wrong result and one that some threads
-// miss as a deadlock. Blocks do not overlap in time.
+// Runs the CUDA kernels of the small operators on the host, as blocks of threads (cuda_block.h) under the sanitizers, and
+// compares them with independent versions by sorting. No CUDA headers are needed: what the kernels use of them is here.
 // Built and started by test_cuda_small_ops.py.
-#include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -13,31 +8,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
 
-void expect(bool condition, const char* what) {
-    if (condition) return;
-    std::printf("failed: %s\n", what);
-    std::exit(1);
-}
+#include "cuda_block.h"
 
-std::mt19937 generator(1);
-
-// 0, ..., size - 1 in ascending, descending or random order.
-std::vector<uint32_t> some_order(uint32_t size) {
-    std::vector<uint32_t> order(size);
-    std::iota(order.begin(), order.end(), 0u);
-    const uint32_t kind = generator() % 3;
-    if (kind == 1) std::reverse(order.begin(), order.end());
-    if (kind == 2) std::shuffle(order.begin(), order.end(), generator);
-    return order;
-}
+using cuda_on_host::expect;
+using cuda_on_host::generator;
+using cuda_on_host::some_order;
 
 #define __global__
 #define __device__
@@ -50,128 +31,9 @@ struct dim3 {
     explicit dim3(uint32_t x = 0) : x(x) {}
 };
 
-dim3 threadIdx, blockIdx, gridDim;
+dim3 gridDim;
 
-// A place to go back to, on whichever stack. (swapcontext would do, but makes two system calls each time.)
-struct Place {
-    void* registers[5];
-};
-
-// Callers must not rely on any register, and the address sanitizer must not take a jump for the end of frames.
-#define JUMPS __attribute__((noinline, noipa, no_sanitize("address", "undefined")))
-
-JUMPS void go_to(Place& place) { __builtin_longjmp(place.registers, 1); }
-
-JUMPS void go_to(Place& place, Place& back) {
-    if (__builtin_setjmp(back.registers) == 0) go_to(place);
-}
-
-// The block that is running.
-class Block {
-public:
-    enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
-
-    void run(uint32_t threads, const std::function<void()>& kernel) {
-        kernel_ = &kernel;
-        while (fibers_.size() < threads) start();
-        states_.assign(threads, State::kReady);
-        const std::vector<uint32_t> warps = some_order(threads / 32), lanes = some_order(32);
-        while (std::count(states_.begin(), states_.end(), State::kDone) < threads) {
-            bool progress = false;
-            for (const uint32_t w : warps) {
-                do {
-                    for (const uint32_t lane : lanes) {
-                        threadIdx.x = 32 * w + lane;
-                        if (states_[threadIdx.x] != State::kReady) continue;
-                        progress = true;
-                        go_to(fibers_[threadIdx.x].place, scheduler_);
-                    }
-                } while (release(State::kAtWarpBarrier, 32 * w, 32 * w + 32));
-            }
-            progress |= release(State::kAtBlockBarrier, 0, threads);
-            expect(progress, "a barrier that not all threads reach");
-        }
-    }
-
-    void wait(State at) {
-        const uint32_t t = threadIdx.x;
-        states_[t] = at;
-        go_to(scheduler_, fibers_[t].place);
-    }
-
-    // The values that the lanes of this warp have brought.
-    std::array<uint32_t, 32> exchange(uint32_t value) {
-        const uint32_t t = threadIdx.x;
-        fibers_[t].value = value;
-        wait(State::kAtWarpBarrier);
-        std::array<uint32_t, 32> values;
-        for (uint32_t lane = 0; lane < 32; ++lane) values[lane] = fibers_[t / 32 * 32 + lane].value;
-        wait(State::kAtWarpBarrier);
-        return values;
-    }
-
-private:
-    struct Fiber {
-        Place place;
-        uint32_t value;
-        std::unique_ptr<char[]> stack;
-    };
-
-    // Runs one kernel after the other, each up to its end.
-    static void live();
-
-    // A new fiber that waits for its first kernel.
-    JUMPS void start() {
-        constexpr size_t kStack = 1 << 17;
-        threadIdx.x = static_cast<uint32_t>(fibers_.size());
-        fibers_.push_back({{}, 0, std::unique_ptr<char[]>(new char[kStack])});
-        states_.resize(fibers_.size());
-        ucontext_t context;
-        getcontext(&context);
-        context.uc_stack.ss_sp = fibers_.back().stack.get();
-        context.uc_stack.ss_size = kStack;
-        makecontext(&context, &Block::live, 0);
-        if (__builtin_setjmp(scheduler_.registers) == 0) setcontext(&context);
-    }
-
-    bool release(State at, uint32_t first, uint32_t last) {
-        for (uint32_t t = first; t < last; ++t) {
-            if (states_[t] != at) return false;
-        }
-        std::fill(states_.begin() + first, states_.begin() + last, State::kReady);
-        return true;
-    }
-
-    const std::function<void()>* kernel_;
-    Place scheduler_;
-    std::deque<Fiber> fibers_;
-    std::vector<State> states_;
-} block;
-
-void Block::live() {
-    for (;;) {
-        block.wait(State::kDone);
-        (*block.kernel_)();
-    }
-}
-
-void __syncthreads() { block.wait(Block::State::kAtBlockBarrier); }
 void __threadfence() {}
-
-uint32_t __shfl_sync(uint32_t, uint32_t value, uint32_t lane) { return block.exchange(value)[lane % 32]; }
-
-uint32_t __shfl_up_sync(uint32_t, uint32_t value, uint32_t distance) {
-    const auto values = block.exchange(value);
-    const uint32_t lane = threadIdx.x % 32;
-    return lane < distance ? value : values[lane - distance];
-}
-
-uint32_t __ballot_sync(uint32_t, bool value) {
-    const auto values = block.exchange(value);
-    uint32_t word = 0;
-    for (uint32_t lane = 0; lane < 32; ++lane) word |= values[lane] << lane;
-    return word;
-}
 
 uint32_t atomicAdd(uint32_t* address, uint32_t value) {
     const uint32_t old = *address;
@@ -180,11 +42,6 @@ uint32_t atomicAdd(uint32_t* address, uint32_t value) {
 }
 
 void atomicOr(uint32_t* address, uint32_t value) { *address |= value; }
-
-template <class T>
-T __ldg(const T* address) {
-    return *address;
-}
 
 template <class T>
 T __ldcg(const T* address) {
@@ -215,7 +72,7 @@ void launch(const char*, void (*kernel)(Parameters...), dim3 grid, uint32_t thre
     gridDim = grid;
     for (const uint32_t b : some_order(grid.x)) {
         blockIdx.x = b;
-        block.run(threads, [&] { kernel(arguments...); });
+        cuda_on_host::block.run(threads, [&] { kernel(arguments...); });
     }
 }
 
