@@ -41,9 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    cpu = torch.backends.cpu.get_cpu_capability()
+    from sparse_moon.ops.native import native
+
+    cpu = "none" if native is None else native.isa()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    terminalreporter.write_line(f"torch {torch.__version__}, CPU kernels for {cpu}, GPU {gpu}")
+    terminalreporter.write_line(f"torch {torch.__version__}, CPU kernels: {cpu}, GPU: {gpu}")
 
 
 def _interpreter_is_broken() -> str | None:
