@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -69,6 +71,16 @@ void bind_sparse_products(py::module_& m) {
     m.def("supported_isas", &sparse_moon::supported_isas);
     m.def("isa", [] { return sparse_moon::kernels().name; });
     m.def("set_isa", &sparse_moon::set_isa, py::arg("name"));
+    m.def(
+        "set_flat_panels",
+        [](const std::string& where) {
+            using sparse_moon::FlatPanels;
+            if (where == "faster") return sparse_moon::set_flat_panels(FlatPanels::kWhereFaster);
+            if (where == "possible") return sparse_moon::set_flat_panels(FlatPanels::kWherePossible);
+            if (where == "never") return sparse_moon::set_flat_panels(FlatPanels::kNever);
+            throw std::invalid_argument("where must be faster, possible or never, got " + where);
+        },
+        py::arg("where"));
     m.def(
         "sparse_linear",
         [](int64_t tokens, const MatrixTuple& weight, Address input, Address bias, Address output, int threads) {

@@ -137,20 +137,23 @@ void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool chan
         }
     });
     for (const std::string& isa : supported_isas()) {
-        set_isa(isa);
-        std::vector<float> got_y(y.size(), NAN), got_dx(dx.size(), NAN), got_dv(dv.size(), NAN);
-        sparse_conv2d(conv, weight.matrix, x.data(), nullptr, got_y.data(), channels_last, 2);
-        sparse_conv2d_input_grad(conv, weight.matrix, grad.data(), got_dx.data(), channels_last, 2);
-        sparse_conv2d_values_grad(conv, weight.matrix, grad.data(), channels_last, x.data(), channels_last,
-                                  got_dv.data(), 2);
-        compare("sparse_conv2d", isa, got_y, y);
-        compare("sparse_conv2d_input_grad", isa, got_dx, dx);
-        compare("sparse_conv2d_values_grad", isa, got_dv, dv);
-        got_dx.assign(dx.size(), NAN), got_dv.assign(dv.size(), NAN);
-        sparse_conv2d_grads(conv, weight.matrix, grad.data(), channels_last, x.data(), channels_last, got_dx.data(),
-                            got_dv.data(), 2);
-        compare("sparse_conv2d_grads: input", isa, got_dx, dx);
-        compare("sparse_conv2d_grads: values", isa, got_dv, dv);
+        for (const FlatPanels flat : {FlatPanels::kWherePossible, FlatPanels::kNever}) {
+            set_isa(isa);
+            set_flat_panels(flat);
+            std::vector<float> got_y(y.size(), NAN), got_dx(dx.size(), NAN), got_dv(dv.size(), NAN);
+            sparse_conv2d(conv, weight.matrix, x.data(), nullptr, got_y.data(), channels_last, 2);
+            sparse_conv2d_input_grad(conv, weight.matrix, grad.data(), got_dx.data(), channels_last, 2);
+            sparse_conv2d_values_grad(conv, weight.matrix, grad.data(), channels_last, x.data(), channels_last,
+                                      got_dv.data(), 2);
+            compare("sparse_conv2d", isa, got_y, y);
+            compare("sparse_conv2d_input_grad", isa, got_dx, dx);
+            compare("sparse_conv2d_values_grad", isa, got_dv, dv);
+            got_dx.assign(dx.size(), NAN), got_dv.assign(dv.size(), NAN);
+            sparse_conv2d_grads(conv, weight.matrix, grad.data(), channels_last, x.data(), channels_last, got_dx.data(),
+                                got_dv.data(), 2);
+            compare("sparse_conv2d_grads: input", isa, got_dx, dx);
+            compare("sparse_conv2d_grads: values", isa, got_dv, dv);
+        }
     }
 }
 
@@ -231,6 +234,9 @@ int main() {
         check_conv2d({9, 80, {6, 9}, 70, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.5, channels_last);
         check_conv2d({20, 4, {5, 33}, 3, {}, {1, 1}, {2, 2}, {0, 0}, {1, 1}, 1}, 1, 1, 0.7, channels_last);
         check_conv2d({2, 4, {11, 10}, 4, {}, {5, 2}, {3, 1}, {4, 0}, {2, 3}, 1}, 2, 2, 0.6, channels_last);
+        check_conv2d({30, 5, {4, 3}, 6, {}, {3, 3}, {1, 1}, {1, 2}, {1, 1}, 1}, 1, 1, 0.05, channels_last);
+        check_conv2d({5, 3, {3, 200}, 4, {}, {3, 1}, {1, 1}, {1, 0}, {1, 1}, 1}, 1, 1, 0.2, channels_last);
+        check_conv2d({3, 2, {40, 3000}, 3, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.1, channels_last);
         check_conv2d({1, 3, {4, 4}, 20, {}, {7, 7}, {1, 1}, {3, 3}, {1, 1}, 1}, 1, 1, 0.0, channels_last);
     }
     if (failures == 0) std::printf("passed\n");

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,18 @@ def _kernels_wherever_possible():
     with use_backend("kernel"):
         yield
     native.set_isa(ISAS[0])
+    native.set_flat_panels("faster")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Each instruction set in turn."""
-    native.set_isa(request.param)
-    yield request.param
+@pytest.fixture(params=product(ISAS, ("possible", "never")), ids="-flat-".join)
+def kernels(request):
+    """Each instruction set in turn, with and without flat panels."""
+    isa, flat = request.param
+    native.set_isa(isa)
+    native.set_flat_panels(flat)
+    yield
     native.set_isa(ISAS[0])
+    native.set_flat_panels("faster")
 
 
 def assert_as_good_as_dense(ours: Tensor, dense: Tensor, exact: Tensor, size: Tensor) -> None:
@@ -103,8 +108,9 @@ def check_conv2d(
     operands = [None if t is None else t.double() for t in (x, grad, weight, added)]
     exact = products(*operands)
     sizes = products(*(None if t is None else t.abs() for t in operands))
-    for name in ISAS:
+    for name, flat in product(ISAS, ("possible", "never")):
         native.set_isa(name)
+        native.set_flat_panels(flat)
         ours = (
             cpu._conv2d(x, values, added, None, *geometry, *index),
             cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
@@ -114,6 +120,7 @@ def check_conv2d(
         for result in zip((*ours, *together), *(r + r[1:] for r in (dense, exact, sizes)), strict=True):
             assert_as_good_as_dense(*result)
     native.set_isa(ISAS[0])
+    native.set_flat_panels("faster")
 
 
 BLOCKS = st.sampled_from([(1, 1), (1, 1), (3, 1), (2, 2)])
@@ -192,6 +199,22 @@ def test_conv2d_that_keeps_the_height(kernel, padding, dilation, groups, layouts
             check_conv2d(x, geometry, block, 0.2, layouts[1], False)
 
 
+@pytest.mark.parametrize(("size", "kernel", "padding"), [
+    ((4, 4), 3, 1), ((12, 150), 3, 1), ((5, 250), 1, 0), ((40, 3), 5, 3), ((9, 28), 3, 2), ((1, 1), 1, 0),
+])  # fmt: skip
+def test_conv2d_of_few_entries(size, kernel, padding):
+    """Several images in a flat panel and a part of one in its last, long and short rows, some channels without entries."""
+    geometry = Geometry([18, 17, kernel, kernel], [1, 1], [padding] * 2, [1, 1], 1)
+    check_conv2d(torch.randn(37, 17, *size), geometry, (1, 1), 0.02, False, True)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_conv2d_of_large_images(padding):
+    """Flat panels of blocks of rows; fewer, as many and more rows out than in."""
+    geometry = Geometry([3, 50, 3, 2], [1, 1], [padding, 1], [1, 1], 1)
+    check_conv2d(torch.randn(5, 50, 70, 90), geometry, (1, 1), 0.02, False, True)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("stride", "size", "block"), [(1, (6, 9), (1, 1)), (2, (7, 16), (1, 1)), (1, (8, 8), (2, 2))])
 def test_conv2d_of_many_channels_in_chunks(channels_last, stride, size, block):
@@ -210,7 +233,7 @@ def test_conv2d_with_results_written_past_the_caches():
     check_conv2d(x, Geometry([32, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1), (1, 1), 0.1, False, True)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa):
+def test_results_do_not_depend_on_the_number_of_threads(kernels):
     topology = Topology.random((24, 9 * 20), 0.2)
     values, x, grad = torch.randn(topology.nnz), torch.randn(35, 20, 12, 12), torch.randn(35, 24, 12, 12)
     geometry = Geometry([24, 20, 3, 3], [1, 1], [1, 1], [1, 1], 1)
@@ -238,7 +261,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_operands_in_other_layouts(isa):
+def test_operands_in_other_layouts(kernels):
     """Slices, transposes and expanded tensors give what their contiguous copies give."""
     topology = Topology.random((6, 36), 0.5)
     geometry, index = Geometry([6, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1), topology.index
@@ -279,6 +302,8 @@ def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="no sse9 kernels"):
         native.set_isa("sse9")
     assert ISAS[-1] == "generic" and native.isa() == ISAS[0]
+    with pytest.raises(ValueError, match="faster, possible or never, got often"):
+        native.set_flat_panels("often")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

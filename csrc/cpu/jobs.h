@@ -110,6 +110,48 @@ struct CorrelateDotsJob {
     int threads;
 };
 
+// How contiguous planes lie in a *flat panel*, which holds a few whole images, or a block of rows of one, and is as its
+// plane where a panel has images side by side: each channel is one line of numbers, its rows `pitch` apart and its
+// images `image_stride`, with zeros in between and in front. Row y, column x of image i is number lead + i *
+// image_stride + y * pitch + x, so that every shift of a stride of 1 is a distance in the line. What sums find between
+// rows is thrown away.
+struct FlatPanel {
+    int64_t images;       // of a unit of work
+    int64_t block_rows;   // target rows of a unit; 0 where units are whole images
+    int64_t above, below; // source rows that a unit reads above its first row and below its last
+    int64_t pitch, image_stride;
+    int64_t lead;            // whole cache lines, as is
+    int64_t channel_stride;  // between channels
+    int64_t slack;           // numbers behind the last channel that may be read
+};
+
+// As CorrelateJob, of stride 1 and from a flat panel; entries' offsets are from the line's start.
+struct FlatCorrelateJob {
+    int64_t batch;
+    FlatPanel panel;
+    Planes source, target;  // contiguous
+    const Entry* entries;
+    const int64_t* starts;  // [target.channels + 1]
+    const float* bias;      // [target.channels] or null
+    char* scratch;          // [threads][flat_scratch(job)] bytes
+    int64_t thread_scratch;
+    int threads;
+};
+
+// As CorrelateDotsJob, from flat panels of the same units and pitch.
+struct FlatDotsJob {
+    int64_t batch;
+    FlatPanel panel, grad_panel;
+    Planes source, grad;
+    const FlatCorrelateJob* input_grad;
+    const int32_t* offsets;
+    const int64_t* starts;
+    float* sums;
+    char* scratch;
+    int64_t thread_scratch;
+    int threads;
+};
+
 // A block-compressed matrix; see sparse_moon/topology.py for the meaning of each array.
 struct SparseMatrix {
     int64_t rows, cols;                // in elements
@@ -158,6 +200,11 @@ struct Kernels {
     int64_t (*correlate_dots_chunks)(const CorrelateDotsJob&);
     int64_t (*correlate_dots_scratch)(const CorrelateDotsJob&);  // bytes a thread, whole vectors
     void (*correlate_dots)(const CorrelateDotsJob&);
+    bool flat_pays;  // whether flat panels were measured and pay somewhere
+    int64_t (*flat_correlate_scratch)(const FlatCorrelateJob&);  // bytes a thread, whole cache lines
+    void (*flat_correlate)(const FlatCorrelateJob&);
+    int64_t (*flat_dots_scratch)(const FlatDotsJob&);  // bytes a thread, whole cache lines
+    void (*flat_dots)(const FlatDotsJob&);
     int64_t (*linear_scratch)(const LinearJob&);  // bytes in all
     void (*linear)(const LinearJob&);
     int64_t (*linear_dots_scratch)(const LinearDotsJob&);  // bytes in all

@@ -1,6 +1,7 @@
 // Everything that is compiled once for each instruction set, behind one table.
 #pragma once
 #include "batch_norm_relu_kernels.h"
+#include "flat_kernels.h"
 #include "sparse_conv2d_kernels.h"
 #include "sparse_linear_kernels.h"
 
@@ -20,6 +21,11 @@ const Kernels kKernels = {
     correlate_dots_chunks,
     correlate_dots_scratch,
     correlate_dots,
+    kFlatPays,
+    flat_correlate_scratch,
+    flat_correlate,
+    flat_dots_scratch,
+    flat_dots,
     linear_scratch,
     linear,
     linear_dots_scratch,

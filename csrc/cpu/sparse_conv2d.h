@@ -12,10 +12,16 @@ struct Conv2d {
     int64_t groups;
 };
 
+// Which convolutions run from flat panels (see jobs.h): where that is faster, unless something else is asked for, for
+// tests and measurements, in all threads from the next call on.
+enum class FlatPanels { kWhereFaster, kWherePossible, kNever };
+void set_flat_panels(FlatPanels where);
+
 // The weight is a matrix (out_channels, in_channels / groups * kernel[0] * kernel[1]) whose columns are ordered
 // (channel / bw, tap, channel % bw) with bw the block width, as in sparse_moon/topology.py. Activations are float32,
 // contiguous or channels_last. Results do not depend on `threads`, but for the order in which the values' gradient is
-// summed. Throws std::length_error where a panel would outgrow 32-bit offsets, std::bad_alloc without memory.
+// summed, and in a batch of fewer images than threads that of all sums. Throws std::length_error where a panel would
+// outgrow 32-bit offsets, std::bad_alloc without memory.
 
 // output (batch, out_channels, out_size) = conv(input) + bias; bias may be null.
 void sparse_conv2d(const Conv2d& conv, const SparseMatrix& weight, const float* input, const float* bias, float* output,

@@ -21,6 +21,9 @@ constexpr int kDots = kRegisters == 32 ? 16 : 8;         // entries of a dot_til
 constexpr int kDotPositions = kRegisters == 32 ? 8 : 4;  // gradient vectors that a dot_tile holds at once
 static_assert(kTile < kRegisters && kDots + kDotPositions < kRegisters, "accumulators must fit the registers");
 
+// Not aligned in flat panels; where it is, that costs nothing.
+SPARSE_MOON_INLINE Vec vector_at(const char* p) { return load_unaligned(reinterpret_cast<const float*>(p)); }
+
 // What a tile's sums are added to. Sums over many entries are stored in parts, each of which starts from zero: that
 // keeps rounding errors, which grow with the length of a sum, as small as those of blocked dense products.
 enum class Start { kConstant, kStored };
@@ -75,7 +78,7 @@ void product_tile(const ProductTile<Entries>& tile) {
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
             for (int t = 0; t < T; ++t) {
-                sums[r][t] += weight * *reinterpret_cast<const Vec*>(rows[r] + offset + t * S * kVecBytes);
+                sums[r][t] += weight * vector_at(rows[r] + offset + t * S * kVecBytes);
             }
         }
     }
@@ -151,7 +154,7 @@ SPARSE_MOON_INLINE void dot_positions(const char* panel, const char* grad, const
     for (int j = 0; j < J; ++j) {
         const char* row = panel + offsets[j];
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sums[j][p % A] += held[p] * *reinterpret_cast<const Vec*>(row + p * S * kVecBytes);
+        for (int p = 0; p < P; ++p) sums[j][p % A] += held[p] * vector_at(row + p * S * kVecBytes);
     }
 }
 
