@@ -20,7 +20,9 @@ inline TileShape tile_shape(const CorrelateJob& job, int64_t grid_rows) {
     static_assert(kTile >= kLanes, "a tile is at least a vector wide");
     const int64_t parts = (width.grid + widest - 1) / widest;
     const int64_t cols = width.step <= 2 ? (width.grid + parts - 1) / parts : 1;
-    return {smaller(smaller(kMaxRows, kTile / cols), grid_rows), cols};
+    // evenly high too, because the last tile of a plane is moved back over rows that the one before has computed
+    const int64_t highest = smaller(kMaxRows, kTile / cols), bands = (grid_rows + highest - 1) / highest;
+    return {(grid_rows + bands - 1) / bands, cols};
 }
 
 // What is computed before it is unpacked: a tile of one channel (or of kLanes neighbouring ones, where those are
