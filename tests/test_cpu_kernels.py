@@ -203,7 +203,7 @@ def test_conv2d_that_keeps_the_height(kernel, padding, dilation, groups, layouts
     ((4, 4), 3, 1), ((12, 150), 3, 1), ((5, 250), 1, 0), ((40, 3), 5, 3), ((9, 28), 3, 2), ((1, 1), 1, 0),
 ])  # fmt: skip
 def test_conv2d_of_few_entries(size, kernel, padding):
-    """Several images in a flat panel and a part of one in its last, long and short rows, some channels without entries."""
+    """Several images in a flat panel and fewer in the last, long and short rows, some channels without entries."""
     geometry = Geometry([18, 17, kernel, kernel], [1, 1], [padding] * 2, [1, 1], 1)
     check_conv2d(torch.randn(37, 17, *size), geometry, (1, 1), 0.02, False, True)
 
