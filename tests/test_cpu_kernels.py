@@ -40,9 +40,6 @@ def kernels(request):
     isa, flat = request.param
     native.set_isa(isa)
     native.set_flat_panels(flat)
-    yield
-    native.set_isa(ISAS[0])
-    native.set_flat_panels("faster")
 
 
 def assert_as_good_as_dense(ours: Tensor, dense: Tensor, exact: Tensor, size: Tensor) -> None:
@@ -81,7 +78,6 @@ def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: t
         )
         for result in zip(ours, dense, exact, sizes, strict=True):
             assert_as_good_as_dense(*result)
-    native.set_isa(ISAS[0])
 
 
 def check_conv2d(
@@ -119,8 +115,6 @@ def check_conv2d(
         together = cpu._conv2d_grads(grad, x, values, *geometry, *index)
         for result in zip((*ours, *together), *(r + r[1:] for r in (dense, exact, sizes)), strict=True):
             assert_as_good_as_dense(*result)
-    native.set_isa(ISAS[0])
-    native.set_flat_panels("faster")
 
 
 BLOCKS = st.sampled_from([(1, 1), (1, 1), (3, 1), (2, 2)])

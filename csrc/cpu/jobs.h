@@ -116,9 +116,9 @@ struct CorrelateDotsJob {
 // image_stride + y * pitch + x, so that every shift of a stride of 1 is a distance in the line. What sums find between
 // rows is thrown away.
 struct FlatPanel {
-    int64_t images;       // of a unit of work
-    int64_t block_rows;   // target rows of a unit; 0 where units are whole images
-    int64_t above, below; // source rows that a unit reads above its first row and below its last
+    int64_t images;        // of a unit of work
+    int64_t block_rows;    // target rows of a unit; 0 where units are whole images
+    int64_t above, below;  // source rows that a unit reads above its first row and below its last
     int64_t pitch, image_stride;
     int64_t lead;            // whole cache lines, as is
     int64_t channel_stride;  // between channels
@@ -133,7 +133,7 @@ struct FlatCorrelateJob {
     const Entry* entries;
     const int64_t* starts;  // [target.channels + 1]
     const float* bias;      // [target.channels] or null
-    char* scratch;          // [threads][flat_scratch(job)] bytes
+    char* scratch;          // [threads][flat_correlate_scratch(job)] bytes
     int64_t thread_scratch;
     int threads;
 };
