@@ -253,12 +253,11 @@ static void backward_planes(const BatchNormReLUBackward& job) {
 
 // ---- channels_last
 
-SPARSE_MOON_INLINE int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
-
-// Memory of a call: arrays of padded(channels) coefficients for all threads, then what each thread has for itself.
+// Memory of a call: arrays of whole_cache_lines(channels) coefficients for all threads, then what each thread has for
+// itself.
 constexpr int kCoefficients = 5;
 SPARSE_MOON_INLINE float* coefficients(const BatchNormReLU& job, int which) {
-    return reinterpret_cast<float*>(job.scratch) + which * padded(job.channels);
+    return reinterpret_cast<float*>(job.scratch) + which * whole_cache_lines(job.channels);
 }
 
 // One thread's share of the rows, and its two sums for each channel.
@@ -269,7 +268,7 @@ struct Share {
 constexpr int64_t kShareBytes = 2 * sizeof(double);  // a channel
 
 SPARSE_MOON_INLINE Share share_of(const BatchNormReLU& job, int thread, int team) {
-    const int64_t rows = job.images * job.plane, width = padded(job.channels);
+    const int64_t rows = job.images * job.plane, width = whole_cache_lines(job.channels);
     char* memory = job.scratch + width * (kCoefficients * static_cast<int64_t>(sizeof(float)) + thread * kShareBytes);
     double* sums = reinterpret_cast<double*>(memory);
     return {rows * thread / team, rows * (thread + 1) / team, sums, sums + width};
@@ -295,7 +294,7 @@ SPARSE_MOON_INLINE void for_rows_back(const Share& share, int64_t channels, Body
 }
 
 SPARSE_MOON_INLINE void clear_sums(const BatchNormReLU& job, const Share& share) {
-    for (int64_t c = 0; c < padded(job.channels); ++c) share.sums[c] = share.products[c] = 0;
+    for (int64_t c = 0; c < whole_cache_lines(job.channels); ++c) share.sums[c] = share.products[c] = 0;
 }
 
 // The sums of channel c over all threads.
@@ -431,7 +430,8 @@ static void backward_rows(const BatchNormReLUBackward& job) {
 static int64_t batch_norm_relu_scratch(const BatchNormReLU& job) {
     using namespace batch_norm;
     if (!job.channels_last) return 0;
-    return padded(job.channels) * (kCoefficients * static_cast<int64_t>(sizeof(float)) + job.threads * kShareBytes);
+    const int64_t bytes = kCoefficients * static_cast<int64_t>(sizeof(float)) + job.threads * kShareBytes;
+    return whole_cache_lines(job.channels) * bytes;
 }
 
 static void batch_norm_relu(const BatchNormReLUForward& job) {

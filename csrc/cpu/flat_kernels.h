@@ -12,8 +12,6 @@ constexpr bool kFlatPays = kLanes <= 8;
 constexpr int64_t kFlatDots = 48 * kLanes;  // numbers of a dot product's tile
 constexpr int64_t kFlatLine = 512;          // numbers of a line that is computed at once, where images are small
 
-SPARSE_MOON_INLINE int64_t whole_cache_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
-
 SPARSE_MOON_INLINE int64_t flat_panel_floats(const FlatPanel& panel, int64_t channels) {
     return whole_cache_lines(channels * panel.channel_stride + panel.slack);
 }

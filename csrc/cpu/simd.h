@@ -151,6 +151,7 @@ SPARSE_MOON_INLINE Vec sum_lanes(Vec (&rows)[kLanes]) {
 
 SPARSE_MOON_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SPARSE_MOON_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+SPARSE_MOON_INLINE int64_t whole_cache_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 }  // namespace SPARSE_MOON_ISA
 }  // namespace sparse_moon
