@@ -199,7 +199,7 @@ def _layer(bench: Bench, case: Case, sparsity: float, pattern: str, dtype: torch
         row = Row(
             "layers", case.name, pattern, sparsity, SHORT[dtype], bench.device.type, pass_, times["sparse"], "", 0.0,
             0.0, products * operations, bench.floor_ms(products * operations, products * moved, dtype), error,
-            chosen(sparse, case, bench.device),
+            chosen(sparse, case),
         )  # fmt: skip
         fastest: dict[str, str] = {}  # of the layouts
         for name in times:
@@ -306,8 +306,8 @@ def peers(masked: nn.Module, sparse: nn.Module, device: torch.device) -> dict[st
             for n in ("over batch", "over on")}  # fmt: skip
 
 
-def chosen(layer: SparseLayer, case: Case, device: torch.device) -> str:
-    return " ".join(tuning.chosen_backends(layer, case.input_shape).values())
+def chosen(layer: SparseLayer, case: Case, layout: torch.memory_format = torch.contiguous_format) -> str:
+    return " ".join(tuning.chosen_backends(layer, case.input_shape, layout).values())
 
 
 @dataclass(frozen=True)
@@ -373,18 +373,22 @@ def _choice(bench: Bench, network: Network, case: Case, sparsity: float) -> None
     inputs = [torch.randn(case.input_shape, device=bench.device) for _ in range(2)]
     with torch.no_grad():
         grads = [torch.randn_like(dense(x)) for x in inputs]
-    runs = {"sparse": runner(sparse, inputs, grads, "fwd+bwd"), "dense fp32": runner(dense, inputs, grads, "fwd+bwd")}
+    runs: dict[str, Callable[[int], Any]] = {}
+    layouts = {"": torch.contiguous_format}
     if isinstance(dense, nn.Conv2d):
-        last = [[t.contiguous(memory_format=torch.channels_last) for t in ts] for ts in (inputs, grads)]
-        runs["dense fp32 channels_last"] = runner(
-            copy.deepcopy(dense).to(memory_format=torch.channels_last), *last, "fwd+bwd"
-        )
+        layouts[" channels_last"] = torch.channels_last
+    for suffix, layout in layouts.items():
+        operands = [[t.contiguous(memory_format=layout) for t in tensors] for tensors in (inputs, grads)]
+        runs[f"sparse{suffix}"] = runner(sparse, *operands, "fwd+bwd")
+        runs[f"dense fp32{suffix}"] = runner(copy.deepcopy(dense).to(memory_format=layout), *operands, "fwd+bwd")
     times = bench.times(runs)
-    fastest = min((name for name in times if name != "sparse"), key=times.__getitem__)
+    # each in the layout that suits it
+    ours, theirs = (min((n for n in times if n.startswith(k)), key=times.__getitem__) for k in ("sparse", "dense"))
+    suffix = ours.removeprefix("sparse")
     bench.add(Row(
         "choice", f"{network.name} {case.name}", "unstructured", sparsity, "fp32", bench.device.type, "fwd+bwd",
-        times["sparse"], fastest, times[fastest], times[fastest] / times["sparse"],
-        chosen=chosen(sparse, case, bench.device),
+        times[ours], theirs, times[theirs], times[theirs] / times[ours],
+        chosen=chosen(sparse, case, layouts[suffix]) + suffix,
     ))  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure at which density the sparse kernels overtake the dense product, and store the table that users get.
 
-    python benchmarks/tune.py                  # writes sparse_moon/ops/crossover_cpu.json, ten minutes on two cores
-    python benchmarks/tune.py --device cuda    # writes sparse_moon/ops/crossover_cuda.json
+    python benchmarks/tune.py                  # sparse_moon/ops/crossover_cpu_avx2.json or ..._avx512.json
+    python benchmarks/tune.py --device cuda    # sparse_moon/ops/crossover_cuda.json
 
 Run it on an otherwise idle machine with as many threads as users have.
 """
@@ -25,8 +25,8 @@ TABLES = Path(__file__).parents[1] / "sparse_moon" / "ops"
 DENSITIES = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015]
 
 
-Case = tuple[nn.Module, tuple[int, ...], str, torch.dtype]
-"""A dense layer, the shape of its input, a pattern and a dtype."""
+Case = tuple[nn.Module, tuple[int, ...], str, torch.dtype, torch.memory_format]
+"""A dense layer, the shape of its input, a pattern, a dtype and the input's layout."""
 
 
 def cuda_cases() -> Iterator[Case]:
@@ -34,22 +34,24 @@ def cuda_cases() -> Iterator[Case]:
     patterns = ["block16", "block32", "block64", "block128", "vector8", "vector16", "vector32"]
     kinds = [(p, dtype) for p in patterns for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     kinds += [("unstructured", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    any_layout = torch.contiguous_format  # kernels take channels_last only
     for pattern, dtype in kinds:
         for tokens in (256, 4096):
             for inputs, outputs in ((1024, 1024), (4096, 4096)):
-                yield nn.Linear(inputs, outputs, bias=False), (tokens, inputs), pattern, dtype
+                yield nn.Linear(inputs, outputs, bias=False), (tokens, inputs), pattern, dtype, any_layout
         for channels, size in ((128, 16), (256, 16), (512, 4)):
             for batch in (16, 256):
                 shape = (batch, channels, size, size)
-                yield nn.Conv2d(channels, channels, 3, padding=1, bias=False), shape, pattern, dtype
-        yield nn.Conv2d(256, 1024, 1, bias=False), (256, 256, 8, 8), pattern, dtype
-        yield nn.Conv2d(256, 512, 3, 2, padding=1, bias=False), (256, 256, 8, 8), pattern, dtype
+                yield nn.Conv2d(channels, channels, 3, padding=1, bias=False), shape, pattern, dtype, any_layout
+        yield nn.Conv2d(256, 1024, 1, bias=False), (256, 256, 8, 8), pattern, dtype, any_layout
+        yield nn.Conv2d(256, 512, 3, 2, padding=1, bias=False), (256, 256, 8, 8), pattern, dtype, any_layout
 
 
 def cpu_cases() -> Iterator[Case]:
     """All patterns have one speed on the CPU."""
     for layer, shape in layers():
-        yield layer, shape, "unstructured", torch.float32
+        for layout in (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]:
+            yield layer, shape, "unstructured", torch.float32, layout
 
 
 def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
@@ -100,11 +102,13 @@ def main() -> None:
     device = torch.device(parser.parse_args().device)
     keep_freed_memory()  # as training does
     rows = []
-    for dense, shape, pattern, dtype in cpu_cases() if device.type == "cpu" else cuda_cases():
+    for dense, shape, pattern, dtype, layout in cpu_cases() if device.type == "cpu" else cuda_cases():
         torch.manual_seed(0)
         kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
         dense = dense.to(device, dtype)
-        sparse = [(d, products(kind.from_dense(dense, sparsity=1 - d, pattern=pattern), shape)) for d in DENSITIES]
+        sparse = [
+            (d, products(kind.from_dense(dense, sparsity=1 - d, pattern=pattern), shape, layout)) for d in DENSITIES
+        ]
         for pass_ in choice.PASSES:
             times = []
             for density, runs in sparse:
@@ -117,7 +121,7 @@ def main() -> None:
             found = round(crossover(times), 4)
             rows += [{"work": work._asdict(), "crossover": found} for work in works]
             print(f"{works[0]}: {found}", flush=True)
-    write_results(TABLES / f"crossover_{device.type}.json", {**environment(device), "rows": rows})
+    write_results(TABLES / choice.table_name(device.type), {**environment(device), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,9 +10,15 @@ from torch import nn
 from sparse_moon.nn import SparseLayer, evaluation_mode, sparse_layers
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Backend, Pass
+from sparse_moon.ops.sparse_conv2d import memory_format as layout_of
 
 
-def tune(model: nn.Module, input_size: tuple[int, ...], batch_size: int) -> dict[str, dict[Pass, Backend]]:
+def tune(
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    batch_size: int,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> dict[str, dict[Pass, Backend]]:
     """Let each sparse layer of a model use, from now on in this process, what is faster at its shape and density.
 
     Not needed in general where a stored table knows good choices. One forward pass finds the shapes of the layers'
@@ -21,32 +27,36 @@ def tune(model: nn.Module, input_size: tuple[int, ...], batch_size: int) -> dict
     Args:
         model: with sparse layers.
         input_size: shape of one example; ``batch_size``: how many make the batch that training uses.
+        memory_format: ``torch.channels_last`` where training gives images in that.
 
     Returns:
         For each layer by name, ``"kernel"`` or ``"reference"`` for each pass.
     """
     layers = sparse_layers(model)
-    shapes: dict[nn.Module, tuple[int, ...]] = {}
+    found: dict[nn.Module, tuple[tuple[int, ...], torch.memory_format]] = {}
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        shapes[module] = tuple(inputs[0].shape)
+        found[module] = tuple(inputs[0].shape), layout_of(inputs[0])
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
     try:
         with evaluation_mode(model), torch.no_grad():
             example = next(model.parameters())
-            model(torch.zeros(batch_size, *input_size, dtype=example.dtype, device=example.device))
+            batch = torch.zeros(batch_size, *input_size, dtype=example.dtype, device=example.device)
+            model(batch.contiguous(memory_format=memory_format))
     finally:
         for handle in handles:
             handle.remove()
-    return {name: tune_layer(layer, shapes[layer]) for name, layer in layers.items() if layer in shapes}
+    return {name: tune_layer(layer, *found[layer]) for name, layer in layers.items() if layer in found}
 
 
-def tune_layer(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pass, Backend]:
-    """As :func:`tune`, for one layer on inputs of this shape."""
+def tune_layer(
+    layer: SparseLayer, input_shape: tuple[int, ...], memory_format: torch.memory_format = torch.contiguous_format
+) -> dict[Pass, Backend]:
+    """As :func:`tune`, for one layer on inputs of this shape and layout."""
     chosen: dict[Pass, Backend] = {}
     density = 1.0 - layer.sparsity
-    for pass_, run in products(layer, input_shape).items():
+    for pass_, run in products(layer, input_shape, memory_format).items():
         times = {backend: best_ms(run, backend) for backend in ("kernel", "reference")}
         chosen[pass_] = "kernel" if times["kernel"] <= times["reference"] else "reference"
         with choice.asked_for() as works:
@@ -56,11 +66,13 @@ def tune_layer(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pass, B
     return chosen
 
 
-def chosen_backends(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pass, Backend]:
-    """What the layer would use for inputs of this shape: ``"kernel"`` or ``"reference"`` for each pass."""
+def chosen_backends(
+    layer: SparseLayer, input_shape: tuple[int, ...], memory_format: torch.memory_format = torch.contiguous_format
+) -> dict[Pass, Backend]:
+    """What the layer would use for inputs of this shape and layout: ``"kernel"`` or ``"reference"`` for each pass."""
     density = 1.0 - layer.sparsity
     chosen: dict[Pass, Backend] = {}
-    for pass_, run in products(layer, input_shape).items():
+    for pass_, run in products(layer, input_shape, memory_format).items():
         with choice.asked_for() as works:
             run()
         kernel = works and all(density <= choice.crossover(work) for work in works)
@@ -68,12 +80,13 @@ def chosen_backends(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pa
     return chosen
 
 
-def products(layer: SparseLayer, input_shape: tuple[int, ...]) -> dict[Pass, Callable[[], Any]]:
+def products(
+    layer: SparseLayer, input_shape: tuple[int, ...], memory_format: torch.memory_format = torch.contiguous_format
+) -> dict[Pass, Callable[[], Any]]:
     """A layer's three products on random inputs of this shape, each as a function; planes on a GPU channels_last."""
     values = layer.values.detach()
     x = torch.randn(input_shape, dtype=values.dtype, device=values.device)
-    if x.is_cuda and x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last if x.is_cuda and x.dim() == 4 else memory_format)
 
     def forward() -> None:
         with torch.no_grad():

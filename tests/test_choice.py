@@ -1,3 +1,6 @@
+from importlib.resources import files
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -20,15 +23,17 @@ def conv():
     return sm.SparseConv2d(8, 16, 3, padding=1, stride=2, groups=2, sparsity=0.9), (4, 8, 9, 10)
 
 
-def asked(layer, shape):
+def asked(layer, shape, layout=torch.contiguous_format):
     with choice.asked_for() as works:
-        x = torch.randn(shape, requires_grad=True)
+        x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
         layer(x).sum().backward()
     return works
 
 
 def test_every_pass_asks_with_its_own_numbers():
-    assert asked(*conv()) == [Work(p, 4, 4, 16, 5 * 5, 9, 2, 2) for p in PASSES]
+    convolution = [Work(p, 4, 4, 16, 5 * 5, 9, 2, 2) for p in PASSES]
+    assert asked(*conv()) == convolution
+    assert asked(*conv(), torch.channels_last) == [work._replace(channels_last=True) for work in convolution]
     assert asked(sm.SparseLinear(6, 8, sparsity=0.5, pattern="vector4"), (2, 3, 6)) == [
         Work(p, 6, 6, 8, 1, 1, 1, 1) for p in PASSES
     ]
@@ -55,7 +60,8 @@ def test_each_gradient_has_its_own_choice(kernel, layout, monkeypatch):
     x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
     calls = []
     for pass_, wins in zip(("input_grad", "values_grad"), kernel, strict=True):
-        choice.remember(Work(pass_, 4, 4, 16, 25, 9, 2, 2), float(wins))
+        work = Work(pass_, 4, 4, 16, 25, 9, 2, 2, channels_last=layout == torch.channels_last)
+        choice.remember(work, float(wins))
     for name in ("sparse_conv2d_grads", "sparse_conv2d_input_grad", "sparse_conv2d_values_grad"):
         real = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
@@ -108,6 +114,9 @@ def test_nearest_neighbour(monkeypatch):
     assert choice.crossover(base._replace(positions=4)) == pytest.approx(0.1)
     table.append((base._replace(positions=64), 0.3))  # as far from 128 positions as those of 256
     assert choice.crossover(base._replace(positions=128)) == pytest.approx(0.2)
+    table.append((base._replace(channels_last=True), 0.7))
+    assert choice.crossover(base._replace(channels_last=True)) == 0.7
+    assert choice.crossover(base._replace(channels_last=True, taps=1)) == 0.3  # a layout counts less than a kind
     assert choice.crossover(base._replace(block=(16, 16))) == choice.crossover(base._replace(dtype="bfloat16")) == 0.0
     assert choice.crossover(base._replace(batch=1, taps=1)) == 0.3
     assert choice.crossover(base._replace(positions=1, taps=1, inputs=4096, batch=1)) == 0.5
@@ -117,6 +126,16 @@ def test_stored_table_covers_every_pass():
     for pass_ in PASSES:
         for work in (Work(pass_, 1, 3, 64, 1024, 49, 2, 1), Work(pass_, 2048, 768, 3072, 1, 1, 1, 1)):
             assert 0.0 <= choice.crossover(work) <= 1.0
+
+
+def test_each_instruction_set_has_its_table(monkeypatch):
+    stored = {path.name for path in files("sparse_moon.ops").iterdir() if path.name.startswith("crossover_cpu")}
+    found = set()
+    for isa in ("avx512", "avx2", "generic"):
+        monkeypatch.setattr(choice, "native", SimpleNamespace(isa=lambda isa=isa: isa))
+        found.add(choice.table_name("cpu"))
+    assert found == stored
+    assert choice.table_name("cuda") == "crossover_cuda.json"
 
 
 def test_kernels_run_on_an_unmeasured_device_only_when_asked_for():

@@ -1,10 +1,10 @@
 """Which implementation of a product runs: the sparse kernel, or a dense product on the scattered weight.
 
 The dense one (the operator's reference) wins where little is sparse. Each pass of each shape has a crossover, the
-density up to which the kernel is faster. Crossovers of many shapes were measured (``crossover_cpu.json``, which
-``benchmarks/tune.py`` writes); a shape that is not among them takes that of its nearest neighbour, or the one that
-:func:`sparse_moon.tuning.tune` has measured for it. On a kind of device that no table was measured on, kernels run
-only where the user's process has measured them, or asked for them.
+density up to which the kernel is faster. Crossovers of many shapes were measured (``crossover_cpu_avx2.json`` and its
+like, which ``benchmarks/tune.py`` writes); a shape that is not among them takes that of its nearest neighbour, or the
+one that :func:`sparse_moon.tuning.tune` has measured for it. On a kind of device that no table was measured on, kernels
+run only where the user's process has measured them, or asked for them.
 """
 
 import json
@@ -15,6 +15,8 @@ from functools import cache
 from importlib.resources import files
 from statistics import fmean
 from typing import Literal, NamedTuple, get_args
+
+from sparse_moon.ops.native import native
 
 Backend = Literal["auto", "kernel", "triton", "cuda", "reference"]
 Pass = Literal["forward", "input_grad", "values_grad"]
@@ -42,6 +44,8 @@ class Work(NamedTuple):
     """Always (1, 1) on the CPU, where all patterns have one speed."""
     dtype: str = "float32"
     """Always float32 on the CPU."""
+    channels_last: bool = False
+    """Layout of a convolution's activations; always False on a GPU, where kernels take one only."""
 
 
 # Measured by the user's own process; precedes the stored table.
@@ -104,10 +108,18 @@ def remember(work: Work, crossover_density: float) -> None:
     _measured[work] = crossover_density
 
 
+def table_name(device: str) -> str:
+    """File of the crossovers of a kind of device; CPUs differ by the instruction set that the kernels use."""
+    if device != "cpu" or native is None:
+        return f"crossover_{device}.json"
+    # without vectors of their own, the compiler's, which are those of AVX2 or shorter
+    return f"crossover_cpu_{'avx512' if native.isa() == 'avx512' else 'avx2'}.json"
+
+
 @cache
 def _table(device: str) -> list[tuple[Work, float]]:
     """What was measured on this kind of device; empty where nothing was."""
-    path = files("sparse_moon.ops").joinpath(f"crossover_{device}.json")
+    path = files("sparse_moon.ops").joinpath(table_name(device))
     if not path.is_file():
         return []
     rows = json.loads(path.read_text())["rows"]
@@ -131,7 +143,8 @@ def _nearest(work: Work) -> float:
         kind = abs((other.positions == 1) - (work.positions == 1)) + sum(
             abs(math.log2(a / b)) for a, b in zip(work[5:8], other[5:8], strict=True)
         )
-        return 4 * kind + sum(abs(math.log2(max(a, 1) / b)) for a, b in zip(work[1:5], other[1:5], strict=True))
+        sizes = sum(abs(math.log2(max(a, 1) / b)) for a, b in zip(work[1:5], other[1:5], strict=True))
+        return 4 * kind + sizes + (other.channels_last != work.channels_last)
 
     distances = [distance(other) for other, _ in candidates]
     near = min(distances) + 1e-6

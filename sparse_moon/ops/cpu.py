@@ -61,14 +61,12 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(input_shape: tuple[int, ...], geometry: Geometry) -> _Plan:
+def _plan(input_shape: tuple[int, ...], geometry: Geometry, layout: torch.memory_format) -> _Plan:
     (outputs, inputs, *kernel), *rest, groups = geometry
     batch, in_shape = input_shape[0], input_shape[1:]
     out_size = geometry.output_size(input_shape)
-    works = {
-        pass_: Work(pass_, batch, inputs, outputs, math.prod(out_size), math.prod(kernel), max(geometry.stride), groups)
-        for pass_ in PASSES
-    }
+    sizes = (batch, inputs, outputs, math.prod(out_size), math.prod(kernel), max(geometry.stride), groups)
+    works = {pass_: Work(pass_, *sizes, channels_last=layout == torch.channels_last) for pass_ in PASSES}
     convolution = (batch, in_shape, (outputs, *out_size), tuple(kernel), *rest, groups)
     return _Plan(works, convolution, (batch, outputs, *out_size))
 
@@ -146,10 +144,11 @@ def _linear_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *inde
 
 def _conv2d(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
     geometry, index = _split(spec)
-    plan = _plan(tuple(input.shape), geometry)
+    layout = memory_format(input)
+    plan = _plan(tuple(input.shape), geometry, layout)
     if not _use_kernel(plan.works["forward"], index, input, values, bias):
         return _conv2d_reference(input, values, bias, probe, *spec)
-    dtype, layout, index = input.dtype, memory_format(input), _contiguous(index)
+    dtype, index = input.dtype, _contiguous(index)
     input, values = _packed(input, layout), _packed(values)
     bias = None if bias is None else _packed(bias)
     output = _empty(plan.output_shape, layout)
@@ -162,10 +161,11 @@ def _conv2d(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
 
 def _conv2d_input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
-    plan = _plan(tuple(input_shape), geometry)
+    layout = memory_format(grad)
+    plan = _plan(tuple(input_shape), geometry, layout)
     if not _use_kernel(plan.works["input_grad"], index, grad, values):
         return _conv2d_input_grad_reference(grad, values, list(input_shape), *spec)
-    dtype, layout, index = grad.dtype, memory_format(grad), _contiguous(index)
+    dtype, index = grad.dtype, _contiguous(index)
     grad, values = _packed(grad, layout), _packed(values)
     result = _empty(input_shape, layout)
     _extension().sparse_conv2d_input_grad(
@@ -177,10 +177,11 @@ def _conv2d_input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int],
 
 def _conv2d_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
-    plan = _plan(tuple(input.shape), geometry)
+    grad_layout, layout = memory_format(grad), memory_format(input)
+    plan = _plan(tuple(input.shape), geometry, layout)
     if not _use_kernel(plan.works["values_grad"], index, grad, input):
         return _conv2d_values_grad_reference(grad, input, block, *spec)
-    dtype, grad_layout, layout, index = grad.dtype, memory_format(grad), memory_format(input), _contiguous(index)
+    dtype, index = grad.dtype, _contiguous(index)
     grad, input = _packed(grad, grad_layout), _packed(input, layout)
     result = _empty(values_shape(index[1], block))
     _extension().sparse_conv2d_values_grad(
@@ -192,12 +193,13 @@ def _conv2d_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *spec
 
 def _conv2d_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tuple[Tensor, Tensor]:
     geometry, index = _split(spec)
-    plan = _plan(tuple(input.shape), geometry)
+    grad_layout, layout = memory_format(grad), memory_format(input)
+    plan = _plan(tuple(input.shape), geometry, layout)
     works = [plan.works["input_grad"], plan.works["values_grad"]]
     pays = [_use_kernel(work, index, grad, input, values) for work in works]
     if not all(pays):
         return (_conv2d_grads_reference if any(pays) else _conv2d_dense_grads)(grad, input, values, *spec)
-    dtype, grad_layout, layout, index = grad.dtype, memory_format(grad), memory_format(input), _contiguous(index)
+    dtype, index = grad.dtype, _contiguous(index)
     grad, input, values = _packed(grad, grad_layout), _packed(input, layout), _packed(values)
     input_grad = _empty(input.shape, grad_layout)
     values_grad = _empty(values.shape)
