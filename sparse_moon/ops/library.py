@@ -10,7 +10,7 @@ kernels are called directly; compilers, modes, transforms and tensor subclasses 
 
 from collections.abc import Callable
 from functools import partial
-from types import new_class
+from types import NoneType, new_class
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 LIBRARY = torch.library.Library("sparse_moon", "DEF")
 
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by operator and type of device
+
+# Arguments of these types alone are nobody else's business.
+_PLAIN = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, tuple, list, torch.Size))
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> str:
@@ -50,7 +53,7 @@ def _direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any]
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in inputs)
+        or not _PLAIN.issuperset(map(type, inputs))
     ):
         return None
     return _kernels.get((operator, inputs[0].device.type))
