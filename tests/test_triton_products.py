@@ -87,7 +87,7 @@ def test_what_runs(block, backend, expected, monkeypatch):
         assert got == expected
         assert gpu._linear_choice("forward", x.to("meta"), block, tuple(meta), x.double(), values) == "reference"
     for work in works:
-        assert work[:5] == ("forward", 4, 32, 32, 1) and work[8:] == ("meta", block, "float32")
+        assert work == choice.Work("forward", 4, 32, 32, 1, 1, 1, 1, "meta", block, "float32")
         choice.remember(work, 0.6)
     with choice.use_backend("auto"):  # what this process has measured is used
         got = gpu._linear_choice("forward", x.to("meta"), block, tuple(meta), x, values)
