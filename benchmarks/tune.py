@@ -9,8 +9,9 @@ Run it on an otherwise idle machine with as many threads as users have.
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import environment, write_results
@@ -25,8 +26,8 @@ TABLES = Path(__file__).parents[1] / "sparse_moon" / "ops"
 DENSITIES = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015]
 
 
-Case = tuple[nn.Module, tuple[int, ...], str, torch.dtype, torch.memory_format]
-"""A dense layer, the shape of its input, a pattern, a dtype and the input's layout."""
+Case = tuple[nn.Module, tuple[int, ...], str, torch.dtype]
+"""A dense layer, the shape of its input, a pattern and a dtype."""
 
 
 def cuda_cases() -> Iterator[Case]:
@@ -34,24 +35,28 @@ def cuda_cases() -> Iterator[Case]:
     patterns = ["block16", "block32", "block64", "block128", "vector8", "vector16", "vector32"]
     kinds = [(p, dtype) for p in patterns for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     kinds += [("unstructured", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    any_layout = torch.contiguous_format  # kernels take channels_last only
     for pattern, dtype in kinds:
         for tokens in (256, 4096):
             for inputs, outputs in ((1024, 1024), (4096, 4096)):
-                yield nn.Linear(inputs, outputs, bias=False), (tokens, inputs), pattern, dtype, any_layout
+                yield nn.Linear(inputs, outputs, bias=False), (tokens, inputs), pattern, dtype
         for channels, size in ((128, 16), (256, 16), (512, 4)):
             for batch in (16, 256):
                 shape = (batch, channels, size, size)
-                yield nn.Conv2d(channels, channels, 3, padding=1, bias=False), shape, pattern, dtype, any_layout
-        yield nn.Conv2d(256, 1024, 1, bias=False), (256, 256, 8, 8), pattern, dtype, any_layout
-        yield nn.Conv2d(256, 512, 3, 2, padding=1, bias=False), (256, 256, 8, 8), pattern, dtype, any_layout
+                yield nn.Conv2d(channels, channels, 3, padding=1, bias=False), shape, pattern, dtype
+        yield nn.Conv2d(256, 1024, 1, bias=False), (256, 256, 8, 8), pattern, dtype
+        yield nn.Conv2d(256, 512, 3, 2, padding=1, bias=False), (256, 256, 8, 8), pattern, dtype
 
 
 def cpu_cases() -> Iterator[Case]:
     """All patterns have one speed on the CPU."""
     for layer, shape in layers():
-        for layout in (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]:
-            yield layer, shape, "unstructured", torch.float32, layout
+        yield layer, shape, "unstructured", torch.float32
+
+
+def layouts(dense: nn.Module, device: torch.device) -> list[torch.memory_format]:
+    """Those of the input that make a difference: kernels of a GPU take images in channels_last only."""
+    both = isinstance(dense, nn.Conv2d) and device.type == "cpu"
+    return [torch.contiguous_format, torch.channels_last] if both else [torch.contiguous_format]
 
 
 def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
@@ -96,31 +101,37 @@ def crossover(times: list[tuple[float, float, float]]) -> float:
     return 0.0
 
 
+def measure(sparse: list[tuple[float, dict[choice.Pass, Callable[[], Any]]]]) -> list[dict[str, Any]]:
+    """The table's rows of one layer, from its products by falling density."""
+    rows: list[dict[str, Any]] = []
+    for pass_ in choice.PASSES:
+        times = []
+        for density, runs in sparse:
+            pair = [best_ms(runs[pass_], backend) for backend in ("kernel", "reference")]
+            times.append((density, *pair))
+            if pair[0] < 0.7 * pair[1]:
+                break  # sparser is only faster
+        with choice.asked_for() as works:
+            sparse[-1][1][pass_]()
+        found = round(crossover(times), 4)
+        rows += [{"work": work._asdict(), "crossover": found} for work in works]
+        print(f"{works[0]}: {found}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     device = torch.device(parser.parse_args().device)
     keep_freed_memory()  # as training does
     rows = []
-    for dense, shape, pattern, dtype, layout in cpu_cases() if device.type == "cpu" else cuda_cases():
+    for dense, shape, pattern, dtype in cpu_cases() if device.type == "cpu" else cuda_cases():
         torch.manual_seed(0)
         kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
         dense = dense.to(device, dtype)
-        sparse = [
-            (d, products(kind.from_dense(dense, sparsity=1 - d, pattern=pattern), shape, layout)) for d in DENSITIES
-        ]
-        for pass_ in choice.PASSES:
-            times = []
-            for density, runs in sparse:
-                pair = [best_ms(runs[pass_], backend) for backend in ("kernel", "reference")]
-                times.append((density, *pair))
-                if pair[0] < 0.7 * pair[1]:
-                    break  # sparser is only faster
-            with choice.asked_for() as works:
-                sparse[-1][1][pass_]()
-            found = round(crossover(times), 4)
-            rows += [{"work": work._asdict(), "crossover": found} for work in works]
-            print(f"{works[0]}: {found}", flush=True)
+        sparse = [(d, kind.from_dense(dense, sparsity=1 - d, pattern=pattern)) for d in DENSITIES]
+        for layout in layouts(dense, device):
+            rows += measure([(density, products(layer, shape, layout)) for density, layer in sparse])
     write_results(TABLES / choice.table_name(device.type), {**environment(device), "rows": rows})
 
 
