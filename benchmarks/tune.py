@@ -3,11 +3,13 @@
 
     python benchmarks/tune.py                  # sparse_moon/ops/crossover_cpu_avx2.json or ..._avx512.json
     python benchmarks/tune.py --device cuda    # sparse_moon/ops/crossover_cuda.json
+    python benchmarks/tune.py --missing        # only what the table of this machine lacks
 
 Run it on an otherwise idle machine with as many threads as users have.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,10 +67,15 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
     for batch in (1, 8, 32, 128):
         for channels, size in ((16, 32), (64, 32), (128, 16), (256, 8), (512, 4)):
             found.append((nn.Conv2d(channels, channels, 3, padding=1, bias=False), (batch, channels, size, size)))
-        for channels, size in ((64, 32), (128, 16), (256, 8)):
+        for channels, size in ((256, 32), (512, 16), (1024, 8)):
+            found.append((nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), (batch, channels, size, size)))
+        for channels, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
             found += [
                 (nn.Conv2d(channels, 4 * channels, 1, bias=False), (batch, channels, size, size)),
                 (nn.Conv2d(4 * channels, channels, 1, bias=False), (batch, 4 * channels, size, size)),
+            ]
+        for channels, size in ((64, 32), (128, 16), (256, 8)):
+            found += [
                 (nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), (batch, channels, size, size)),
                 (nn.Conv2d(channels, 2 * channels, 3, 2, padding=1, bias=False), (batch, channels, size, size)),
             ]
@@ -101,18 +108,22 @@ def crossover(times: list[tuple[float, float, float]]) -> float:
     return 0.0
 
 
-def measure(sparse: list[tuple[float, dict[choice.Pass, Callable[[], Any]]]]) -> list[dict[str, Any]]:
-    """The table's rows of one layer, from its products by falling density."""
+def measure(
+    sparse: list[tuple[float, dict[choice.Pass, Callable[[], Any]]]], known: set[choice.Work]
+) -> list[dict[str, Any]]:
+    """The table's rows of one layer, but for what is known, from its products by falling density."""
     rows: list[dict[str, Any]] = []
-    for pass_ in choice.PASSES:
+    for pass_, run in sparse[-1][1].items():
+        with choice.asked_for() as works:
+            run()
+        if known.issuperset(works):
+            continue
         times = []
         for density, runs in sparse:
             pair = [best_ms(runs[pass_], backend) for backend in ("kernel", "reference")]
             times.append((density, *pair))
             if pair[0] < 0.7 * pair[1]:
                 break  # sparser is only faster
-        with choice.asked_for() as works:
-            sparse[-1][1][pass_]()
         found = round(crossover(times), 4)
         rows += [{"work": work._asdict(), "crossover": found} for work in works]
         print(f"{works[0]}: {found}", flush=True)
@@ -122,17 +133,30 @@ def measure(sparse: list[tuple[float, dict[choice.Pass, Callable[[], Any]]]]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--missing", action="store_true", help="keep the rows that the table has")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     keep_freed_memory()  # as training does
-    rows = []
+    path, machine = TABLES / choice.table_name(device.type), environment(device)
+    rows: list[dict[str, Any]] = []
+    if arguments.missing:
+        table = json.loads(path.read_text())
+        for key in ("cpu", "gpu", "capability", "threads"):
+            if table.get(key) != machine.get(key):
+                pair = f"{table.get(key)!r}, here {machine.get(key)!r}"
+                raise SystemExit(f"{path.name} is of another machine: {key} {pair}")
+        rows = table["rows"]
+        kept = {key: table[key] for key in ("date", "commit", "torch")}
+        machine["kept"] = [*table.get("kept", []), {**kept, "rows": len(rows)}]
+    known = {work for work, _ in choice.table(device.type)} if arguments.missing else set()
     for dense, shape, pattern, dtype in cpu_cases() if device.type == "cpu" else cuda_cases():
         torch.manual_seed(0)
         kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
         dense = dense.to(device, dtype)
         sparse = [(d, kind.from_dense(dense, sparsity=1 - d, pattern=pattern)) for d in DENSITIES]
         for layout in layouts(dense, device):
-            rows += measure([(density, products(layer, shape, layout)) for density, layer in sparse])
-    write_results(TABLES / choice.table_name(device.type), {**environment(device), "rows": rows})
+            rows += measure([(density, products(layer, shape, layout)) for density, layer in sparse], known)
+    write_results(path, {**machine, "rows": rows})
 
 
 if __name__ == "__main__":

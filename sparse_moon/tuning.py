@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_moon.nn import SparseLayer, evaluation_mode, sparse_layers
+from sparse_moon.nn import SparseConv2d, SparseLayer, evaluation_mode, sparse_layers
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Backend, Pass
 from sparse_moon.ops.sparse_conv2d import memory_format as layout_of
@@ -22,7 +22,7 @@ def tune(
     """Let each sparse layer of a model use, from now on in this process, what is faster at its shape and density.
 
     Not needed in general where a stored table knows good choices. One forward pass finds the shapes of the layers'
-    inputs; then each layer's three products are timed. The model is left as it was.
+    inputs; then each layer's products are timed. The model is left as it was.
 
     Args:
         model: with sparse layers.
@@ -83,7 +83,10 @@ def chosen_backends(
 def products(
     layer: SparseLayer, input_shape: tuple[int, ...], memory_format: torch.memory_format = torch.contiguous_format
 ) -> dict[Pass, Callable[[], Any]]:
-    """A layer's three products on random inputs of this shape, each as a function; planes on a GPU channels_last."""
+    """A layer's products on random inputs of this shape, each as a function; planes on a GPU channels_last.
+
+    Forward and either gradient, and on the CPU both gradients of a convolution, which are one operation.
+    """
     values = layer.values.detach()
     x = torch.randn(input_shape, dtype=values.dtype, device=values.device)
     x = x.contiguous(memory_format=torch.channels_last if x.is_cuda and x.dim() == 4 else memory_format)
@@ -92,19 +95,23 @@ def products(
         with torch.no_grad():
             layer(x)
 
-    def gradient(of: torch.Tensor, input: torch.Tensor, values: torch.Tensor) -> Callable[[], Any]:
-        """``of`` is the only one that requires a gradient, for the others' would be computed too."""
+    def gradients(input: torch.Tensor, values: torch.Tensor) -> Callable[[], Any]:
+        """Of those that require one."""
+        of = [tensor for tensor in (input, values) if tensor.requires_grad]
         with torch.enable_grad():
             y = torch.func.functional_call(layer, {"values": values}, (input,))
         upstream = torch.randn_like(y)
         return lambda: torch.autograd.grad(y, of, upstream, retain_graph=True)
 
     x_leaf, values_leaf = x.clone().requires_grad_(), values.clone().requires_grad_()
-    return {
+    runs: dict[Pass, Callable[[], Any]] = {
         "forward": forward,
-        "input_grad": gradient(x_leaf, x_leaf, values),
-        "values_grad": gradient(values_leaf, x, values_leaf),
+        "input_grad": gradients(x_leaf, values),
+        "values_grad": gradients(x, values_leaf),
     }
+    if isinstance(layer, SparseConv2d) and x.device.type == "cpu":
+        runs["grads"] = gradients(x_leaf, values_leaf)
+    return runs
 
 
 def best_ms(run: Callable[[], Any], backend: Backend, *, seconds: float = 0.05, least: int = 3) -> float:

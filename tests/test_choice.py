@@ -11,6 +11,7 @@ from sparse_moon.ops import choice
 from sparse_moon.ops.choice import PASSES, Work
 from sparse_moon.ops.native import native
 
+LINEAR_PASSES = PASSES[:3]
 pytestmark = pytest.mark.skipif(native is None, reason="needs the compiled CPU kernels")
 
 
@@ -31,11 +32,11 @@ def asked(layer, shape, layout=torch.contiguous_format):
 
 
 def test_every_pass_asks_with_its_own_numbers():
-    convolution = [Work(p, 4, 4, 16, 5 * 5, 9, 2, 2) for p in PASSES]
+    convolution = [Work(p, 4, 4, 16, 5 * 5, 9, 2, 2) for p in ("forward", "grads")]
     assert asked(*conv()) == convolution
     assert asked(*conv(), torch.channels_last) == [work._replace(channels_last=True) for work in convolution]
     assert asked(sm.SparseLinear(6, 8, sparsity=0.5, pattern="vector4"), (2, 3, 6)) == [
-        Work(p, 6, 6, 8, 1, 1, 1, 1) for p in PASSES
+        Work(p, 6, 6, 8, 1, 1, 1, 1) for p in LINEAR_PASSES
     ]
 
 
@@ -54,27 +55,30 @@ def test_backends_agree_and_are_really_different(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kernel", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_each_gradient_has_its_own_choice(kernel, layout, monkeypatch):
+@pytest.mark.parametrize("pays", [False, True])
+@pytest.mark.parametrize("pass_", PASSES[1:])
+def test_gradients_have_a_choice_alone_and_together(pass_, pays, layout, monkeypatch):
     layer, shape = conv()
-    x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    x.requires_grad_(pass_ != "values_grad")
+    layer.values.requires_grad_(pass_ != "input_grad")
     calls = []
-    for pass_, wins in zip(("input_grad", "values_grad"), kernel, strict=True):
-        work = Work(pass_, 4, 4, 16, 25, 9, 2, 2, channels_last=layout == torch.channels_last)
-        choice.remember(work, float(wins))
-    for name in ("sparse_conv2d_grads", "sparse_conv2d_input_grad", "sparse_conv2d_values_grad"):
-        real = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
-    gradients = torch.autograd.grad(layer(x).square().sum(), [x, layer.values])
-    assert calls == {
-        (0, 0): [], (1, 1): ["sparse_conv2d_grads"],
-        (1, 0): ["sparse_conv2d_input_grad"], (0, 1): ["sparse_conv2d_values_grad"],
-    }[kernel]  # fmt: skip
-    exact, y = layer.double(), x.detach().double().requires_grad_()
-    expected = torch.autograd.grad(exact(y).square().sum(), [y, exact.values])
+    for other in PASSES:
+        work = Work(other, 4, 4, 16, 25, 9, 2, 2, channels_last=layout == torch.channels_last)
+        choice.remember(work, float(pays == (other == pass_)))
+    for name in ("grads", "input_grad", "values_grad"):
+        real = getattr(native, f"sparse_conv2d_{name}")
+        run = lambda *a, name=name, real=real: (calls.append(name), real(*a))[1]  # noqa: E731
+        monkeypatch.setattr(native, f"sparse_conv2d_{name}", run)
+    leaves = [leaf for leaf in (x, layer.values) if leaf.requires_grad]
+    gradients = torch.autograd.grad(layer(x).square().sum(), leaves)
+    assert calls == ([pass_] if pays else [])
+    exact, y = layer.double(), x.detach().double().requires_grad_(x.requires_grad)
+    expected = torch.autograd.grad(exact(y).square().sum(), [leaf for leaf in (y, exact.values) if leaf.requires_grad])
     for got, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
-    assert gradients[0].is_contiguous(memory_format=layout)
+    if x.requires_grad:
+        assert gradients[0].is_contiguous(memory_format=layout)
 
 
 def test_the_crossover_decides():
@@ -90,7 +94,9 @@ def test_the_crossover_decides():
 def test_each_product_runs_alone():
     layer, shape = conv()
     layer.values.requires_grad_(False)
-    for pass_, run in tuning.products(layer, shape).items():
+    runs = tuning.products(layer, shape)
+    assert tuple(runs) == PASSES
+    for pass_, run in runs.items():
         with choice.asked_for() as works:
             run()
         assert [work.pass_ for work in works] == [pass_]
@@ -106,7 +112,7 @@ def test_nearest_neighbour(monkeypatch):
         (base._replace(positions=1, taps=1), 0.5),
         (base._replace(pass_="values_grad"), 0.6),
     ]
-    monkeypatch.setattr(choice, "_table", lambda device: table)
+    monkeypatch.setattr(choice, "table", lambda device: table)
     monkeypatch.setattr(choice, "_nearest", choice._nearest.__wrapped__)
     for work, value in table:
         assert choice.crossover(work) == value
@@ -120,6 +126,10 @@ def test_nearest_neighbour(monkeypatch):
     assert choice.crossover(base._replace(block=(16, 16))) == choice.crossover(base._replace(dtype="bfloat16")) == 0.0
     assert choice.crossover(base._replace(batch=1, taps=1)) == 0.3
     assert choice.crossover(base._replace(positions=1, taps=1, inputs=4096, batch=1)) == 0.5
+    table.append((base._replace(pass_="input_grad"), 0.2))
+    assert choice.crossover(base._replace(pass_="grads")) == pytest.approx(0.4)  # not measured: of either alone
+    table.append((base._replace(pass_="grads"), 0.3))
+    assert choice.crossover(base._replace(pass_="grads")) == 0.3
 
 
 def test_stored_table_covers_every_pass():
@@ -150,14 +160,15 @@ def test_kernels_run_on_an_unmeasured_device_only_when_asked_for():
 def test_tune_takes_what_is_faster(monkeypatch):
     model = sm.sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 32)), 0.8).train()
     monkeypatch.setattr(tuning, "best_ms", lambda run, backend: {"kernel": 1.0, "reference": 2.0}[backend])
-    assert sm.tune(model, (3, 8, 8), 5) == {n: dict.fromkeys(PASSES, "kernel") for n in ("0", "3")}
+    expected = {"0": dict.fromkeys(PASSES, "kernel"), "3": dict.fromkeys(LINEAR_PASSES, "kernel")}
+    assert sm.tune(model, (3, 8, 8), 5) == expected
     assert model.training and not model[0]._forward_pre_hooks
     monkeypatch.setattr(tuning, "best_ms", lambda run, backend: {"kernel": 3.0, "reference": 2.0}[backend])
     sm.tune(model, (3, 8, 8), 5)
-    assert tuning.chosen_backends(model[3], (5, 8 * 36)) == dict.fromkeys(PASSES, "reference")
+    assert tuning.chosen_backends(model[3], (5, 8 * 36)) == dict.fromkeys(LINEAR_PASSES, "reference")
     assert set(choice._measured) == {
         *[Work(p, 5, 3, 8, 36, 9, 1, 1) for p in PASSES],
-        *[Work(p, 5, 8 * 36, 32, 1, 1, 1, 1) for p in PASSES],
+        *[Work(p, 5, 8 * 36, 32, 1, 1, 1, 1) for p in LINEAR_PASSES],
     }
 
 

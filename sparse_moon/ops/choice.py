@@ -19,7 +19,8 @@ from typing import Literal, NamedTuple, get_args
 from sparse_moon.ops.native import native
 
 Backend = Literal["auto", "kernel", "triton", "cuda", "reference"]
-Pass = Literal["forward", "input_grad", "values_grad"]
+Pass = Literal["forward", "input_grad", "values_grad", "grads"]
+"""The last is both gradients of a convolution at once, which share work on either side; on the CPU only."""
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
 
@@ -117,8 +118,8 @@ def table_name(device: str) -> str:
 
 
 @cache
-def _table(device: str) -> list[tuple[Work, float]]:
-    """What was measured on this kind of device; empty where nothing was."""
+def table(device: str) -> list[tuple[Work, float]]:
+    """The products that were measured on this kind of device and their crossovers; empty where nothing was."""
     path = files("sparse_moon.ops").joinpath(table_name(device))
     if not path.is_file():
         return []
@@ -131,10 +132,12 @@ def _table(device: str) -> list[tuple[Work, float]]:
 def _nearest(work: Work) -> float:
     """Mean crossover of the measured products that are most alike: nearest in the logarithms of their numbers.
 
-    0 where nothing alike was measured.
+    0 where nothing alike was measured; for both gradients at once the mean of theirs alone.
     """
     kind = (work.pass_, work.block, work.dtype)
-    candidates = [(w, value) for w, value in _table(work.device) if (w.pass_, w.block, w.dtype) == kind]
+    candidates = [(w, value) for w, value in table(work.device) if (w.pass_, w.block, w.dtype) == kind]
+    if not candidates and work.pass_ == "grads":
+        return fmean(_nearest(work._replace(pass_=pass_)) for pass_ in ("input_grad", "values_grad"))
     if not candidates:
         return 0.0
 

@@ -20,7 +20,6 @@ from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import Geometry, _split, memory_format
 from sparse_moon.ops.sparse_conv2d import _dense_grads as _conv2d_dense_grads
 from sparse_moon.ops.sparse_conv2d import _forward as _conv2d_reference
-from sparse_moon.ops.sparse_conv2d import _grads as _conv2d_grads_reference
 from sparse_moon.ops.sparse_conv2d import _input_grad as _conv2d_input_grad_reference
 from sparse_moon.ops.sparse_conv2d import _values_grad as _conv2d_values_grad_reference
 from sparse_moon.ops.sparse_linear import _forward as _linear_reference
@@ -195,10 +194,8 @@ def _conv2d_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tu
     geometry, index = _split(spec)
     grad_layout, layout = memory_format(grad), memory_format(input)
     plan = _plan(tuple(input.shape), geometry, layout)
-    works = [plan.works["input_grad"], plan.works["values_grad"]]
-    pays = [_use_kernel(work, index, grad, input, values) for work in works]
-    if not all(pays):
-        return (_conv2d_grads_reference if any(pays) else _conv2d_dense_grads)(grad, input, values, *spec)
+    if not _use_kernel(plan.works["grads"], index, grad, input, values):
+        return _conv2d_dense_grads(grad, input, values, *spec)
     dtype, index = grad.dtype, _contiguous(index)
     grad, input, values = _packed(grad, grad_layout), _packed(input, layout), _packed(values)
     input_grad = _empty(input.shape, grad_layout)
