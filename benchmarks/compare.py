@@ -61,8 +61,8 @@ DATASETS = {
 }  # fmt: skip
 GRIDS = [
     {"method": ["rigl", "set"], "reliability": ["none", "moon", "cigl"], "sparsity": ["0.99"]},
-    {"method": ["rigl"], "reliability": ["moon:-loss", "moon:-tuning", "moon:-voting"], "sparsity": ["0.99"]},
     {"method": ["rigl", "set"], "reliability": ["none", "moon", "cigl"], "sparsity": ["0.95"]},
+    {"method": ["rigl"], "reliability": ["moon:-loss", "moon:-tuning", "moon:-voting"], "sparsity": ["0.99"]},
 ]
 
 
