@@ -11,7 +11,7 @@ Run it on an otherwise idle machine with as many threads as users have.
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 
 import sparse_moon as sm
 from sparse_moon.memory import keep_freed_memory
+from sparse_moon.nn import SparseLayer
 from sparse_moon.ops import choice
 from sparse_moon.tuning import best_ms, products
 
@@ -108,19 +109,33 @@ def crossover(times: list[tuple[float, float, float]]) -> float:
     return 0.0
 
 
+def sparse(dense: nn.Module, density: float, pattern: str) -> SparseLayer:
+    """A random part of the layer."""
+    torch.manual_seed(0)
+    if isinstance(dense, nn.Conv2d):
+        return sm.SparseConv2d.from_dense(dense, sparsity=1 - density, pattern=pattern)
+    assert isinstance(dense, nn.Linear)
+    return sm.SparseLinear.from_dense(dense, sparsity=1 - density, pattern=pattern)
+
+
 def measure(
-    sparse: list[tuple[float, dict[choice.Pass, Callable[[], Any]]]], known: set[choice.Work]
+    dense: nn.Module, shape: tuple[int, ...], pattern: str, layout: torch.memory_format, known: set[choice.Work]
 ) -> list[dict[str, Any]]:
-    """The table's rows of one layer, but for what is known, from its products by falling density."""
-    rows: list[dict[str, Any]] = []
-    for pass_, run in sparse[-1][1].items():
+    """The table's rows of one layer, but for what is known."""
+    wanted: dict[choice.Pass, list[choice.Work]] = {}
+    for pass_, run in products(sparse(dense, DENSITIES[-1], pattern), shape, layout).items():
         with choice.asked_for() as works:
             run()
-        if known.issuperset(works):
-            continue
+        if not known.issuperset(works):
+            wanted[pass_] = works
+    if not wanted:
+        return []
+    rows: list[dict[str, Any]] = []
+    runs = [(density, products(sparse(dense, density, pattern), shape, layout)) for density in DENSITIES]
+    for pass_, works in wanted.items():
         times = []
-        for density, runs in sparse:
-            pair = [best_ms(runs[pass_], backend) for backend in ("kernel", "reference")]
+        for density, run in runs:
+            pair = [best_ms(run[pass_], backend) for backend in ("kernel", "reference")]
             times.append((density, *pair))
             if pair[0] < 0.7 * pair[1]:
                 break  # sparser is only faster
@@ -128,6 +143,17 @@ def measure(
         rows += [{"work": work._asdict(), "crossover": found} for work in works]
         print(f"{works[0]}: {found}", flush=True)
     return rows
+
+
+def kept_table(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """The table as it is, with what it needs to say about rows that are kept; it must be of this machine."""
+    table = json.loads(path.read_text())
+    for key in ("cpu", "gpu", "capability", "threads"):
+        if table.get(key) != machine.get(key):
+            pair = f"{table.get(key)!r}, here {machine.get(key)!r}"
+            raise SystemExit(f"{path.name} is of another machine: {key} {pair}")
+    measured = {key: table[key] for key in ("date", "commit", "torch")} | {"rows": len(table["rows"])}
+    return {"kept": [*table.get("kept", []), measured], "rows": table["rows"]}
 
 
 def main() -> None:
@@ -138,25 +164,14 @@ def main() -> None:
     device = torch.device(arguments.device)
     keep_freed_memory()  # as training does
     path, machine = TABLES / choice.table_name(device.type), environment(device)
-    rows: list[dict[str, Any]] = []
-    if arguments.missing:
-        table = json.loads(path.read_text())
-        for key in ("cpu", "gpu", "capability", "threads"):
-            if table.get(key) != machine.get(key):
-                pair = f"{table.get(key)!r}, here {machine.get(key)!r}"
-                raise SystemExit(f"{path.name} is of another machine: {key} {pair}")
-        rows = table["rows"]
-        kept = {key: table[key] for key in ("date", "commit", "torch")}
-        machine["kept"] = [*table.get("kept", []), {**kept, "rows": len(rows)}]
+    kept = kept_table(path, machine) if arguments.missing else {"rows": []}
     known = {work for work, _ in choice.table(device.type)} if arguments.missing else set()
+    rows: list[dict[str, Any]] = []
     for dense, shape, pattern, dtype in cpu_cases() if device.type == "cpu" else cuda_cases():
-        torch.manual_seed(0)
-        kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
-        dense = dense.to(device, dtype)
-        sparse = [(d, kind.from_dense(dense, sparsity=1 - d, pattern=pattern)) for d in DENSITIES]
         for layout in layouts(dense, device):
-            rows += measure([(density, products(layer, shape, layout)) for density, layer in sparse], known)
-    write_results(path, {**machine, "rows": rows})
+            rows += measure(dense.to(device, dtype), shape, pattern, layout, known)
+    if rows:
+        write_results(path, {**machine, **kept, "rows": kept["rows"] + rows})
 
 
 if __name__ == "__main__":

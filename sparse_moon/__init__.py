@@ -1,6 +1,6 @@
 """Sparse training that is really faster, for models that know what they do not know."""
 
-from sparse_moon import ops
+from sparse_moon import memory, ops
 from sparse_moon.algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from sparse_moon.allocation import allocate
 from sparse_moon.averaging import (
@@ -61,6 +61,7 @@ __all__ = [
     "fuse",
     "layer_sparsities",
     "live_outputs",
+    "memory",
     "mixup",
     "ops",
     "overall_sparsity",
