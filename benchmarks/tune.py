@@ -68,18 +68,16 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
     for batch in (1, 8, 32, 128):
         for channels, size in ((16, 32), (64, 32), (128, 16), (256, 8), (512, 4)):
             found.append((nn.Conv2d(channels, channels, 3, padding=1, bias=False), (batch, channels, size, size)))
-        for channels, size in ((256, 32), (512, 16), (1024, 8)):
-            found.append((nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), (batch, channels, size, size)))
         for channels, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
             found += [
                 (nn.Conv2d(channels, 4 * channels, 1, bias=False), (batch, channels, size, size)),
                 (nn.Conv2d(4 * channels, channels, 1, bias=False), (batch, 4 * channels, size, size)),
             ]
         for channels, size in ((64, 32), (128, 16), (256, 8)):
-            found += [
-                (nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), (batch, channels, size, size)),
-                (nn.Conv2d(channels, 2 * channels, 3, 2, padding=1, bias=False), (batch, channels, size, size)),
-            ]
+            conv = nn.Conv2d(channels, 2 * channels, 3, 2, padding=1, bias=False)
+            found.append((conv, (batch, channels, size, size)))
+        for channels, size in ((64, 32), (128, 16), (256, 8), (256, 32), (512, 16), (1024, 8)):
+            found.append((nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), (batch, channels, size, size)))
     for batch in (1, 8, 128):
         found.append((nn.Conv2d(3, 64, 7, 2, 3, bias=False), (min(batch, 8), 3, 224, 224)))
         found.append((nn.Conv2d(64, 64, 3, padding=1, bias=False), (min(batch, 8), 64, 56, 56)))
@@ -112,10 +110,8 @@ def crossover(times: list[tuple[float, float, float]]) -> float:
 def sparse(dense: nn.Module, density: float, pattern: str) -> SparseLayer:
     """A random part of the layer."""
     torch.manual_seed(0)
-    if isinstance(dense, nn.Conv2d):
-        return sm.SparseConv2d.from_dense(dense, sparsity=1 - density, pattern=pattern)
-    assert isinstance(dense, nn.Linear)
-    return sm.SparseLinear.from_dense(dense, sparsity=1 - density, pattern=pattern)
+    kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
+    return kind.from_dense(dense, sparsity=1 - density, pattern=pattern)
 
 
 def measure(
