@@ -7,8 +7,6 @@
 namespace sparse_moon {
 namespace SPARSE_MOON_ISA {
 
-// A vector of AVX-512 crosses a cache line at almost every number of the line; what that costs has not been measured.
-constexpr bool kFlatPays = kLanes <= 8;
 constexpr int64_t kFlatDots = 48 * kLanes;  // numbers of a dot product's tile
 constexpr int64_t kFlatLine = 512;          // numbers of a line that is computed at once, where images are small
 

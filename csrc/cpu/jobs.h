@@ -200,7 +200,6 @@ struct Kernels {
     int64_t (*correlate_dots_chunks)(const CorrelateDotsJob&);
     int64_t (*correlate_dots_scratch)(const CorrelateDotsJob&);  // bytes a thread, whole vectors
     void (*correlate_dots)(const CorrelateDotsJob&);
-    bool flat_pays;  // whether flat panels were measured and pay somewhere
     int64_t (*flat_correlate_scratch)(const FlatCorrelateJob&);  // bytes a thread, whole cache lines
     void (*flat_correlate)(const FlatCorrelateJob&);
     int64_t (*flat_dots_scratch)(const FlatDotsJob&);  // bytes a thread, whole cache lines

@@ -21,7 +21,6 @@ const Kernels kKernels = {
     correlate_dots_chunks,
     correlate_dots_scratch,
     correlate_dots,
-    kFlatPays,
     flat_correlate_scratch,
     flat_correlate,
     flat_dots_scratch,

@@ -398,16 +398,21 @@ void run(CorrelateJob& job) {
 std::atomic<FlatPanels> flat_panels{FlatPanels::kWhereFaster};
 
 // Entries a channel up to which flat panels are the faster ones. They spare the transpositions, worth 6 entries a
-// channel where images are large enough that lanes of several meet in the same cache sets, else 1; an entry costs 1.1
-// times as much, and as much more as there is between rows. (Zen 3, 17 shapes at 90 to 99.5 % sparsity: 0.54 to 1.04 of
-// the time, forward and backward, where this chooses them.)
+// channel where images are large enough that lanes of several meet in the same cache sets, else 1; and more with
+// AVX-512 where rows are no whole vectors, because strips of many rows are then written at once, and do not stay in the
+// L2 cache. An entry costs 1.1 times as much (1.3 times where vectors of AVX-512 cross cache lines), and as much more
+// as there is between rows. (Of the time without them, forward and backward, where this chooses them: 0.54 to 1.04 with
+// AVX2 on Zen 3, 17 shapes at 90 to 99.5 % sparsity; 0.49 to 1.06 with AVX-512 on Zen 4, 16 shapes at 50 to 99 %.)
 double flat_entries(const Conv2d& conv) {
     constexpr int64_t kLargeImage = int64_t{64} << 10;
-    constexpr double kMost = 25;
+    constexpr double kMost = 40;
     const int64_t in_area = conv.in_size[0] * conv.in_size[1], out_area = conv.out_size[0] * conv.out_size[1];
     const int64_t image = std::max(conv.in_channels * in_area, conv.out_channels * out_area) * kFloat;
     const double line = (conv.in_size[0] + conv.padding[0]) * (conv.in_size[1] + conv.padding[1]);
-    return std::min(kMost, (image >= kLargeImage ? 6 : 1) / (1.1 * line / std::min(in_area, out_area) - 1));
+    const bool avx512 = kernels().lanes > 8;
+    const double large = avx512 && conv.out_size[1] % kernels().lanes != 0 ? 15 : 6;
+    const double cost = avx512 && conv.kernel[1] > 1 ? 1.3 : 1.1;
+    return std::min(kMost, (image >= kLargeImage ? large : 1) / (cost * line / std::min(in_area, out_area) - 1));
 }
 
 // Bytes of a number in each channel of the larger activation.
@@ -423,7 +428,7 @@ bool goes_flat(const Conv2d& conv, const SparseMatrix& weight, bool channels_las
     const int64_t rows = std::min(conv.in_size[0], kRowBlock) + (conv.kernel[0] - 1) * conv.dilation[0];
     fits = fits && flat_column(conv) * rows * (conv.in_size[1] + conv.padding[1]) <= kFlatMostBytes;
     if (where == FlatPanels::kWherePossible) return fits;
-    return fits && kernels().flat_pays && std::min(conv.in_size[1], conv.out_size[1]) >= kShortestRow &&
+    return fits && std::min(conv.in_size[1], conv.out_size[1]) >= kShortestRow &&
            entry_count(weight) <= flat_entries(conv) * (conv.in_channels + conv.out_channels);
 }
 

@@ -53,17 +53,15 @@ inline Region region_shape(const CorrelateJob& job, TileShape tile, int64_t grid
 
 // Parts of the source channels of which a tile's share stays in the L1 cache over all outputs, whose sums wait in the
 // region between them; one where so few entries would be left a part that loading and storing sums costs more.
-constexpr int64_t kWindowBytes = 24 << 10;
-// Vectors of AVX-512 fill that with few channels; whether it pays there has not been measured.
-constexpr bool kInChunks = kLanes <= 8;
+// With AVX-512 that is more than the cache holds, and still faster than chunks of half as many entries.
+constexpr int64_t kWindow = 768;
 
 // For a tile, and outputs that have `entries` in all, with `least` of each left a chunk.
 inline int64_t channel_chunks(const PanelShape& panel, const Axis& width, TileShape tile, int64_t outputs,
                               int64_t entries, int64_t least) {
-    if (!kInChunks) return 1;
     const int64_t rows = panel.rows - (panel.block_rows - tile.rows) * panel.grid_step;
     const int64_t cols = (tile.cols - 1) * width.step + width.last - width.first + 1;
-    const int64_t fitting = larger(kWindowBytes / (rows * cols * kVecBytes), 1);
+    const int64_t fitting = larger(kWindow / (rows * cols), 1);
     return larger(smaller((panel.channels + fitting - 1) / fitting, entries / larger(outputs * least, 1)), 1);
 }
 
@@ -229,7 +227,7 @@ inline TileShape dots_tile_shape(const CorrelateDotsJob& job) {
 }
 
 inline int64_t correlate_dots_chunks(const CorrelateDotsJob& job) {
-    constexpr int64_t kLeastEntries = 6;
+    constexpr int64_t kLeastEntries = kDots * 3 / 4;
     const int64_t outputs = job.grad.channels;
     return channel_chunks(job.panel, job.width, dots_tile_shape(job), outputs, job.starts[outputs], kLeastEntries);
 }
