@@ -130,14 +130,9 @@ def table(device: str) -> list[tuple[Work, float]]:
 
 @cache
 def _nearest(work: Work) -> float:
-    """Mean crossover of the measured products that are most alike: nearest in the logarithms of their numbers.
-
-    0 where nothing alike was measured; for both gradients at once the mean of theirs alone.
-    """
+    """Mean crossover of the measured products most alike, nearest in the logarithms of their numbers; 0 without any."""
     kind = (work.pass_, work.block, work.dtype)
     candidates = [(w, value) for w, value in table(work.device) if (w.pass_, w.block, w.dtype) == kind]
-    if not candidates and work.pass_ == "grads":
-        return fmean(_nearest(work._replace(pass_=pass_)) for pass_ in ("input_grad", "values_grad"))
     if not candidates:
         return 0.0
 
