@@ -54,7 +54,7 @@ inline Region region_shape(const CorrelateJob& job, TileShape tile, int64_t grid
 // Parts of the source channels of which a tile's share stays in the L1 cache over all outputs, whose sums wait in the
 // region between them; one where so few entries would be left a part that loading and storing sums costs more.
 // With AVX-512 that is more than the cache holds, and still faster than chunks of half as many entries.
-constexpr int64_t kWindow = 768;
+constexpr int64_t kWindow = 768;  // vectors
 
 // For a tile, and outputs that have `entries` in all, with `least` of each left a chunk.
 inline int64_t channel_chunks(const PanelShape& panel, const Axis& width, TileShape tile, int64_t outputs,
