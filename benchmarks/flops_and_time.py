@@ -18,12 +18,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import ceilings, computes_bf16, environment, median_ms, write_results
+from timing import ceilings, computes_bf16, environment, graphed, median_ms, write_results
 from torch import Tensor, nn
 
 import sparse_moon as sm
@@ -34,6 +35,7 @@ from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
 from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
 from sparse_moon.topology import Topology, weight_to_matrix
 
+GRAPHED = 8  # repetitions in a CUDA graph
 CACHES_BYTES = 128 * 2**20  # inputs rotate over at least this much
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -122,7 +124,10 @@ class Bench:
         return OTHER_CUDA_CASES if self.device.type == "cuda" else OTHER_CASES
 
     def times(self, candidates: dict[str, Callable[[int], Any]]) -> dict[str, float]:
-        return median_ms(candidates, self.device, seconds=self.seconds)
+        if not self.arguments.graph:
+            return median_ms(candidates, self.device, seconds=self.seconds)
+        graphs = {name: graphed(run, GRAPHED) for name, run in candidates.items()}
+        return {name: time / GRAPHED for name, time in median_ms(graphs, self.device, seconds=self.seconds).items()}
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -150,12 +155,12 @@ def layers(bench: Bench) -> None:
         for sparsity in arguments.sparsity:
             for pattern in arguments.pattern:
                 for dtype in arguments.dtype:
-                    with sm.ops.use_backend(arguments.backend):
-                        _layer(bench, case, sparsity, pattern, DTYPES[dtype])
+                    _layer(bench, case, sparsity, pattern, DTYPES[dtype])
 
 
 def _layer(bench: Bench, case: Case, sparsity: float, pattern: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
+    arguments = bench.arguments
     dense = case.build().to(bench.device, dtype)
     kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
     try:
@@ -179,7 +184,7 @@ def _layer(bench: Bench, case: Case, sparsity: float, pattern: str, dtype: torch
     layouts = {"": (masked, inputs, grads)}
     if isinstance(dense, nn.Conv2d):  # a copy, because a module changes its layout in place
         layouts[" channels_last"] = (copy.deepcopy(masked).to(memory_format=torch.channels_last), *last)
-    others = peers(masked, sparse, bench.device) if bench.arguments.peers else {}
+    others = peers(masked, sparse, bench.device) if arguments.peers else {}
     for pass_, products in (("fwd", 1.0), ("fwd+bwd", 3.0)):
         runs: dict[str, Callable[[int], Any]] = {}
         for layout, operands in layouts.items():
@@ -189,8 +194,9 @@ def _layer(bench: Bench, case: Case, sparsity: float, pattern: str, dtype: torch
         runs |= {name: runner(module, inputs, grads, pass_) for name, module in others.items()}
         # the kernels of GPUs work on channels_last
         runs["sparse"] = runner(sparse, *(last if bench.device.type == "cuda" else (inputs, grads)), pass_)
-        runs["masked dense"] = on_backend("reference", runs["sparse"])
-        if isinstance(dense, nn.Linear) and pass_ == "fwd":
+        if not arguments.graph:  # what synchronises cannot be captured
+            runs["masked dense"] = on_backend("reference", runs["sparse"])
+        if isinstance(dense, nn.Linear) and pass_ == "fwd" and not arguments.graph:
             if pattern == "unstructured" and (bench.device.type == "cuda" or dtype == torch.float32):
                 runs["torch.sparse CSR"] = compressed_runner(masked, inputs, None)
             elif bench.device.type == "cuda" and sparse.topology.block[1] >= 16:
@@ -396,13 +402,15 @@ def step(bench: Bench) -> None:
     """Whole training steps, with topology updates and averaging spread over their intervals."""
     for network in NETWORKS:
         if not bench.arguments.case or any(part in network.name for part in bench.arguments.case):
-            with sm.ops.use_backend(bench.arguments.backend):
-                _step(bench, network)
+            _step(bench, network)
 
 
 def _step(bench: Bench, network: Network) -> None:
     arguments = bench.arguments
     x = torch.randn(network.batch, *network.image_shape, device=bench.device)
+    last = network.name != "mlp" and bench.device.type == "cuda"  # the kernels of GPUs work on channels_last
+    sparse_x = x.contiguous(memory_format=torch.channels_last) if last else x
+    half = arguments.dtype == ["bfloat16"]
     y = torch.randint(network.classes, (network.batch,), device=bench.device)
 
     def training(model: nn.Module, method: sm.Method, loss: nn.Module, x: Tensor = x) -> Callable[[int], Any]:
@@ -418,15 +426,23 @@ def _step(bench: Bench, network: Network) -> None:
     variants = [(s, a, p) for s in arguments.sparsity for a in ("uniform", "erk") for p in arguments.pattern]
     costs = {}
     for variant in variants:
-        steps, costs[variant] = _sparse_steps(network, variant, training, bench)
+        steps, costs[variant] = _sparse_steps(network, variant, partial(training, x=sparse_x), bench)
+        steps = {name: autocast(run, bench.device) for name, run in steps.items()} if half else steps
         runs |= {f"{variant} {name}": run for name, run in steps.items()}
-    times = bench.times(runs)
+    waiting = (" update", " average") if arguments.graph else ()  # for the GPU, so they cannot be captured
+    times = bench.times({name: run for name, run in runs.items() if not name.endswith(waiting)})
+    if waiting:
+        eager = {name: run for name, run in runs.items() if name.endswith((" rigl", *waiting))}
+        eager_times = median_ms(eager, bench.device, seconds=bench.seconds)
+        for v in variants:
+            times[f"{v} average"] = eager_times[f"{v} average"]
+            times[f"{v} update"] = times[f"{v} rigl"] + eager_times[f"{v} update"] - eager_times[f"{v} rigl"]
     fp32 = {name: time for name, time in times.items() if name.startswith("dense fp32")}
     baselines = {name: times[name] for name in (min(fp32, key=fp32.__getitem__), "dense bf16") if name in times}
     for variant in variants:
         own = {name: times[f"{variant} {name}"] for name in ("rigl", "moon", "cigl", "update", "average")}
         own["more loss"] = losses["moon"] - losses["cross-entropy"]
-        _report_step(bench, network, variant, costs[variant], own, baselines)
+        _report_step(bench, network, variant, costs[variant], own, baselines, "bf16" if half else "fp32")
 
 
 def _losses(network: Network, device: torch.device) -> dict[str, Callable[[int], Any]]:
@@ -473,7 +489,7 @@ def _sparse_steps(
         sm.sparsify(
             network.build(outputs), sparsity, allocation, pattern=pattern, fuse=bench.arguments.fuse,
             recompute=bench.arguments.recompute,
-        ).to(bench.device)
+        ).to(bench.device, memory_format=torch.channels_last if bench.device.type == "cuda" else torch.preserve_format)
         for outputs in (network.classes, network.classes + 1, network.classes)
     )  # fmt: skip
     changing = copy.deepcopy(rigl)
@@ -501,7 +517,7 @@ def _sparse_steps(
 
 def _report_step(
     bench: Bench, network: Network, variant: tuple[float, str, str], forward: tuple[float, float],
-    times: dict[str, float], baselines: dict[str, float],
+    times: dict[str, float], baselines: dict[str, float], dtype: str,
 ) -> None:  # fmt: skip
     sparsity, allocation, pattern = variant
     update_ms = times["update"] - times["rigl"]
@@ -509,7 +525,7 @@ def _report_step(
     rigl = times["rigl"] + update_ms / INTERVAL
     moon, cigl = (times[name] + update_ms / INTERVAL + average_ms for name in ("moon", "cigl"))
     row = Row(
-        "step", f"{network.name}_b{network.batch}_{allocation}", pattern, sparsity, "fp32", bench.device.type, "rigl",
+        "step", f"{network.name}_b{network.batch}_{allocation}", pattern, sparsity, dtype, bench.device.type, "rigl",
         rigl, "", 0.0, 0.0, 3 * network.batch * forward[0],
     )  # fmt: skip
     for name, time in baselines.items():
@@ -720,6 +736,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also time SparseProp, where it is installed")
     parser.add_argument("--fuse", action="store_true", help="fuse batch norm and ReLU in the networks of 'step'")
     parser.add_argument("--recompute", action="store_true", help="with --fuse: keep less for the backward pass")
+    parser.add_argument("--graph", action="store_true", help="on CUDA: times of the GPU alone, as CUDA graphs")
     parser.add_argument("--keep-memory", action="store_true", help="call sparse_moon.memory.keep_freed_memory() first")
     parser.add_argument("--threads", type=int, help="torch's threads; default its own choice")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, main cases only")
@@ -730,11 +747,13 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.keep_memory and not keep_freed_memory():
         raise SystemExit("--keep-memory needs glibc")
+    torch.backends.cudnn.benchmark = True  # as dense users have it
     bench = Bench(arguments)
     print(", ".join(f"{k} {v:.0f}" for k, v in bench.ceilings.items()))
     for name, run in (SECTIONS | LONG_SECTIONS).items():
         if arguments.section == name or (arguments.section == "all" and name in SECTIONS):
-            run(bench)
+            with sm.ops.use_backend(arguments.backend):
+                run(bench)
     print(*summarise(bench.rows), sep="\n")
     if arguments.json:
         head = {

@@ -1,6 +1,7 @@
 """Timing that can be believed: interleaved candidates in one process, medians, inputs rotated past the caches."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -49,6 +50,21 @@ def _time_ms(run: Callable[[int], Any], round_: int, device: torch.device) -> fl
     return 1e3 * (time.perf_counter() - begin)
 
 
+def graphed(run: Callable[[int], Any], repetitions: int) -> Callable[[int], Any]:
+    """The work of this many repetitions on the GPU as one CUDA graph: replayed without what each costs the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is made on first use must exist before the capture
+        for i in range(min(repetitions, 3)):
+            run(i)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(repetitions):
+            run(i)
+    return lambda _: graph.replay()
+
+
 def computes_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 itself; elsewhere torch emulates it, a hundred times slower than fp32."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -77,9 +93,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
+    commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     info = {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "commit": os.environ.get("SPARSE_MOON_COMMIT", commit),  # for a copy of the files without the repository
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -87,7 +104,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
     if device.type == "cuda":
-        info |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        backends = {"linear": torch.backends.cuda.matmul, "convolution": torch.backends.cudnn.conv}
+        info |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "fp32_precision": {name: backend.fp32_precision for name, backend in backends.items()},
+        }
     return info
 
 

@@ -9,9 +9,12 @@ Run it on an otherwise idle machine with as many threads as users have.
 """
 
 import argparse
+import itertools
 import json
 import math
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from sparse_moon.tuning import best_ms, products
 
 TABLES = Path(__file__).parents[1] / "sparse_moon" / "ops"
 DENSITIES = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015]
+COMPILERS = 8  # processes
 
 
 Case = tuple[nn.Module, tuple[int, ...], str, torch.dtype]
@@ -34,11 +38,12 @@ Case = tuple[nn.Module, tuple[int, ...], str, torch.dtype]
 
 
 def cuda_cases() -> Iterator[Case]:
-    """What GPUs are busy with: the kernels' patterns differ in speed, and so do dtypes."""
-    patterns = ["block16", "block32", "block64", "block128", "vector8", "vector16", "vector32"]
-    kinds = [(p, dtype) for p in patterns for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    kinds += [("unstructured", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    for pattern, dtype in kinds:
+    """What GPUs are busy with: the kernels' patterns differ in speed, and so do dtypes.
+
+    float32 as torch has it by default: TF32 in convolutions, not in linear layers.
+    """
+    patterns = ["block16", "block32", "block64", "block128", "vector8", "vector16", "vector32", "unstructured"]
+    for pattern, dtype in itertools.product(patterns, (torch.bfloat16, torch.float32)):
         for tokens in (256, 4096):
             for inputs, outputs in ((1024, 1024), (4096, 4096)):
                 yield nn.Linear(inputs, outputs, bias=False), (tokens, inputs), pattern, dtype
@@ -88,59 +93,68 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
     return found
 
 
-def crossover(times: list[tuple[float, float, float]]) -> float:
-    """Density at which the kernel's time passes the reference's, from (density, kernel, reference) by falling density.
+def crossover(gain: Callable[[float], float]) -> float:
+    """Density at which the kernel's time passes the reference's; 1 where the kernel always wins, 0 where it never does.
 
-    Between two measured densities it is interpolated in logarithms; 1 where the kernel always wins, 0 where it never
-    does.
+    Args:
+        gain: the logarithm of how much faster the kernel is at a density. It falls with density, so the place in
+            ``DENSITIES`` is found by bisection; between two of them it is interpolated in logarithms.
     """
-    previous = None
-    for density, kernel, reference in times:
-        gain = math.log(reference / kernel)
-        if gain >= 0:
-            if previous is None:
-                return 1.0 if density == times[0][0] else density
-            other, loss = previous
-            share = gain / (gain - loss)
-            return math.exp(math.log(density) + share * (math.log(other) - math.log(density)))
-        previous = density, gain
-    return 0.0
+    loses, wins = -1, len(DENSITIES) - 1  # places; before the first none is known to lose
+    gains = {wins: gain(DENSITIES[wins])}
+    if gains[wins] < 0:
+        return 0.0
+    while wins - loses > 1:
+        middle = (loses + wins) // 2
+        gains[middle] = gain(DENSITIES[middle])
+        if gains[middle] < 0:
+            loses = middle
+        else:
+            wins = middle
+    if loses < 0:
+        return 1.0
+    share = gains[wins] / (gains[wins] - gains[loses])
+    return math.exp((1 - share) * math.log(DENSITIES[wins]) + share * math.log(DENSITIES[loses]))
 
 
 def sparse(dense: nn.Module, density: float, pattern: str) -> SparseLayer:
     """A random part of the layer."""
-    torch.manual_seed(0)
     kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
-    return kind.from_dense(dense, sparsity=1 - density, pattern=pattern)
+    # by magnitude, which is as good as random in a new layer, because drawing is slow
+    return kind.from_dense(dense, sparsity=1 - density, pattern=pattern, selection="magnitude")
 
 
 def measure(
     dense: nn.Module, shape: tuple[int, ...], pattern: str, layout: torch.memory_format, known: set[choice.Work]
 ) -> list[dict[str, Any]]:
     """The table's rows of one layer, but for what is known."""
-    wanted: dict[choice.Pass, list[choice.Work]] = {}
-    sparsest = products(sparse(dense, DENSITIES[-1], pattern), shape, layout)
-    for pass_, run in sparsest.items():
+
+    @cache
+    def runs(density: float) -> dict[choice.Pass, Callable[[], Any]]:
+        return products(sparse(dense, density, pattern), shape, layout)
+
+    def gain(pass_: choice.Pass, density: float) -> float:
+        run, seconds = runs(density)[pass_], 0.01 if next(dense.parameters()).is_cuda else 0.05
+        kernel, reference = (best_ms(run, backend, seconds=seconds) for backend in ("kernel", "reference"))
+        return math.log(reference / kernel)
+
+    rows: list[dict[str, Any]] = []
+    for pass_, run in runs(DENSITIES[-1]).items():
         with choice.asked_for() as works:
             run()
         if not known.issuperset(works):
-            wanted[pass_] = works
-    if not wanted:
-        return []
-    rows: list[dict[str, Any]] = []
-    runs = [(density, products(sparse(dense, density, pattern), shape, layout)) for density in DENSITIES[:-1]]
-    runs.append((DENSITIES[-1], sparsest))
-    for pass_, works in wanted.items():
-        times = []
-        for density, run in runs:
-            pair = [best_ms(run[pass_], backend) for backend in ("kernel", "reference")]
-            times.append((density, *pair))
-            if pair[0] < 0.7 * pair[1]:
-                break  # sparser is only faster
-        found = round(crossover(times), 4)
-        rows += [{"work": work._asdict(), "crossover": found} for work in works]
-        print(f"{works[0]}: {found}", flush=True)
+            found = round(crossover(partial(gain, pass_)), 4)
+            rows += [{"work": work._asdict(), "crossover": found} for work in works]
+            print(f"{works[0]}: {found}", flush=True)
     return rows
+
+
+def compile_kernels(case: Case) -> None:
+    """Run a case's kernels once, in a process of its own: Triton keeps what it has compiled on disk."""
+    dense, shape, pattern, dtype = case
+    with choice.use_backend("kernel"):
+        for run in products(sparse(dense.to("cuda", dtype), DENSITIES[-1], pattern), shape).values():
+            run()
 
 
 def kept_table(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
@@ -164,8 +178,12 @@ def main() -> None:
     path, machine = TABLES / choice.table_name(device.type), environment(device)
     kept = kept_table(path, machine) if arguments.missing else {"rows": []}
     known = {work for work, _ in choice.table(device.type)} if arguments.missing else set()
+    cases = list(cpu_cases() if device.type == "cpu" else cuda_cases())
+    if device.type == "cuda":
+        with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
+            pool.map(compile_kernels, cases, chunksize=1)
     rows: list[dict[str, Any]] = []
-    for dense, shape, pattern, dtype in cpu_cases() if device.type == "cpu" else cuda_cases():
+    for dense, shape, pattern, dtype in cases:
         for layout in layouts(dense, device):
             rows += measure(dense.to(device, dtype), shape, pattern, layout, known)
     if rows:

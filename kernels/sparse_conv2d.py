@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_moon.kernels.dot import dot
 from sparse_moon.kernels.launch import Launch, Variant, Variants
 
 # of the copied input of vectors: bounds the workspace, and is large enough that a layer is seldom more than one or two
@@ -107,7 +108,7 @@ def _forward(
                     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, KH, KW, BW, HALO)  # fmt: skip
         o_w = entry * (BH * BW) + k % BW
         w = tl.load(p_values + o_w[:, None] + o[None, :] * BW, mask=m_k[:, None], other=0.0)
-        acc = tl.dot(tl.trans(x), w, acc, input_precision=PRECISION)
+        acc = dot(tl.trans(x), w, acc, PRECISION)
     if p_bias is not None:
         acc += tl.load(p_bias + row * BH + o).to(tl.float32)[None, :]
     o_m, m_m = _output_place(m, m_m, out_width, pitch, BW)
@@ -151,7 +152,7 @@ def _values_grad(
                     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, KH, KW, BW, HALO)  # fmt: skip
         o_m, m_m = _output_place(m, m_m, out_width, pitch, BW)
         dy = tl.load(p_dy + (o_m * (rows * BH))[:, None] + (row * BH + o)[None, :], mask=m_m[:, None], other=0.0)
-        acc = tl.dot(x, dy, acc, input_precision=PRECISION)
+        acc = dot(x, dy, acc, PRECISION)
     o_w = split.to(tl.int64) * entries * (BH * BW) + entry * (BH * BW) + k % BW
     tl.store(p_dw + o_w[:, None] + o[None, :] * BW, acc.to(p_dw.dtype.element_ty), mask=m_k[:, None])
 
@@ -237,7 +238,7 @@ def _input_grad(
         o_dy = ((n[None, :] * out_height + oh) * out_width + ow).to(tl.int64) * outputs + o[:, None]
         dy = tl.load(p_dy + o_dy, mask=mask, other=0.0)
         weight = tl.load(p_values + o_w[:, None] + c[None, :], mask=m_k[:, None], other=0.0)
-        acc = tl.dot(tl.trans(dy), weight, acc, input_precision=PRECISION)
+        acc = dot(tl.trans(dy), weight, acc, PRECISION)
     o_dx = m.to(tl.int64)[:, None] * channels + (group * channels_per_group + block * B + c)[None, :]
     tl.store(p_dx + o_dx, acc.to(p_dx.dtype.element_ty), mask=m_m[:, None])
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_moon.kernels.dot import dot
 from sparse_moon.kernels.launch import Launch, Variant, Variants
 
 BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128), (8, 1), (16, 1), (32, 1))
@@ -71,7 +72,7 @@ def _product_kernel(
             o_w = step % STEPS * B_K + o_k
             x = tl.load(_at(p_x, o_read[:, None], (other * B_W + o_w)[None, :], s_x, TRANSPOSED))
             w = tl.load(p_block + place.to(tl.int64) * (B_N * B_W) + o_w[:, None] * S_W)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = dot(x, w, acc, PRECISION)
             e = first + (step + 1) // STEPS
             other = tl.load(p_other + e, mask=e < last, other=0)
             place = e if p_place is None else tl.load(p_place + e, mask=e < last, other=0)
@@ -86,7 +87,7 @@ def _product_kernel(
             x = tl.load(_at(p_x, o_read[:, None], (other * B_W + o_w)[None, :], s_x, TRANSPOSED), m[None, :], 0.0)
             p_w = p_block + (place.to(tl.int64) * (B_N * B_W) + o_w * S_W)[:, None]
             w = tl.load(p_w, m[:, None], 0.0)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = dot(x, w, acc, PRECISION)
             e = first + (step + 1) * ENTRIES + o_k // B_W
             other = tl.load(p_other + e, mask=e < last, other=0)
             place = e if p_place is None else tl.load(p_place + e, mask=e < last, other=0)
@@ -141,7 +142,7 @@ def _values_grad_kernel(
         m_x = m_e[:, None] if TRANSPOSED else m_e[:, None] & m_t[None, :]
         x = tl.load(_at(p_x, o_t[None, :], o_feature[:, None], s_x, TRANSPOSED), m_x, 0.0)
         grad = tl.load(_at(p_grad, o_t[:, None], (row * B_H + o_h)[None, :], s_grad, False), m_t[:, None], 0.0)
-        acc = tl.dot(x, grad, acc, input_precision=PRECISION)
+        acc = dot(x, grad, acc, PRECISION)
     o_entry = (split.to(tl.int64) * n_entries + e) * (B_H * B_W) + o_m % B_W
     p_tile = p_output + o_entry[:, None] + o_h[None, :] * B_W
     tl.store(p_tile, acc.to(p_output.dtype.element_ty), mask=m_e[:, None])

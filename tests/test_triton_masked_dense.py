@@ -3,7 +3,6 @@ import torch
 
 from sparse_moon.kernels.masked_dense import gather, scatter
 from sparse_moon.ops import masked_dense as ops
-from sparse_moon.ops import use_backend
 from sparse_moon.topology import Topology, matrix_shape, matrix_to_weight, weight_to_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,19 +149,19 @@ def test_graph_replays_with_other_values_and_places():
     assert torch.equal(dense, other.to_dense(values))
 
 
-@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("block", [(1, 1), (4, 1), (2, 2)])
-def test_operators(block, memory_format, dtype, backend):
-    """What is registered for CUDA; where Triton is not asked for or has no such dtype, the reference runs."""
+def test_operators(block, memory_format, dtype, triton, monkeypatch):
+    """What is registered for CUDA; where Triton is not there or has no such dtype, the reference runs."""
+    monkeypatch.setattr(ops, "has_triton", lambda: triton)
     shape, channels_last = [8, 4, 3, 3], memory_format == torch.channels_last
     topology = Topology.random((8, 36), 0.4, block).to(DEVICE)
     values, rows = torch.randn(topology.values_shape, dtype=dtype, device=DEVICE), (topology.row_ptr, topology.col)
-    with use_backend(backend):
-        weight = ops.scatter_values_cuda(values, shape, channels_last, *rows)
-        assert torch.equal(weight, ops.scatter_values_reference(values, shape, channels_last, *rows))
-        assert weight.is_contiguous(memory_format=memory_format) and weight.dtype == dtype
-        weight.copy_(torch.randn(shape))
-        taken = ops.gather_values_cuda(weight, list(block), *rows)
-        assert torch.equal(taken, ops.gather_values_reference(weight, list(block), *rows)) and taken.dtype == dtype
+    weight = ops.scatter_values_cuda(values, shape, channels_last, *rows)
+    assert torch.equal(weight, ops.scatter_values_reference(values, shape, channels_last, *rows))
+    assert weight.is_contiguous(memory_format=memory_format) and weight.dtype == dtype
+    weight.copy_(torch.randn(shape))
+    taken = ops.gather_values_cuda(weight, list(block), *rows)
+    assert torch.equal(taken, ops.gather_values_reference(weight, list(block), *rows)) and taken.dtype == dtype

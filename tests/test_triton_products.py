@@ -4,6 +4,7 @@ Without a GPU the functions that are registered for CUDA are called directly, on
 """
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -22,10 +23,21 @@ from sparse_moon.ops.sparse_linear import _input_grad as linear_input_grad_refer
 from sparse_moon.ops.sparse_linear import _values_grad as linear_values_grad_reference
 from sparse_moon.topology import Topology
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+round_to_tf32 = importlib.import_module("sparse_moon.kernels.dot").round_to_tf32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = [(8, 1), (16, 16), (2, 2)]  # Triton twice, and the reference, for which it has no kernel
+
+
+@pytest.fixture
+def no_tf32():
+    """In convolutions, where it is allowed by default, and cuDNN may use it or not."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def close(got, expected):
@@ -48,8 +60,37 @@ def test_linear_products(block):
         )
 
 
+@triton.jit
+def _round_kernel(p_x, p_output, B: tl.constexpr):
+    o = tl.arange(0, B)
+    tl.store(p_output + o, round_to_tf32(tl.load(p_x + o)))
+
+
+def test_rounding_to_tf32():
+    """To the nearest number of 11 bits, halves away from zero; subnormal ones and overflow too."""
+    low = torch.cat([torch.arange(0, 2**14, 7), torch.tensor([2**12 - 1, 2**12, 2**12 + 1, 2**13 - 1, 2**14 - 1])])
+    high = torch.tensor([0x3F800000, 0x3F7FC000, 0x00000000, 0x00FFC000, 0x7F000000, 0x7F7F8000, 0x41200000])
+    bits = (high[:, None] + low).flatten()
+    finite = bits[bits < 0x7F800000].int()
+    x = torch.cat([finite, finite | -(2**31)])
+    x = torch.nn.functional.pad(x, (0, 2**17 - x.numel())).to(DEVICE).view(torch.float32)
+    output = torch.empty_like(x)
+    _round_kernel[(1,)](x, output, x.numel())
+    exact = x.double()
+    _, exponent = torch.frexp(exact)
+    step = torch.ldexp(torch.ones_like(exact), exponent.clamp(min=-125) - 11)  # between neighbours of 11 bits
+    nearest = (exact.abs() / step + 0.5).floor() * step * exact.sign()
+    nearest = torch.where(nearest.abs() < 2.0**128, nearest, nearest.sign() * torch.inf)
+    assert torch.equal(output.double(), nearest)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], device=DEVICE)
+    output = torch.empty_like(special)
+    _round_kernel[(1,)](special, output, 4)
+    torch.testing.assert_close(output, special, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.usefixtures("no_tf32")
 def test_conv2d_products(block, layout):
     geometry = Geometry([16, 16, 3, 3], [2, 1], [1, 0], [1, 1], 1)
     topology = Topology.random((16, 144), 0.4, block).to(DEVICE)
@@ -98,6 +139,7 @@ def test_what_runs(block, backend, expected, monkeypatch):
 @pytest.mark.parametrize("backend", ["auto", "kernel", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("pattern", ["unstructured", "vector16", "block32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("no_tf32")
 def test_layers_on_the_gpu(pattern, dtype, backend):
     for dense, shape in (
         (nn.Linear(96, 64), (7, 5, 96)),
@@ -165,19 +207,26 @@ def test_a_training_step_with_moon_in_a_cuda_graph(pattern, backend):
     with pytest.warns(UserWarning) if pattern != "unstructured" else torch.no_grad():
         model = sm.sparsify(model, 0.8, "uniform", pattern=pattern)
     model = model.to("cuda", memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    loss = sm.UnknownAwareLoss(10, 10, warmup_epochs=1).cuda()
     x = torch.randn(16, 3, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (16,), device="cuda")
 
-    def step():
-        optimizer.zero_grad(set_to_none=False)
-        value = loss(model(x), y)
-        value.backward()
-        optimizer.step()
-        return value
+    def training(model):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        loss = sm.UnknownAwareLoss(10, 10, warmup_epochs=1).cuda()
+
+        def step():
+            optimizer.zero_grad(set_to_none=False)
+            value = loss(model(x), y)
+            value.backward()
+            optimizer.step()
+            return value
+
+        return step
 
     with choice.use_backend(backend):
+        eager = training(copy.deepcopy(model))
+        expected = [eager().item() for _ in range(33)]
+        step = training(model)
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -186,8 +235,9 @@ def test_a_training_step_with_moon_in_a_cuda_graph(pattern, backend):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = step()
-        first = None
+        found = []
         for _ in range(30):
             graph.replay()
-            first = captured.item() if first is None else first
-        assert captured.item() < 0.5 * first
+            found.append(captured.item())
+    torch.testing.assert_close(found, expected[3:], rtol=1e-3, atol=1e-3)
+    assert found[-1] < found[0]

@@ -145,7 +145,7 @@ def test_strided_rows_targets_and_other_dtypes_of_w(outputs):
             assert torch.equal(ours, theirs)
 
 
-def test_operator_takes_the_kernel_only_when_asked(monkeypatch):
+def test_operator_takes_the_kernel_where_it_can(monkeypatch):
     logits, target = (t.to(DEVICE) for t in make(9, 6))
     w = torch.tensor(2.0, device=DEVICE)
     expected = _forward(logits, target, w)
@@ -153,13 +153,16 @@ def test_operator_takes_the_kernel_only_when_asked(monkeypatch):
         for ours, theirs in zip(_cuda(logits.t().contiguous().t(), target, w), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
     monkeypatch.setitem(sys.modules, "sparse_moon.kernels.unknown_aware_loss", None)  # importing it fails
-    for backend in ("auto", "cuda", "reference"):
+    for backend in ("cuda", "reference"):
         with use_backend(backend):
             assert torch.equal(_cuda(logits, target, w)[1], expected[1])
-    with use_backend("kernel"):
-        with pytest.raises(ImportError):
-            _cuda(logits, target, w)
-        assert _cuda(logits.double(), target, w.double())[0].dtype == torch.float64
+    for backend in ("auto", "kernel"):
+        with use_backend(backend):
+            with pytest.raises(ImportError):
+                _cuda(logits, target, w)
+            assert _cuda(logits.double(), target, w.double())[0].dtype == torch.float64
+    monkeypatch.setattr(sys.modules["sparse_moon.ops.unknown_aware_loss"], "has_triton", lambda: False)
+    assert torch.equal(_cuda(logits, target, w)[1], expected[1])
 
 
 @pytest.mark.gpu

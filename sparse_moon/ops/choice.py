@@ -44,7 +44,8 @@ class Work(NamedTuple):
     block: tuple[int, int] = (1, 1)
     """Always (1, 1) on the CPU, where all patterns have one speed."""
     dtype: str = "float32"
-    """Always float32 on the CPU."""
+    """Always float32 on the CPU. On a GPU tf32 where torch allows it for such a product of float32, and bfloat16 for
+    either 16-bit type."""
     channels_last: bool = False
     """Layout of a convolution's activations; always False on a GPU, where kernels take one only."""
 
@@ -60,7 +61,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Use one implementation everywhere inside the block: for tests and measurements.
 
     ``"kernel"`` where there is one for pattern, dtype and device, ``"triton"`` or ``"cuda"`` where there is one of that
-    kind, ``"reference"`` always, ``"auto"`` whichever is faster as far as that was measured.
+    kind, ``"reference"`` for none, ``"auto"`` whichever is faster as far as that was measured.
 
     Raises:
         ValueError: another name.
@@ -79,12 +80,12 @@ def kernel_pays(work: Work, density: float, kind: Literal["cpu", "triton", "cuda
     """Whether to run the sparse kernel, which is of this kind, for this product at this density."""
     if _asked is not None:
         _asked.append(work)
-    return kernel_wanted(kind) or (_backend == "auto" and density <= crossover(work))
+    return _backend in ("kernel", kind) or (_backend == "auto" and density <= crossover(work))
 
 
-def kernel_wanted(kind: Literal["cpu", "triton", "cuda"]) -> bool:
-    """Whether kernels of this kind were asked for, whatever their speed."""
-    return _backend in ("kernel", kind)
+def kernel_runs(kind: Literal["triton", "cuda"]) -> bool:
+    """Whether to run a kernel of this kind that is not a product and is faster at every size."""
+    return _backend in ("auto", "kernel", kind)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Products with blocks and vectors have Triton kernels, unstructured ones CUDA C++ kernels. They run where
 :mod:`sparse_moon.ops.choice` finds that they pay, or where they are asked for; everything else goes to the operator's
 reference, a dense product on the scattered weight (:mod:`sparse_moon.ops.masked_dense`). The small operators have CUDA
-C++ kernels, which run where they are asked for.
+C++ kernels, which run wherever they were built.
 """
 
 import math
@@ -18,11 +18,11 @@ from sparse_moon.ops import sparse_conv2d as conv2d
 from sparse_moon.ops import sparse_linear as linear
 from sparse_moon.ops.average_ import average_reference_
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, random_scores_reference
-from sparse_moon.ops.choice import Pass, Work, kernel_pays, kernel_wanted
+from sparse_moon.ops.choice import Pass, Work, kernel_pays, kernel_runs
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
 from sparse_moon.ops.library import implement
 from sparse_moon.ops.masked_dense import GPU_DTYPES, block_of
-from sparse_moon.ops.native import native_cuda
+from sparse_moon.ops.native import has_triton, native_cuda
 from sparse_moon.ops.sparse_conv2d import Geometry
 from sparse_moon.ops.transpose_index import transpose_index_reference
 from sparse_moon.topology import Index
@@ -37,10 +37,17 @@ def _choose(work: Work, index: tuple[Tensor, ...], takes: Callable[[], bool], *o
         return "reference"
     kind: Literal["triton", "cuda"] = "cuda" if work.block == (1, 1) else "triton"
     blocks = (index[0].numel() - 1) * (index[2].numel() - 1)
-    there = native_cuda is not None if kind == "cuda" else takes()
+    there = native_cuda is not None if kind == "cuda" else has_triton() and takes()
     if there and kernel_pays(work, index[1].numel() / max(blocks, 1), kind):
         return kind
     return "reference"
+
+
+def _speed_dtype(dtype: torch.dtype, tf32: bool) -> str:
+    """As :class:`Work` names it."""
+    if dtype == torch.float32 and tf32:
+        return "tf32"
+    return "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -54,7 +61,8 @@ def _linear_choice(
 ) -> Choice:
     outputs, inputs = (index[0].numel() - 1) * block[0], (index[2].numel() - 1) * block[1]
     tokens, dtype = math.prod(x.shape[:-1]), x.dtype
-    work = Work(pass_, tokens, inputs, outputs, 1, 1, 1, 1, x.device.type, block, str(dtype).removeprefix("torch."))
+    speed = _speed_dtype(dtype, _matmul_tf32())
+    work = Work(pass_, tokens, inputs, outputs, 1, 1, 1, 1, x.device.type, block, speed)
 
     def takes() -> bool:
         from sparse_moon.kernels import sparse_linear
@@ -127,7 +135,7 @@ def _conv2d_choice(
     work = Work(
         pass_, input_shape[0], inputs, outputs, math.prod(geometry.output_size(torch.Size(input_shape))),
         math.prod(kernel), max(geometry.stride), geometry.groups, x.device.type, block,
-        str(x.dtype).removeprefix("torch."),
+        _speed_dtype(x.dtype, _conv_tf32()),
     )  # fmt: skip
 
     def takes() -> bool:
@@ -224,7 +232,7 @@ def _index(index: tuple[Tensor, ...]) -> Index:
 
 def _small_operator(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
-        return (kernel if native_cuda is not None and kernel_wanted("cuda") else reference)(*arguments)
+        return (kernel if native_cuda is not None and kernel_runs("cuda") else reference)(*arguments)
 
     return run
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.choice import kernel_wanted
 from sparse_moon.ops.library import define, implement
-from sparse_moon.ops.native import native
+from sparse_moon.ops.native import has_triton, native
 from sparse_moon.topology import blocks_to_matrix, entry_positions, matrix_to_blocks, matrix_to_weight, weight_to_matrix
 
 # What GPU kernels take.
@@ -101,10 +100,9 @@ if native is not None:
 def scatter_values_cuda(
     values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor
 ) -> Tensor:
-    """One launch, where Triton is asked for and moves the dtype."""
-    if values.dtype not in GPU_DTYPES or not kernel_wanted("triton"):
+    """One launch, where Triton is there and moves the dtype."""
+    if values.dtype not in GPU_DTYPES or not has_triton():
         return scatter_values_reference(values, weight_shape, channels_last, row_ptr, col)
-    # not before it is wanted: Triton is slow to import, and not there on every platform
     from sparse_moon.kernels import masked_dense
 
     weight = _fake_scatter(values, weight_shape, channels_last, row_ptr, col)
@@ -113,8 +111,8 @@ def scatter_values_cuda(
 
 
 def gather_values_cuda(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> Tensor:
-    """One launch, where Triton is asked for and moves the dtype."""
-    if weight.dtype not in GPU_DTYPES or not kernel_wanted("triton"):
+    """One launch, where Triton is there and moves the dtype."""
+    if weight.dtype not in GPU_DTYPES or not has_triton():
         return gather_values_reference(weight, block, row_ptr, col)
     from sparse_moon.kernels import masked_dense
 

@@ -1,7 +1,10 @@
-"""The compiled extensions, each None where it was not built: ``native`` (CPU) and ``native_cuda``."""
+"""What kernels need: the compiled extensions ``native`` (CPU) and ``native_cuda``, each None where it was not built,
+and Triton."""
 
 import importlib
 import warnings
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -43,6 +46,12 @@ def require_cuda() -> ModuleType:
             "sparse_moon was installed without its CUDA kernels; put nvcc on the path or set CUDA_HOME, and reinstall"
         )
     return native_cuda
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not on every platform, and slow to import before it is used."""
+    return find_spec("triton") is not None
 
 
 def current_stream() -> int:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.choice import kernel_wanted
+from sparse_moon.ops.choice import kernel_runs
 from sparse_moon.ops.library import define, implement, register_autograd
-from sparse_moon.ops.native import native
+from sparse_moon.ops.native import has_triton, native
 
 
 class LossStatistics(NamedTuple):
@@ -81,9 +81,8 @@ if native is not None:
 
 
 def _cuda(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if logits.dtype == torch.float64 or not kernel_wanted("triton"):
+    if logits.dtype == torch.float64 or not (has_triton() and kernel_runs("triton")):
         return _forward(logits, target, w)
-    # not before it is wanted: Triton is slow to import, and not there on every platform
     from sparse_moon.kernels.unknown_aware_loss import unknown_aware_loss as launch
 
     outputs = _fake(logits, target, w)
