@@ -725,7 +725,7 @@ LONG_SECTIONS = {"choice": choice}  # not part of "all"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("section", nargs="?", default="all", choices=[*SECTIONS, *LONG_SECTIONS, "all"])
+    parser.add_argument("section", nargs="*", default="all", choices=[*SECTIONS, *LONG_SECTIONS, "all"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--pattern", nargs="+", default=["unstructured"])
@@ -751,7 +751,7 @@ def main() -> None:
     bench = Bench(arguments)
     print(", ".join(f"{k} {v:.0f}" for k, v in bench.ceilings.items()))
     for name, run in (SECTIONS | LONG_SECTIONS).items():
-        if arguments.section == name or (arguments.section == "all" and name in SECTIONS):
+        if name in arguments.section or ("all" in arguments.section and name in SECTIONS):
             with sm.ops.use_backend(arguments.backend):
                 run(bench)
     print(*summarise(bench.rows), sep="\n")

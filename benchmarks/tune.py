@@ -9,7 +9,6 @@ Run it on an otherwise idle machine with as many threads as users have.
 """
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
@@ -42,15 +41,15 @@ def cuda_cases() -> Iterator[Case]:
 
     float32 as torch has it by default: TF32 in convolutions, not in linear layers.
     """
-    patterns = ["block16", "block32", "block64", "block128", "vector8", "vector16", "vector32", "unstructured"]
-    for pattern, dtype in itertools.product(patterns, (torch.bfloat16, torch.float32)):
-        for tokens in (256, 4096):
-            for inputs, outputs in ((1024, 1024), (4096, 4096)):
-                yield nn.Linear(inputs, outputs, bias=False), (tokens, inputs), pattern, dtype
-        for channels, size in ((128, 16), (256, 16), (512, 4)):
-            for batch in (16, 256):
-                shape = (batch, channels, size, size)
-                yield nn.Conv2d(channels, channels, 3, padding=1, bias=False), shape, pattern, dtype
+    blocks, vectors = ["block16", "block32", "block64", "block128"], ["vector8", "vector16", "vector32"]
+    kinds = [(pattern, torch.bfloat16) for pattern in (*blocks, *vectors, "unstructured")]
+    kinds += [(pattern, torch.float32) for pattern in (*blocks, "unstructured")]
+    for pattern, dtype in kinds:
+        for tokens, inputs, outputs in ((256, 1024, 1024), (256, 4096, 4096), (4096, 1024, 1024), (4096, 4096, 4096)):
+            yield nn.Linear(inputs, outputs, bias=False), (tokens, inputs), pattern, dtype
+        for batch, channels, size in ((16, 256, 16), (256, 128, 16), (256, 256, 16), (256, 512, 4)):
+            shape = (batch, channels, size, size)
+            yield nn.Conv2d(channels, channels, 3, padding=1, bias=False), shape, pattern, dtype
         yield nn.Conv2d(256, 1024, 1, bias=False), (256, 256, 8, 8), pattern, dtype
         yield nn.Conv2d(256, 512, 3, 2, padding=1, bias=False), (256, 256, 8, 8), pattern, dtype
 
@@ -134,7 +133,7 @@ def measure(
         return products(sparse(dense, density, pattern), shape, layout)
 
     def gain(pass_: choice.Pass, density: float) -> float:
-        run, seconds = runs(density)[pass_], 0.01 if next(dense.parameters()).is_cuda else 0.05
+        run, seconds = runs(density)[pass_], 0.005 if next(dense.parameters()).is_cuda else 0.05
         kernel, reference = (best_ms(run, backend, seconds=seconds) for backend in ("kernel", "reference"))
         return math.log(reference / kernel)
 

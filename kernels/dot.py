@@ -10,9 +10,11 @@ def round_to_tf32(x):
 
     The matrix unit drops the 13 low bits of its operands, where cuBLAS and cuDNN have rounded before: without that the
     error is larger, and of one sign, so that it does not average out. Half of the last bit kept is added to the
-    magnitude and carries where it must, from an infinity only into the bits that are dropped.
+    magnitude and carries where it must, from an infinity only into the bits that are dropped. What the GPU computes as
+    NaN has all bits set but the sign: there the carry would leave a zero.
     """
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, float("nan"))
 
 
 @triton.jit

@@ -157,6 +157,7 @@ inline void Block::live() {
 #define blockIdx cuda_on_host::block_index
 
 inline void __syncthreads() { cuda_on_host::block.wait(cuda_on_host::Block::State::kAtBlockBarrier); }
+inline void __syncwarp() { cuda_on_host::block.wait(cuda_on_host::Block::State::kAtWarpBarrier); }
 
 template <class T>
 T __shfl_sync(unsigned, T value, uint32_t lane) {

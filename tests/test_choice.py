@@ -154,7 +154,7 @@ def test_each_instruction_set_has_its_table(monkeypatch):
 
 
 def test_kernels_run_on_an_unmeasured_device_only_when_asked_for():
-    work = Work("forward", 128, 64, 64, 256, 9, 1, 1, device="cuda", block=(32, 32), dtype="bfloat16")
+    work = Work("forward", 128, 64, 64, 256, 9, 1, 1, device="xpu", block=(32, 32), dtype="bfloat16")
     assert not choice.kernel_pays(work, 0.001, "triton")
     with choice.use_backend("triton"):
         assert choice.kernel_pays(work, 0.9, "triton") and not choice.kernel_pays(work, 0.001, "cuda")

@@ -141,6 +141,18 @@ def test_tf32(block):
         assert ((a - b).abs() <= 2**-10 * c + 1e-6).all()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], ids=hex)
+def test_nan_in_tf32(bits):
+    """NaN, above all the one that a GPU computes (0x7FFFFFFF), outlives the rounding of either operand."""
+    topology = topology_of([{0}], (16, 16), 1)
+    for place in range(2):
+        x, values, _, grad = operands(topology, 5, torch.float32)
+        (x, values)[place].view(torch.int32)[0] = bits
+        y, dx, dvalues = products(topology, x, values, None, grad, allow_tf32=True)
+        assert y[0].isnan().all()
+        assert (dvalues if place == 0 else dx).isnan().all()
+
+
 def test_takes():
     assert all(kernels.takes(block, dtype) for block in BLOCKS for dtype in (torch.bfloat16, torch.float32))
     assert not kernels.takes((1, 1), torch.float32)

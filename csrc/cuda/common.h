@@ -73,12 +73,15 @@ __device__ inline uint4* dynamic_shared() {
     return memory;
 }
 
-// Starts copying 16 bytes from global to shared memory; wait_for_copies waits for all that this thread has started.
+// Starts copying 16 bytes from global to shared memory. wait_for_copies waits for all that this thread has started,
+// wait_for_earlier_copies for all but those of its last end_of_copies.
 __device__ inline void copy_async(uint4* shared, const uint4* global) {
     const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
+__device__ inline void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void wait_for_earlier_copies() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 #endif  // __CUDACC__
 

@@ -171,53 +171,73 @@ __global__ __launch_bounds__(kLinearThreads, kBlocksPerMultiprocessor) void mult
     const uint4* lines, const int32_t* group_ptr, const uint4* pairs, const T* bias, int64_t tokens, int rows, int cols,
     int slices, int row_groups, int chunks, int chunk_columns, T* output) {
     constexpr int kRows = kSlices * kLinearWarps * kSliceRows;
+    constexpr int kBatchLanes = kBatchGroups * kSliceRows;  // 16 bytes each
     uint4* shared = dynamic_shared();
     const int64_t tile = blockIdx.x / row_groups;
     const int row_group = static_cast<int>(blockIdx.x % row_groups);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % kLineLanes, sub = lane / kLineLanes;
     const int first_slice = row_group * (kRows / kSliceRows) + warp;
     const unsigned char* my_shared = reinterpret_cast<const unsigned char*>(shared + part);
-    pairs += sub;
+    uint4* batches = shared + (chunk_columns + 1) * kLineLanes + warp * kBatches * kBatchLanes;
     lines += tile * cols * kLineLanes;
+    // The pairs come from L2, which takes longer to answer than the warps of a multiprocessor to compute a group each:
+    // so they are asked for a batch ahead, and wait in shared memory.
+    int newest = 0;
+    const auto ask_for = [&](int group) {
+        newest ^= kBatchLanes;
+        if (lane < kBatchLanes) {
+            copy_async(batches + newest + lane, pairs + static_cast<int64_t>(group) * kSliceRows + lane);
+        }
+        end_of_copies();
+    };
 
     if (threadIdx.x < kLineLanes) shared[chunk_columns * kLineLanes + threadIdx.x] = uint4{0, 0, 0, 0};
     float sum[kSlices][kLaneTokens<T>] = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const int first_column = chunk * chunk_columns;
+        // The bounds of one slice are read ahead of their use too; every slice has a group.
+        const auto bounds_of = [&](int slice) {
+            return group_ptr + static_cast<int64_t>(slice) * (chunks + 1) + chunk;
+        };
+        int begin = 0, end = 0;
+        if (first_slice < slices) {
+            const int32_t* bounds = bounds_of(first_slice);
+            begin = bounds[0];
+            end = bounds[1];
+            ask_for(begin);
+        }
         fill<kLinearThreads>(shared, lines + static_cast<int64_t>(first_column) * kLineLanes,
                              min(chunk_columns, cols - first_column));
         if (first_slice >= slices) continue;
-        // The pairs of one group, and the bounds of one slice, are read ahead of their use; every slice has a group.
-        const int32_t* bounds = group_ptr + static_cast<int64_t>(first_slice) * (chunks + 1) + chunk;
-        int begin = bounds[0], end = bounds[1];
-        uint4 two = __ldg(pairs + static_cast<int64_t>(begin) * kSliceRows);
 #pragma unroll
         for (int i = 0; i < kSlices; ++i) {
             if (first_slice + i * kLinearWarps >= slices) break;
             int next_begin = begin, next_end = end;
             if (i + 1 < kSlices && first_slice + (i + 1) * kLinearWarps < slices) {
-                bounds += static_cast<int64_t>(kLinearWarps) * (chunks + 1);
+                const int32_t* bounds = bounds_of(first_slice + (i + 1) * kLinearWarps);
                 next_begin = bounds[0];
                 next_end = bounds[1];
             }
-            const uint4* group = pairs + static_cast<int64_t>(begin) * kSliceRows;
 #pragma unroll 1
-            for (int left = end - begin; left > 1; --left) {
-                group += kSliceRows;
-                const uint4 next = __ldg(group);
-                multiply_add<T>(my_shared, two, sum[i]);
-                two = next;
-            }
-            const uint4 next = __ldg(pairs + static_cast<int64_t>(next_begin) * kSliceRows);
-            multiply_add<T>(my_shared, two, sum[i]);
-            two = next;
+            do {
+                const uint4* two = batches + newest + sub;
+                const int count = min(kBatchGroups, end - begin);
+                begin += count;
+                ask_for(begin < end ? begin : next_begin);
+                wait_for_earlier_copies();
+                __syncwarp();
+#pragma unroll 1
+                for (int g = 0; g < count; ++g) multiply_add<T>(my_shared, two[g * kSliceRows], sum[i]);
+                __syncwarp();
+            } while (begin < end);
             begin = next_begin;
             end = next_end;
         }
     }
 
     // Through shared memory to rows of outputs; one float beside each token's row keeps the writes free of conflicts.
+    wait_for_copies();
     __syncthreads();
     float(*square)[kRows + 1] = reinterpret_cast<float(*)[kRows + 1]>(shared);
 #pragma unroll

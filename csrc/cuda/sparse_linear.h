@@ -22,10 +22,13 @@ constexpr int kLineBytes = 128, kLineLanes = 8;  // a lane reads 16 bytes of a l
 constexpr int kLinearThreads = 512, kLinearWarps = kLinearThreads / 32;
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kSliceRows = 32 / kLineLanes;
-constexpr int kGroupSteps = 2, kGroupPairs = kSliceRows * kGroupSteps;  // pairs are read 64 bytes (a group) at a time
+constexpr int kGroupSteps = 2, kGroupPairs = kSliceRows * kGroupSteps;  // pairs come in groups of 64 bytes
+constexpr int kBatchGroups = 4, kBatches = 2;  // groups that a warp brings to shared memory at once, one batch ahead
+constexpr int64_t kBatchBytes = kBatchGroups * kGroupPairs * 8;
 
-// Columns of a chunk: two blocks with their chunks fit the 228 KB of a Hopper multiprocessor (each block costs 1 KB).
-constexpr int64_t kProductColumns = 896, kGradColumns = 704;
+// Columns of a chunk: two blocks with their chunks (and batches of pairs, in the product) fit the 228 KB of a Hopper
+// multiprocessor (each block costs 1 KB).
+constexpr int64_t kProductColumns = 832, kGradColumns = 704;
 
 // Items of a block in the values' gradient: each of its 48 groups of eight lanes keeps the sums of 20. With a third
 // more threads there would be fewer registers than that needs.
@@ -80,9 +83,11 @@ constexpr ProductPlan product_plan(DType dtype, int64_t tokens, int64_t rows, in
     p.chunks = chunks_of(cols, kProductColumns);
     p.pointers = round_up(lines_bytes(dtype, tokens, cols), kAlignment);
     p.pairs = p.pointers + round_up(p.slices * (p.chunks.count + 1) * 4, kAlignment);
-    p.workspace_bytes = p.pairs + (first_group(p.slices, n, p.chunks.count) + 1) * kGroupPairs * 8;
-    // the chunk and a line of zeros; at the end the outputs, transposed, one float beside each row
-    p.shared_bytes = std::max((p.chunks.columns + 1) * kLineBytes, tokens_per_line(dtype) * (p.rows_per_block + 1) * 4);
+    // a batch that begins with the last group reads beyond it
+    p.workspace_bytes = p.pairs + (first_group(p.slices, n, p.chunks.count) + kBatchGroups) * kGroupPairs * 8;
+    // the chunk, a line of zeros and the batches; at the end the outputs, transposed, one float beside each row
+    p.shared_bytes = std::max((p.chunks.columns + 1) * kLineBytes + kLinearWarps * kBatches * kBatchBytes,
+                              tokens_per_line(dtype) * (p.rows_per_block + 1) * 4);
     return p;
 }
 
