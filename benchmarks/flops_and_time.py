@@ -576,9 +576,8 @@ def _two_topk(weight: Tensor, grad: Tensor, mask: Tensor, count: int) -> Tensor:
     """The update as public ports have it: a dense mask and a top-k over all weights each way."""
     flat, new = weight.abs().flatten(), mask.flatten().clone()
     dropped = torch.where(new, flat, torch.inf).topk(count, largest=False).indices
-    new[dropped] = False
-    new[torch.where(new, -1.0, grad.abs().flatten()).topk(count).indices] = True
-    return new
+    new.index_fill_(0, dropped, False)
+    return new.index_fill_(0, torch.where(new, -1.0, grad.abs().flatten()).topk(count).indices, True)
 
 
 def loss(bench: Bench) -> None:

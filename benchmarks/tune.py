@@ -133,8 +133,9 @@ def measure(
         return products(sparse(dense, density, pattern), shape, layout)
 
     def gain(pass_: choice.Pass, density: float) -> float:
-        run, seconds = runs(density)[pass_], 0.005 if next(dense.parameters()).is_cuda else 0.05
-        kernel, reference = (best_ms(run, backend, seconds=seconds) for backend in ("kernel", "reference"))
+        run, device = runs(density)[pass_], next(dense.parameters()).device
+        seconds = 0.001 if device.type == "cuda" else 0.05
+        kernel, reference = (best_ms(run, backend, device, seconds=seconds) for backend in ("kernel", "reference"))
         return math.log(reference / kernel)
 
     rows: list[dict[str, Any]] = []

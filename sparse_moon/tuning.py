@@ -57,7 +57,7 @@ def tune_layer(
     chosen: dict[Pass, Backend] = {}
     density = 1.0 - layer.sparsity
     for pass_, run in products(layer, input_shape, memory_format).items():
-        times = {backend: best_ms(run, backend) for backend in ("kernel", "reference")}
+        times = {backend: best_ms(run, backend, layer.values.device) for backend in ("kernel", "reference")}
         chosen[pass_] = "kernel" if times["kernel"] <= times["reference"] else "reference"
         with choice.asked_for() as works:
             run()
@@ -114,22 +114,39 @@ def products(
     return runs
 
 
-def best_ms(run: Callable[[], Any], backend: Backend, *, seconds: float = 0.05, least: int = 3) -> float:
+def best_ms(
+    run: Callable[[], Any], backend: Backend, device: torch.device, *, seconds: float = 0.05, least: int = 3
+) -> float:
     """Shortest time of a product on one backend, in milliseconds, over ``least`` runs or more, after a first one.
 
-    On a GPU each of these is the mean of several, which the host launches ahead of the GPU, as training does.
+    On a GPU its own time, without the host's: that is what a model's layers have in common with this one product, where
+    the host runs ahead, and what a CUDA graph leaves.
     """
-    gpu = torch.cuda.is_initialized()
-    together, wait = (5, torch.cuda.synchronize) if gpu else (1, lambda: None)
+    measure = _gpu_ms if device.type == "cuda" else _host_ms
     with choice.use_backend(backend):
         run()
         best, spent, runs = float("inf"), 0.0, 0
         while runs < least or (spent < seconds and runs < 50):
-            wait()
-            begin = time.perf_counter()
-            for _ in range(together):
-                run()
-            wait()
-            taken = time.perf_counter() - begin
-            best, spent, runs = min(best, taken / together), spent + taken, runs + 1
-    return 1e3 * best
+            taken = measure(run)
+            best, spent, runs = min(best, taken), spent + 1e-3 * taken, runs + 1
+    return best
+
+
+def _host_ms(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _gpu_ms(run: Callable[[], Any], together: int = 5) -> float:
+    """Of one of several runs, which the host has launched before the GPU begins with the first."""
+    torch.cuda.synchronize()
+    launching = 1e-3 * _host_ms(run)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(2 * together * launching * 2e9))  # clocks, of some 2 GHz
+    start.record()
+    for _ in range(together):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / together
