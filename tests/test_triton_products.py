@@ -166,6 +166,16 @@ def test_layers_on_the_gpu(pattern, dtype, backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["unstructured", "block64"])
+def test_tune_takes_the_kernel_of_a_very_sparse_layer_on_the_gpu(pattern, monkeypatch):
+    monkeypatch.setattr(choice, "_measured", {})
+    layer = sm.SparseLinear(4096, 4096, sparsity=0.99, pattern=pattern, device="cuda")
+    chosen = sm.tuning.tune_layer(layer, (4096, 4096))
+    assert set(chosen.values()) == {"kernel"}  # many times as fast
+    assert sm.tuning.chosen_backends(layer, (4096, 4096)) == chosen
+
+
+@pytest.mark.gpu
 def test_an_update_on_the_gpu_chooses_as_on_the_cpu():
     """SET's choice depends on weights and counters alone, so not on how a device rounds."""
     torch.manual_seed(0)
