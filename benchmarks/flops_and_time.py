@@ -749,8 +749,9 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # as dense users have it
     bench = Bench(arguments)
     print(", ".join(f"{k} {v:.0f}" for k, v in bench.ceilings.items()))
+    sections = [arguments.section] if isinstance(arguments.section, str) else arguments.section  # the default is one
     for name, run in (SECTIONS | LONG_SECTIONS).items():
-        if name in arguments.section or ("all" in arguments.section and name in SECTIONS):
+        if name in sections or ("all" in sections and name in SECTIONS):
             with sm.ops.use_backend(arguments.backend):
                 run(bench)
     print(*summarise(bench.rows), sep="\n")

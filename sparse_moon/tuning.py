@@ -119,8 +119,8 @@ def best_ms(
 ) -> float:
     """Shortest time of a product on one backend, in milliseconds, over ``least`` runs or more, after a first one.
 
-    On a GPU its own time, without the host's: that is what a model's layers have in common with this one product, where
-    the host runs ahead, and what a CUDA graph leaves.
+    On a GPU its own time, without the host's, behind which a small product's would hide: in training the host runs
+    ahead, and in a CUDA graph it has nothing to do.
     """
     measure = _gpu_ms if device.type == "cuda" else _host_ms
     with choice.use_backend(backend):

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <map>
+#include <utility>
 
 #include "cuda_block.h"
 
@@ -18,12 +19,11 @@ namespace cuda_on_host {
 inline std::unique_ptr<uint4[]> shared;
 inline int multiprocessor_count = 4;
 
-struct Copy {
-    uint4* to;
-    const uint4* from;
-    bool ends_group;  // and nothing else
+// A thread's copies that nobody has waited for: since its last end_of_copies, before that, and before the one before.
+struct Copies {
+    std::vector<std::pair<uint4*, const uint4*>> open, last, earlier;
 };
-inline std::map<uint32_t, std::vector<Copy>> copies;  // by thread, started and not waited for
+inline std::map<uint32_t, Copies> copies;  // by thread
 
 }  // namespace cuda_on_host
 
@@ -49,22 +49,21 @@ namespace sparse_moon::cuda {
 inline uint4* dynamic_shared() { return cuda_on_host::shared.get(); }
 // Copies happen as late as they may: when their thread waits for them.
 inline void copy_async(uint4* shared, const uint4* global) {
-    cuda_on_host::copies[threadIdx.x].push_back({shared, global, false});
+    cuda_on_host::copies[threadIdx.x].open.push_back({shared, global});
 }
-inline void copy_now(bool all) {
-    auto& copies = cuda_on_host::copies[threadIdx.x];
-    size_t count = copies.size();
-    while (!all && count > 0 && !copies[count - 1].ends_group) --count;  // since the last end of a group: none so far
-    if (!all && count > 0) --count;
-    while (!all && count > 0 && !copies[count - 1].ends_group) --count;  // the last group
-    for (size_t i = 0; i < count; ++i) {
-        if (copies[i].to) *copies[i].to = *copies[i].from;
-    }
-    copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
+inline void end_of_copies() {
+    auto& [open, last, earlier] = cuda_on_host::copies[threadIdx.x];
+    earlier.insert(earlier.end(), last.begin(), last.end());
+    last = std::exchange(open, {});
 }
-inline void end_of_copies() { cuda_on_host::copies[threadIdx.x].push_back({nullptr, nullptr, true}); }
-inline void wait_for_copies() { copy_now(true); }
-inline void wait_for_earlier_copies() { copy_now(false); }
+inline void wait_for_earlier_copies() {
+    for (const auto& [to, from] : std::exchange(cuda_on_host::copies[threadIdx.x].earlier, {})) *to = *from;
+}
+inline void wait_for_copies() {
+    end_of_copies();
+    end_of_copies();
+    wait_for_earlier_copies();
+}
 inline int multiprocessors(const char*) { return cuda_on_host::multiprocessor_count; }
 
 template <class... Parameters, class... Arguments>

@@ -172,6 +172,7 @@ __global__ __launch_bounds__(kLinearThreads, kBlocksPerMultiprocessor) void mult
     int slices, int row_groups, int chunks, int chunk_columns, T* output) {
     constexpr int kRows = kSlices * kLinearWarps * kSliceRows;
     constexpr int kBatchLanes = kBatchGroups * kSliceRows;  // 16 bytes each
+    static_assert(kBatches == 2 && kBatchLanes <= 32, "a warp turns from one to the other, and copies one at once");
     uint4* shared = dynamic_shared();
     const int64_t tile = blockIdx.x / row_groups;
     const int row_group = static_cast<int>(blockIdx.x % row_groups);
