@@ -140,7 +140,7 @@ def measure(
 
     rows: list[dict[str, Any]] = []
     for pass_, run in runs(DENSITIES[-1]).items():
-        with choice.asked_for() as works:
+        with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
         if not known.issuperset(works):
             found = round(crossover(partial(gain, pass_)), 4)

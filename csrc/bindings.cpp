@@ -19,6 +19,7 @@
 #include "cpu/sparse_linear.h"
 #include "cpu/transpose_index.h"
 #include "cpu/unknown_aware_loss.h"
+#include "cpu/winograd.h"
 
 namespace py = pybind11;
 
@@ -148,6 +149,40 @@ void bind_sparse_products(py::module_& m) {
         },
         py::arg("conv"), py::arg("weight"), py::arg("grad"), py::arg("grad_channels_last"), py::arg("input"),
         py::arg("input_channels_last"), py::arg("input_grad"), py::arg("values_grad"), py::arg("threads"));
+}
+
+void bind_winograd(py::module_& m) {
+    using Address = std::uintptr_t;
+    m.def(
+        "winograd_conv2d",
+        [](const ConvTuple& conv, Address weight, Address input, Address bias, Address output, bool channels_last,
+           int threads) {
+            py::gil_scoped_release unlocked;
+            sparse_moon::winograd_conv2d(conv2d(conv), pointer<const float>(weight), pointer<const float>(input),
+                                         pointer<const float>(bias), pointer<float>(output), channels_last, threads);
+        },
+        py::arg("conv"), py::arg("weight"), py::arg("input"), py::arg("bias"), py::arg("output"),
+        py::arg("channels_last"), py::arg("threads"));
+    m.def(
+        "winograd_input_grad",
+        [](const ConvTuple& conv, Address weight, Address grad, Address input_grad, bool channels_last, int threads) {
+            py::gil_scoped_release unlocked;
+            sparse_moon::winograd_input_grad(conv2d(conv), pointer<const float>(weight), pointer<const float>(grad),
+                                             pointer<float>(input_grad), channels_last, threads);
+        },
+        py::arg("conv"), py::arg("weight"), py::arg("grad"), py::arg("input_grad"), py::arg("channels_last"),
+        py::arg("threads"));
+    m.def(
+        "winograd_weight_grad",
+        [](const ConvTuple& conv, Address grad, bool grad_channels_last, Address input, bool input_channels_last,
+           Address weight_grad, int threads) {
+            py::gil_scoped_release unlocked;
+            sparse_moon::winograd_weight_grad(conv2d(conv), pointer<const float>(grad), grad_channels_last,
+                                              pointer<const float>(input), input_channels_last,
+                                              pointer<float>(weight_grad), threads);
+        },
+        py::arg("conv"), py::arg("grad"), py::arg("grad_channels_last"), py::arg("input"),
+        py::arg("input_channels_last"), py::arg("weight_grad"), py::arg("threads"));
 }
 
 // Block rows, block shape, elements of a dense row, taps, strides of channel and tap, addresses of row_ptr and col,
@@ -281,6 +316,7 @@ void bind_small_operators(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
     bind_small_operators(m);
     bind_sparse_products(m);
+    bind_winograd(m);
     bind_masked_dense(m);
     bind_batch_norm_relu(m);
     m.def(

@@ -59,7 +59,7 @@ def tune_layer(
     for pass_, run in products(layer, input_shape, memory_format).items():
         times = {backend: best_ms(run, backend, layer.values.device) for backend in ("kernel", "reference")}
         chosen[pass_] = "kernel" if times["kernel"] <= times["reference"] else "reference"
-        with choice.asked_for() as works:
+        with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
         for work in works:
             choice.remember(work, density if chosen[pass_] == "kernel" else 0.99 * density)
@@ -73,7 +73,7 @@ def chosen_backends(
     density = 1.0 - layer.sparsity
     chosen: dict[Pass, Backend] = {}
     for pass_, run in products(layer, input_shape, memory_format).items():
-        with choice.asked_for() as works:
+        with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
         kernel = works and all(density <= choice.crossover(work) for work in works)
         chosen[pass_] = "kernel" if kernel else "reference"

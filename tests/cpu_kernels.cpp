@@ -11,6 +11,7 @@
 #include "cpu/sparse_conv2d.h"
 #include "cpu/sparse_linear.h"
 #include "cpu/transpose_index.h"
+#include "cpu/winograd.h"
 
 using namespace sparse_moon;
 
@@ -102,6 +103,23 @@ void check_linear(int64_t tokens, int64_t in, int64_t out, int64_t bh, int64_t b
     }
 }
 
+// The same products as a dense convolution's; dv are those of the weight's entries.
+void check_winograd(const Conv2d& conv, const Weight& weight, const std::string& isa, bool channels_last,
+                    const std::vector<float>& x, const std::vector<float>& grad, const std::vector<double>& y,
+                    const std::vector<double>& dx, const std::vector<double>& dv) {
+    std::vector<float> dense(conv.out_channels * conv.in_channels * 9), got_dense(dense.size(), NAN);
+    std::vector<float> got_y(y.size(), NAN), got_dx(dx.size(), NAN), got_dv(dv.size(), NAN);
+    const auto at = [&](int64_t row, int64_t column) { return row * conv.in_channels * 9 + column; };
+    weight.each([&](int64_t row, int64_t col, int64_t place) { dense[at(row, col)] = weight.values[place]; });
+    winograd_conv2d(conv, dense.data(), x.data(), nullptr, got_y.data(), channels_last, 2);
+    winograd_input_grad(conv, dense.data(), grad.data(), got_dx.data(), channels_last, 2);
+    winograd_weight_grad(conv, grad.data(), channels_last, x.data(), channels_last, got_dense.data(), 2);
+    weight.each([&](int64_t row, int64_t col, int64_t place) { got_dv[place] = got_dense[at(row, col)]; });
+    compare("winograd_conv2d", isa, got_y, y);
+    compare("winograd_input_grad", isa, got_dx, dx);
+    compare("winograd_weight_grad", isa, got_dv, dv);
+}
+
 void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool channels_last) {
     for (int d = 0; d < 2; ++d) {
         const int64_t reach = conv.dilation[d] * (conv.kernel[d] - 1) + 1;
@@ -136,9 +154,12 @@ void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool chan
             }
         }
     });
+    bool plain = conv.groups == 1 && bw == 1;
+    for (int d = 0; d < 2; ++d) plain = plain && conv.kernel[d] == 3 && conv.stride[d] == 1 && conv.dilation[d] == 1;
     for (const std::string& isa : supported_isas()) {
+        set_isa(isa);
+        if (plain) check_winograd(conv, weight, isa, channels_last, x, grad, y, dx, dv);
         for (const FlatPanels flat : {FlatPanels::kWherePossible, FlatPanels::kNever}) {
-            set_isa(isa);
             set_flat_panels(flat);
             std::vector<float> got_y(y.size(), NAN), got_dx(dx.size(), NAN), got_dv(dv.size(), NAN);
             sparse_conv2d(conv, weight.matrix, x.data(), nullptr, got_y.data(), channels_last, 2);

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
+import sparse_moon as sm
 from sparse_moon.ops import cpu, use_backend
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import Geometry
@@ -80,9 +83,24 @@ def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: t
             assert_as_good_as_dense(*result)
 
 
+@contextmanager
+def by_winograd():
+    """Dense products instead of the sparse kernels, those of Winograd also where they are slow."""
+    before, cpu._LEAST_TILES = cpu._LEAST_TILES, 1
+    cpu._plan.cache_clear()
+    try:
+        with use_backend("reference"):
+            yield
+    finally:
+        cpu._LEAST_TILES = before
+        cpu._plan.cache_clear()
+
+
 def check_conv2d(
-    x: Tensor, geometry: Geometry, block: tuple[int, int], density: float, grad_channels_last: bool, bias: bool
-) -> None:
+    x: Tensor, geometry: Geometry, block: tuple[int, int], density: float, grad_channels_last: bool, bias: bool,
+    ways: tuple[str, ...] = ("possible", "never"),
+) -> None:  # fmt: skip
+    """With flat panels wherever possible and without them, or ``"winograd"``."""
     shape, options = tuple(geometry.weight_shape), geometry[1:4]
     topology = Topology.random((shape[0], shape[1] * shape[2] * shape[3]), density, block)
     values = torch.randn(topology.values_shape)
@@ -104,15 +122,16 @@ def check_conv2d(
     operands = [None if t is None else t.double() for t in (x, grad, weight, added)]
     exact = products(*operands)
     sizes = products(*(None if t is None else t.abs() for t in operands))
-    for name, flat in product(ISAS, ("possible", "never")):
+    for name, way in product(ISAS, ways):
         native.set_isa(name)
-        native.set_flat_panels(flat)
-        ours = (
-            cpu._conv2d(x, values, added, None, *geometry, *index),
-            cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
-            cpu._conv2d_values_grad(grad, x, list(block), *geometry, *index),
-        )
-        together = cpu._conv2d_grads(grad, x, values, *geometry, *index)
+        native.set_flat_panels("never" if way == "winograd" else way)
+        with by_winograd() if way == "winograd" else nullcontext():
+            ours = (
+                cpu._conv2d(x, values, added, None, *geometry, *index),
+                cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
+                cpu._conv2d_values_grad(grad, x, list(block), *geometry, *index),
+            )
+            together = cpu._conv2d_grads(grad, x, values, *geometry, *index)
         for result in zip((*ours, *together), *(r + r[1:] for r in (dense, exact, sizes)), strict=True):
             assert_as_good_as_dense(*result)
 
@@ -216,6 +235,86 @@ def test_conv2d_of_many_channels_in_chunks(channels_last, stride, size, block):
     check_conv2d(x, Geometry((70, 96, 3, 3), (stride,) * 2, (1, 1), (1, 1), 1), block, 0.5, channels_last, True)
 
 
+@settings(max_examples=40)
+@given(
+    batch=st.sampled_from([1, 2, 3, 9]),
+    size=st.tuples(st.sampled_from([4, 5, 7, 16]), st.sampled_from([4, 6, 9, 33])),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    channels=st.tuples(st.sampled_from([16, 18, 40, 146]), st.sampled_from([16, 26, 34])),
+    block=st.sampled_from([(1, 1), (2, 2)]),
+    density=st.sampled_from([0.0, 0.5, 1.0]),
+    bias=st.booleans(),
+    layouts=st.tuples(st.booleans(), st.booleans()),
+)
+def test_conv2d_by_winograd(batch, size, padding, channels, block, density, bias, layouts):
+    geometry = Geometry((channels[1], channels[0], 3, 3), (1, 1), padding, (1, 1), 1)
+    x = in_layout(torch.randn(batch, channels[0], *size), layouts[0])
+    assume(min(geometry.output_size(x.shape)) >= 4)
+    with by_winograd():
+        assert cpu._plan(tuple(x.shape), geometry, torch.contiguous_format).winograd
+    check_conv2d(x, geometry, block, density, layouts[1], bias, ("winograd",))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_conv2d_by_winograd_with_results_written_past_the_caches(channels_last):
+    geometry = Geometry((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    x = in_layout(torch.randn(33, 16, 64, 64), channels_last)
+    check_conv2d(x, geometry, (1, 1), 0.9, channels_last, True, ("winograd",))
+
+
+def test_winograd_with_any_number_of_threads():
+    """Fewer units of work than threads too; only the sums of the weight's gradient depend on their number."""
+    x, values, index = torch.randn(2, 16, 9, 40), torch.randn(20 * 16 * 9), Topology.random((20, 144), 1.0).index
+    geometry, grad = Geometry((20, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1), torch.randn(2, 20, 9, 40)
+    exact = conv2d_weight(x.double(), geometry.weight_shape, grad.double(), padding=1).flatten(1)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            with by_winograd():
+                results.append((
+                    cpu._conv2d(x, values, None, None, *geometry, *index),
+                    cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
+                ))  # fmt: skip
+                weight_grad, again = (cpu._conv2d_dense_grad(grad, x, 1, *geometry) for _ in range(2))
+            assert torch.equal(weight_grad, again)
+            torch.testing.assert_close(weight_grad.double(), exact, rtol=1e-5, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_winograd_where_it_is_the_faster_one(monkeypatch):
+    """Plain 3 x 3 convolutions in float32, with enough to do; then of all products that are not sparse."""
+    calls = []
+    for name in ("winograd_conv2d", "winograd_input_grad", "winograd_weight_grad"):
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
+
+    def calls_of(shape=(8, 16, 8, 8), dtype=torch.float32, backend="reference", **options):
+        layer = sm.SparseConv2d(shape[1], 16, sparsity=0.5, bias=False, **{"kernel_size": 3, "padding": 1} | options)
+        x = torch.randn(shape, dtype=dtype, requires_grad=True)
+        calls.clear()
+        with use_backend(backend):
+            layer.to(dtype)(x).sum().backward()
+        return calls.copy()
+
+    assert calls_of() == ["winograd_conv2d", "winograd_input_grad", "winograd_weight_grad"]
+    assert calls_of(backend="kernel") == calls_of(dtype=torch.float64) == calls_of(dtype=torch.bfloat16) == []
+    assert calls_of(stride=2) == calls_of(kernel_size=5) == calls_of(groups=2) == calls_of(dilation=2) == []
+    assert calls_of((8, 15, 8, 8)) == calls_of((1, 16, 8, 8)) == calls_of((50, 16, 3, 8)) == []
+
+
+def test_not_a_number_stays_one_by_winograd():
+    geometry = Geometry((16, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    topology, x = Topology.random((16, 144), 1.0), torch.randn(8, 16, 8, 8)
+    x[3, 5, 2, 2] = torch.nan
+    with by_winograd():
+        y = cpu._conv2d(x, torch.randn(topology.nnz), None, None, *geometry, *topology.index)
+    assert y[3, :, 1:4, 1:4].isnan().all() and y[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
+
+
 def test_linear_with_results_written_past_the_caches():
     """Whole cache lines in the forward pass, which bypass the caches, and rows that are not whole lines."""
     check_linear((1100,), 8, 1920, (1, 1), 0.3)
@@ -317,7 +416,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path, sani
     compile_ = sanitizing_compiler("-O0", "-g1", "-fopenmp")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     extra = {"kernels_avx512": ["-mavx512f", "-mfma"], "kernels_avx2": ["-mavx2", "-mfma"]} if x86 else {}
-    products = ["sparse_conv2d", "sparse_linear", "batch_norm_relu"]
+    products = ["sparse_conv2d", "sparse_linear", "winograd", "batch_norm_relu"]
     names = ["kernels_avx512", "kernels_avx2", "kernels_generic", "dispatch", "transpose_index", *products]
     sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in names]
     sources.append(ROOT / "tests" / "cpu_kernels.cpp")

@@ -152,6 +152,43 @@ struct FlatDotsJob {
     int threads;
 };
 
+// How the batch of a dense 3 x 3 convolution is cut into tiles of 2 x 2 positions of `target`, which come in bands of
+// rows of an image. Source position y - padding of an image is the first that target position y sees.
+struct WinogradTiles {
+    int64_t batch;
+    Planes source, target;
+    int64_t padding[2];
+    int64_t down, across;  // tiles of an image
+    int64_t band_rows;     // rows of tiles of a band
+    int64_t chunk_bands;   // bands that are multiplied as one
+    PanelShape source_panel, target_panel;  // of kLanes channels of a band, a channel a lane
+    char* scratch;  // [threads][what the job needs] bytes, 64-byte aligned
+    int64_t thread_scratch;
+    int threads;
+};
+
+// Transforms a weight of 3 x 3 taps, those of an output and an input at taps + output * output_stride + input *
+// input_stride, rotated by half a turn where `mirrored`.
+struct WinogradWeight {
+    const float* taps;
+    int64_t outputs, inputs;
+    int64_t output_stride, input_stride;
+    bool mirrored;
+    float* products;  // [16][outputs in whole vectors][inputs] out
+    int threads;
+};
+
+struct WinogradConv2d : WinogradTiles {
+    const float* weight;  // WinogradWeight::products
+    const float* bias;    // [target.channels] or null
+    bool streaming;       // as in CorrelateJob
+};
+
+// `target` is the gradient of the output.
+struct WinogradWeightGrad : WinogradTiles {
+    float* weight_grad;  // [target.channels][source.channels][3][3]
+};
+
 // A block-compressed matrix; see sparse_moon/topology.py for the meaning of each array.
 struct SparseMatrix {
     int64_t rows, cols;                // in elements
@@ -204,6 +241,11 @@ struct Kernels {
     void (*flat_correlate)(const FlatCorrelateJob&);
     int64_t (*flat_dots_scratch)(const FlatDotsJob&);  // bytes a thread, whole cache lines
     void (*flat_dots)(const FlatDotsJob&);
+    void (*winograd_weight)(const WinogradWeight&);
+    int64_t (*winograd_conv2d_scratch)(const WinogradConv2d&);  // bytes a thread, whole vectors
+    void (*winograd_conv2d)(const WinogradConv2d&);
+    int64_t (*winograd_weight_grad_scratch)(const WinogradWeightGrad&);  // bytes a thread, whole vectors
+    void (*winograd_weight_grad)(const WinogradWeightGrad&);
     int64_t (*linear_scratch)(const LinearJob&);  // bytes in all
     void (*linear)(const LinearJob&);
     int64_t (*linear_dots_scratch)(const LinearDotsJob&);  // bytes in all

@@ -4,6 +4,7 @@
 #include "flat_kernels.h"
 #include "sparse_conv2d_kernels.h"
 #include "sparse_linear_kernels.h"
+#include "winograd_kernels.h"
 
 #define SPARSE_MOON_STRING(name) #name
 #define SPARSE_MOON_NAME(name) SPARSE_MOON_STRING(name)
@@ -25,6 +26,11 @@ const Kernels kKernels = {
     flat_correlate,
     flat_dots_scratch,
     flat_dots,
+    winograd_weight,
+    winograd_conv2d_scratch,
+    winograd_conv2d,
+    winograd_weight_grad_scratch,
+    winograd_weight_grad,
     linear_scratch,
     linear,
     linear_dots_scratch,

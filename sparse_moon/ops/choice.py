@@ -1,10 +1,10 @@
 """Which implementation of a product runs: the sparse kernel, or a dense product on the scattered weight.
 
-The dense one (the operator's reference) wins where little is sparse. Each pass of each shape has a crossover, the
-density up to which the kernel is faster. Crossovers of many shapes were measured (``crossover_cpu_avx2.json`` and its
-like, which ``benchmarks/tune.py`` writes); a shape that is not among them takes that of its nearest neighbour, or the
-one that :func:`sparse_moon.tuning.tune` has measured for it. On a kind of device that no table was measured on, kernels
-run only where the user's process has measured them, or asked for them.
+The dense one (the operator's reference, or on the CPU Winograd's products) wins where little is sparse. Each pass of
+each shape has a crossover, the density up to which the kernel is faster. Crossovers of many shapes were measured
+(``crossover_cpu_avx2.json`` and its like, which ``benchmarks/tune.py`` writes); a shape that is not among them takes
+that of its nearest neighbour, or the one that :func:`sparse_moon.tuning.tune` has measured for it. On a kind of device
+that no table was measured on, kernels run only where the user's process has measured them, or asked for them.
 """
 
 import json
@@ -61,7 +61,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Use one implementation everywhere inside the block: for tests and measurements.
 
     ``"kernel"`` where there is one for pattern, dtype and device, ``"triton"`` or ``"cuda"`` where there is one of that
-    kind, ``"reference"`` for none, ``"auto"`` whichever is faster as far as that was measured.
+    kind, ``"reference"`` for dense products, ``"auto"`` whichever is faster as far as that was measured.
 
     Raises:
         ValueError: another name.

@@ -114,7 +114,7 @@ def _dense_grad(grad: Tensor, input: Tensor, block_width: int, *spec: Any) -> Te
 
 def _values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *spec: Any) -> Tensor:
     geometry, index = _split(spec)
-    return call("gather_values", _weight_grad(grad, input, geometry), block, *index[:2])
+    return call("gather_values", call("sparse_conv2d_dense_grad", grad, input, block[1], *geometry), block, *index[:2])
 
 
 def _fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
