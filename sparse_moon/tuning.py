@@ -1,5 +1,6 @@
 """Measure, once and on this machine, which implementation of a model's sparse products is faster."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,8 +58,7 @@ def tune_layer(
     chosen: dict[Pass, Backend] = {}
     density = 1.0 - layer.sparsity
     for pass_, run in products(layer, input_shape, memory_format).items():
-        times = {backend: best_ms(run, backend, layer.values.device) for backend in ("kernel", "reference")}
-        chosen[pass_] = "kernel" if times["kernel"] <= times["reference"] else "reference"
+        chosen[pass_] = "kernel" if kernel_gain(run, layer.values.device) >= 1.0 else "reference"
         with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
         for work in works:
@@ -114,22 +114,28 @@ def products(
     return runs
 
 
-def best_ms(
-    run: Callable[[], Any], backend: Backend, device: torch.device, *, seconds: float = 0.05, least: int = 3
-) -> float:
-    """Shortest time of a product on one backend, in milliseconds, over ``least`` runs or more, after a first one.
+def kernel_gain(run: Callable[[], Any], device: torch.device, *, seconds: float = 0.05, least: int = 3) -> float:
+    """How many times as fast a product is by its kernel as by the dense product.
+
+    The ratio of the shortest times over ``least`` runs or more, up to about ``seconds`` of each, after a first one.
+    They take turns, so that what else the machine does for a moment disturbs both.
 
     On a GPU its own time, without the host's, behind which a small product's would hide: in training the host runs
     ahead, and in a CUDA graph it has nothing to do.
     """
     measure = _gpu_ms if device.type == "cuda" else _host_ms
-    with choice.use_backend(backend):
-        run()
-        best, spent, runs = float("inf"), 0.0, 0
-        while runs < least or (spent < seconds and runs < 50):
-            taken = measure(run)
-            best, spent, runs = min(best, taken), spent + 1e-3 * taken, runs + 1
-    return best
+    best: dict[Backend, float] = {"kernel": math.inf, "reference": math.inf}
+    for backend in best:
+        with choice.use_backend(backend):
+            run()
+    spent, rounds = 0.0, 0
+    while rounds < least or (spent < 2 * seconds and rounds < 50):
+        for backend in best:
+            with choice.use_backend(backend):
+                taken = measure(run)
+            best[backend], spent = min(best[backend], taken), spent + 1e-3 * taken
+        rounds += 1
+    return best["reference"] / best["kernel"]
 
 
 def _host_ms(run: Callable[[], Any]) -> float:
