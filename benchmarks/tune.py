@@ -82,9 +82,10 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
             found.append((conv, (batch, channels, size, size)))
         for channels, size in ((64, 32), (128, 16), (256, 8), (256, 32), (512, 16), (1024, 8)):
             found.append((nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), (batch, channels, size, size)))
+    for batch in (1, 8):
+        found.append((nn.Conv2d(3, 64, 7, 2, 3, bias=False), (batch, 3, 224, 224)))
+        found.append((nn.Conv2d(64, 64, 3, padding=1, bias=False), (batch, 64, 56, 56)))
     for batch in (1, 8, 128):
-        found.append((nn.Conv2d(3, 64, 7, 2, 3, bias=False), (min(batch, 8), 3, 224, 224)))
-        found.append((nn.Conv2d(64, 64, 3, padding=1, bias=False), (min(batch, 8), 64, 56, 56)))
         found.append((nn.Conv2d(32, 64, 5, padding=2, bias=False), (batch, 32, 16, 16)))
     for batch in (1, 8, 32, 128, 512, 2048):
         for inputs, outputs in ((256, 10), (512, 512), (1024, 1024), (768, 3072), (4096, 4096)):

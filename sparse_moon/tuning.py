@@ -129,7 +129,7 @@ def kernel_gain(run: Callable[[], Any], device: torch.device, *, seconds: float 
         with choice.use_backend(backend):
             run()
     spent, rounds = 0.0, 0
-    while rounds < least or (spent < 2 * seconds and rounds < 50):
+    while rounds < least or spent < 2 * seconds:
         for backend in best:
             with choice.use_backend(backend):
                 taken = measure(run)
