@@ -127,6 +127,8 @@ def test_nearest_neighbour(monkeypatch):
     assert choice.crossover(base._replace(batch=1, taps=1)) == 0.3
     assert choice.crossover(base._replace(positions=1, taps=1, inputs=4096, batch=1)) == 0.5
     assert choice.crossover(base._replace(pass_="grads")) == 0.0
+    table.append((base._replace(inputs=1), 0.9))  # whose dense product is not Winograd's
+    assert choice.crossover(base._replace(inputs=12)) == 0.9 and choice.crossover(base._replace(inputs=17)) == 0.1
     table.append((base._replace(pass_="grads"), 0.3))
     assert choice.crossover(base._replace(pass_="grads")) == 0.3
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 import sparse_moon as sm
-from sparse_moon.ops import cpu, use_backend
+from sparse_moon.ops import choice, cpu, use_backend
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import Geometry
 from sparse_moon.topology import Topology, matrix_to_weight, weight_to_matrix
@@ -86,13 +86,13 @@ def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: t
 @contextmanager
 def by_winograd():
     """Dense products instead of the sparse kernels, those of Winograd also where they are slow."""
-    before, cpu._LEAST_TILES = cpu._LEAST_TILES, 1
+    before, choice._WINOGRAD_TILES = choice._WINOGRAD_TILES, 1
     cpu._plan.cache_clear()
     try:
         with use_backend("reference"):
             yield
     finally:
-        cpu._LEAST_TILES = before
+        choice._WINOGRAD_TILES = before
         cpu._plan.cache_clear()
 
 
