@@ -262,6 +262,11 @@ def test_conv2d_by_winograd_with_results_written_past_the_caches(channels_last):
     check_conv2d(x, geometry, (1, 1), 0.9, channels_last, True, ("winograd",))
 
 
+def test_conv2d_by_winograd_with_sums_of_some_outputs_at_a_time():
+    x = torch.randn(8, 512, 5, 4)
+    check_conv2d(x, Geometry((150, 512, 3, 3), (1, 1), (1, 1), (1, 1), 1), (1, 1), 0.5, True, False, ("winograd",))
+
+
 def test_winograd_with_any_number_of_threads():
     """Fewer units of work than threads too; only the sums of the weight's gradient depend on their number."""
     x, values, index = torch.randn(2, 16, 9, 40), torch.randn(20 * 16 * 9), Topology.random((20, 144), 1.0).index

@@ -184,9 +184,10 @@ struct WinogradConv2d : WinogradTiles {
     bool streaming;       // as in CorrelateJob
 };
 
-// `target` is the gradient of the output.
+// `target` is the gradient of the output, of which this takes channels [first, first + outputs).
 struct WinogradWeightGrad : WinogradTiles {
     float* weight_grad;  // [target.channels][source.channels][3][3]
+    int64_t first, outputs;
 };
 
 // A block-compressed matrix; see sparse_moon/topology.py for the meaning of each array.

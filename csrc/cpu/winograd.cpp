@@ -12,8 +12,11 @@ constexpr int64_t kFloat = sizeof(float);
 constexpr int64_t kProducts = 16;
 // Tiles a chunk: enough of them that loading and storing sums (or weights) is little work, few enough for the cache.
 constexpr int64_t kChunk = 128, kLeastChunk = 16;
-// Each thread keeps sums of the weight's gradient of its own; so many bytes of them at most.
-constexpr int64_t kSumBytes = int64_t{256} << 20;
+// Each thread keeps sums of the weight's gradient of its own, so many bytes of them: more output channels are computed
+// in turn. The gradients of the last layers are computed at training's peak of memory.
+constexpr int64_t kSumBytes = int64_t{4} << 20;
+// What threads keep in all, roughly at most.
+constexpr int64_t kThreadsBytes = int64_t{256} << 20;
 
 int64_t whole_vectors(int64_t channels) {
     const int64_t lanes = kernels().lanes;
@@ -97,14 +100,18 @@ void winograd_input_grad(const Conv2d& conv, const float* weight, const float* g
 
 void winograd_weight_grad(const Conv2d& conv, const float* grad, bool grad_channels_last, const float* input,
                           bool input_channels_last, float* weight_grad, int threads) {
-    const int64_t sums = kProducts * whole_vectors(conv.in_channels) * whole_vectors(conv.out_channels);
-    const int affordable = static_cast<int>(std::clamp<int64_t>(kSumBytes / (sums * kFloat), 1, threads));
+    const int64_t lanes = kernels().lanes, output_bytes = kProducts * whole_vectors(conv.in_channels) * kFloat;
+    const int64_t part = std::max<int64_t>(kSumBytes / output_bytes / lanes, 1) * lanes;
+    const int affordable = static_cast<int>(std::clamp<int64_t>(kThreadsBytes / (2 * kSumBytes), 1, threads));
     WinogradWeightGrad job{
         cut_into_tiles(conv.batch, planes(input, conv.in_channels, conv.in_size, input_channels_last),
                        planes(grad, conv.out_channels, conv.out_size, grad_channels_last), conv.padding, affordable),
-        weight_grad};
-    set_scratch(job, kernels().winograd_weight_grad_scratch(job));
-    kernels().winograd_weight_grad(job);
+        weight_grad, 0, 0};
+    for (; job.first < conv.out_channels; job.first += part) {
+        job.outputs = std::min(part, conv.out_channels - job.first);
+        set_scratch(job, kernels().winograd_weight_grad_scratch(job));
+        kernels().winograd_weight_grad(job);
+    }
 }
 
 }  // namespace sparse_moon

@@ -33,9 +33,9 @@ struct WinogradLayout {
     int64_t input_stride, output_stride;  // between products, odd, see jobs.h
     int64_t panel;
 
-    explicit WinogradLayout(const WinogradTiles& job)
+    WinogradLayout(const WinogradTiles& job, int64_t output_channels)
         : inputs(channel_vectors(job.source.channels)),
-          outputs(channel_vectors(job.target.channels)),
+          outputs(channel_vectors(output_channels)),
           tiles((job.chunk_bands * job.band_rows * job.across + kSumRows - 1) / kSumRows * kSumRows),
           input_stride(odd(inputs * tiles)),
           output_stride(odd(outputs * tiles)),
@@ -246,7 +246,9 @@ SPARSE_MOON_INLINE void add_products(int64_t count, bool first, Broadcast scalar
 
 // ---- output, or the input's gradient
 
-inline int64_t winograd_conv2d_scratch(const WinogradConv2d& job) { return WinogradLayout(job).vectors() * kVecBytes; }
+inline int64_t winograd_conv2d_scratch(const WinogradConv2d& job) {
+    return WinogradLayout(job, job.target.channels).vectors() * kVecBytes;
+}
 
 // [products][vectors of output channels][input channels]
 inline void winograd_weight(const WinogradWeight& weight) {
@@ -315,7 +317,7 @@ inline void transform_outputs(const float* products, int64_t stride, Vec bias, i
 }
 
 inline void winograd_conv2d(const WinogradConv2d& job) {
-    const WinogradLayout layout(job);
+    const WinogradLayout layout(job, job.target.channels);
 #pragma omp parallel num_threads(job.threads)
     {
         float* inputs = reinterpret_cast<float*>(job.scratch + thread_number() * job.thread_scratch);
@@ -341,7 +343,7 @@ inline void winograd_conv2d(const WinogradConv2d& job) {
 // ---- the weight's gradient
 
 inline int64_t winograd_weight_grad_scratch(const WinogradWeightGrad& job) {
-    const WinogradLayout layout(job);
+    const WinogradLayout layout(job, job.outputs);
     return (layout.vectors() + layout.sums()) * kVecBytes;
 }
 
@@ -371,7 +373,7 @@ inline void add_chunk(const WinogradLayout& layout, const float* inputs, const f
     }
 }
 
-// The gradient of one output channel from the sums of `threads` threads.
+// The gradient of output channel job.first + output from the sums of `threads` threads.
 inline void finish_output(const WinogradWeightGrad& job, const WinogradLayout& layout, int64_t output, int threads) {
     const int64_t channels = job.source.channels, product = layout.outputs * kLanes * layout.inputs * kLanes;
     for (int64_t v = 0; v < layout.inputs; ++v) {
@@ -387,7 +389,7 @@ inline void finish_output(const WinogradWeightGrad& job, const WinogradLayout& l
                 return total;
             },
             [&](int y, int x, Vec tap) { store(taps[y * 3 + x], tap); });
-        float* to = job.weight_grad + (output * channels + v * kLanes) * 9;
+        float* to = job.weight_grad + ((job.first + output) * channels + v * kLanes) * 9;
         const int64_t count = smaller(channels - v * kLanes, kLanes);
         for (int64_t c = 0; c < count; ++c) {
             for (int tap = 0; tap < 9; ++tap) *to++ = taps[tap][c];
@@ -396,7 +398,7 @@ inline void finish_output(const WinogradWeightGrad& job, const WinogradLayout& l
 }
 
 inline void winograd_weight_grad(const WinogradWeightGrad& job) {
-    const WinogradLayout layout(job);
+    const WinogradLayout layout(job, job.outputs);
 #pragma omp parallel num_threads(job.threads)
     {
         const int64_t thread = thread_number(), threads = team_size();
@@ -411,7 +413,7 @@ inline void winograd_weight_grad(const WinogradWeightGrad& job) {
             clear_margins(shape, panel);
             for (int64_t v = 0; v < layout.outputs; ++v) {
                 each_band(job, band, count, [&](int64_t image, int64_t row, int64_t rows, int64_t tile) {
-                    pack_band(job.target, shape, image, v * kLanes, 2 * row, panel);
+                    pack_band(job.target, shape, image, job.first + v * kLanes, 2 * row, panel);
                     transform_tiles<2>([](const Vec (&g)[2], Vec (&out)[4]) { transform_output_grad(g, out); },
                                        panel + shape.margin * kLanes, shape.pitch, rows, job.across,
                                        grads + (v * layout.tiles + tile) * kLanes, layout.output_stride);
@@ -422,8 +424,7 @@ inline void winograd_weight_grad(const WinogradWeightGrad& job) {
         });
         if (first) std::memset(sums, 0, layout.sums() * kVecBytes);  // no chunk
 #pragma omp barrier
-        const int64_t outputs = job.target.channels;
-        for (int64_t o = outputs * thread / threads; o < outputs * (thread + 1) / threads; ++o) {
+        for (int64_t o = job.outputs * thread / threads; o < job.outputs * (thread + 1) / threads; ++o) {
             finish_output(job, layout, o, static_cast<int>(threads));
         }
     }
