@@ -14,8 +14,9 @@ constexpr int64_t kProducts = 16;
 constexpr int64_t kChunk = 128, kLeastChunk = 16;
 // Each thread keeps sums of the weight's gradient of its own, so many bytes of them: more output channels are computed
 // in turn. The gradients of the last layers are computed at training's peak of memory.
-constexpr int64_t kSumBytes = int64_t{4} << 20;
-// What threads keep in all, roughly at most.
+constexpr int64_t kSumBytes = int64_t{2} << 20;
+constexpr int64_t kTileBytes = int64_t{2} << 20;  // and of its transformed tiles, where that leaves kLeastChunk
+// What threads keep in all at most.
 constexpr int64_t kThreadsBytes = int64_t{256} << 20;
 
 int64_t whole_vectors(int64_t channels) {
@@ -40,7 +41,7 @@ PanelShape band_panel(const Planes& planes, int64_t rows, int64_t before, int64_
 }
 
 WinogradTiles cut_into_tiles(int64_t batch, const Planes& source, const Planes& target, const int64_t* padding,
-                             int threads) {
+                             int64_t largest_chunk, int threads) {
     WinogradTiles tiles{};
     tiles.batch = batch;
     tiles.source = source;
@@ -50,7 +51,7 @@ WinogradTiles cut_into_tiles(int64_t batch, const Planes& source, const Planes& 
     tiles.down = (target.height + 1) / 2;
     tiles.across = (target.width + 1) / 2;
     const int64_t count = batch * tiles.down * tiles.across;
-    const int64_t chunk = std::clamp(count / threads, kLeastChunk, kChunk);
+    const int64_t chunk = std::clamp(count / threads, kLeastChunk, largest_chunk);
     tiles.band_rows = std::clamp<int64_t>(chunk / tiles.across, 1, tiles.down);
     tiles.chunk_bands = std::max<int64_t>(chunk / (tiles.band_rows * tiles.across), 1);
     tiles.source_panel =
@@ -68,7 +69,7 @@ void set_scratch(WinogradTiles& tiles, int64_t bytes) {
 void correlate(int64_t batch, const Planes& source, const Planes& target, const int64_t* padding,
                WinogradWeight weight, const float* bias, int threads) {
     if (batch == 0) return;
-    WinogradConv2d job{cut_into_tiles(batch, source, target, padding, threads), nullptr, bias, false};
+    WinogradConv2d job{cut_into_tiles(batch, source, target, padding, kChunk, threads), nullptr, bias, false};
     weight.products = reinterpret_cast<float*>(
         scratch(Slot::kLists, kProducts * whole_vectors(target.channels) * source.channels * kFloat));
     weight.threads = threads;
@@ -101,11 +102,15 @@ void winograd_input_grad(const Conv2d& conv, const float* weight, const float* g
 void winograd_weight_grad(const Conv2d& conv, const float* grad, bool grad_channels_last, const float* input,
                           bool input_channels_last, float* weight_grad, int threads) {
     const int64_t lanes = kernels().lanes, output_bytes = kProducts * whole_vectors(conv.in_channels) * kFloat;
-    const int64_t part = std::max<int64_t>(kSumBytes / output_bytes / lanes, 1) * lanes;
-    const int affordable = static_cast<int>(std::clamp<int64_t>(kThreadsBytes / (2 * kSumBytes), 1, threads));
+    const int64_t part = std::min(std::max<int64_t>(kSumBytes / output_bytes / lanes, 1) * lanes,
+                                  whole_vectors(conv.out_channels));
+    const int64_t tile_bytes = kProducts * (whole_vectors(conv.in_channels) + part) * kFloat;
+    const int64_t chunk = std::clamp(kTileBytes / tile_bytes, kLeastChunk, kChunk);
+    const int affordable = std::min(threads, static_cast<int>(kThreadsBytes / (kSumBytes + kTileBytes)));
     WinogradWeightGrad job{
         cut_into_tiles(conv.batch, planes(input, conv.in_channels, conv.in_size, input_channels_last),
-                       planes(grad, conv.out_channels, conv.out_size, grad_channels_last), conv.padding, affordable),
+                       planes(grad, conv.out_channels, conv.out_size, grad_channels_last), conv.padding, chunk,
+                       affordable),
         weight_grad, 0, 0};
     for (; job.first < conv.out_channels; job.first += part) {
         job.outputs = std::min(part, conv.out_channels - job.first);
