@@ -12,6 +12,7 @@
 #include "cpu/average.h"
 #include "cpu/batch_norm_relu.h"
 #include "cpu/bernoulli_mask.h"
+#include "cpu/check_index.h"
 #include "cpu/dispatch.h"
 #include "cpu/drop_and_grow.h"
 #include "cpu/masked_dense.h"
@@ -319,6 +320,18 @@ PYBIND11_MODULE(_C, m) {
     bind_winograd(m);
     bind_masked_dense(m);
     bind_batch_norm_relu(m);
+    m.def(
+        "check_index",
+        [](std::uintptr_t row_ptr, std::uintptr_t col, std::uintptr_t t_ptr, std::uintptr_t t_row,
+           std::uintptr_t t_perm, int64_t rows, int64_t cols, int64_t n) {
+            py::gil_scoped_release unlocked;
+            const auto [fault, fingerprint] = sparse_moon::check_index(
+                pointer<const int32_t>(row_ptr), pointer<const int32_t>(col), pointer<const int32_t>(t_ptr),
+                pointer<const int32_t>(t_row), pointer<const int32_t>(t_perm), rows, cols, n);
+            return std::make_pair(static_cast<int64_t>(fault), fingerprint);
+        },
+        py::arg("row_ptr"), py::arg("col"), py::arg("t_ptr"), py::arg("t_row"), py::arg("t_perm"), py::arg("rows"),
+        py::arg("cols"), py::arg("n"));
     m.def(
         "transpose_index",
         [](std::uintptr_t row_ptr, std::uintptr_t col, int64_t rows, int64_t cols, std::uintptr_t t_ptr,

@@ -73,7 +73,7 @@ def _start_sparsity(config: TrainConfig, dataset: data.DataSet) -> float | None:
     with torch.device("meta"):
         weights = weight_layers(_dense_model(config, dataset))
     densities = final_densities(config, dataset)
-    numel = {name: math.prod(weights[name].weight.shape) for name in densities}  # type: ignore[arg-type]
+    numel = {name: math.prod(weights[name].weight.shape) for name in densities}
     # layers that end dense have no idle weights, so the others' share of all weights is what counts
     dense = sum(numel[name] for name in densities if densities[name] >= 1.0)
     trained = dense + ((1.0 - config.sparsity) * sum(numel.values()) - dense) / config.forward_share

@@ -1,5 +1,6 @@
 """Drop-in sparse layers and the conversion of whole models."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +45,7 @@ class SparseLayer(nn.Module):
     topology: Topology
     bias: nn.Parameter | None
     weight_shape: tuple[int, ...]
+    _copied: "_Copied | None" = None
 
     def _init_sparse(
         self, dense: nn.Linear | nn.Conv2d, topology: Topology, device: Any = None, dtype: torch.dtype | None = None
@@ -69,14 +71,65 @@ class SparseLayer(nn.Module):
         """Share of weights that do not exist."""
         return self.topology.sparsity
 
+    @property
+    def weight(self) -> Tensor:
+        """What the product multiplies with, as a dense tensor of ``weight_shape``; differentiable and read-only.
+
+        For code that reads a layer's weight in place of calling the layer (fast paths of ``nn.TransformerEncoder``,
+        ``F.linear(x, layer.weight)``): right, but made anew at each access, and the product is then a dense one.
+        """
+        weight = self._dense(self.effective_values())
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(_ReadOnlyWeight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"the weight of {type(self).__name__} is made of its values and cannot be assigned: write to values, "
+                "or make a layer of a dense one with from_dense"
+            )
+        super().__setattr__(name, value)
+
     def effective_values(self) -> Tensor:
-        """The values that the product sees: ``values``, through the topology's transform where one is set."""
+        """The values that the product sees: ``values``, through the topology's transform where one is set.
+
+        Raises:
+            RuntimeError: other code has written to the index, or has averaged values across topology updates.
+        """
+        self.topology.check()
+        if self._copied is not None and self.topology.left_behind:
+            self._check_values(self._copied)
         transform = self.topology.transform
         return self.values if transform is None else transform(self.values)
 
+    def _check_values(self, copied: "_Copied") -> None:
+        """Raise where values were written that cannot be this layer's own: those of a model whose topology moved on."""
+        if not copied.trained and not torch.compiler.is_compiling() and copied.digest != _digest(self.values):
+            raise RuntimeError(
+                f"values were written into a copy of a {type(self).__name__} whose topology has moved on since it was "
+                "copied, so they are of other weights: average models with sm.EMA or sm.WeightAverage"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for layer in (self, new):
+            layer._note_copy()
+        return new
+
+    def _note_copy(self) -> None:
+        if self.values.device.type == "meta":
+            return
+        self._copied = copied = _Copied(_digest(self.values))
+        self.values.register_post_accumulate_grad_hook(copied.note_training)
+
     def dense_weight(self) -> Tensor:
         """The weight as a dense tensor of ``weight_shape``, zeros where nothing exists; differentiable."""
-        return matrix_to_weight(self.topology.to_dense(self.values), self.weight_shape, self.topology.block[1])
+        self.topology.check()
+        return self._dense(self.values)
+
+    def _dense(self, values: Tensor) -> Tensor:
+        return matrix_to_weight(self.topology.to_dense(values), self.weight_shape, self.topology.block[1])
 
     def mask(self) -> Tensor:
         """Bool tensor of ``weight_shape``, True where a weight exists."""
@@ -90,14 +143,29 @@ class SparseLayer(nn.Module):
                 self.values.copy_(values)
         else:
             _resize(self.values, values)
+        self._note_written()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # where training changes the number of weights, a checkpoint holds another one than a new model
+    def _note_written(self) -> None:
+        """The present values belong to the present topology."""
+        if self._copied is not None:
+            self._copied.digest = _digest(self.values)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
         values, col = state_dict.get(prefix + "values"), state_dict.get(prefix + "topology.col")
-        shape = None if col is None else (*col.shape, *self.values.shape[1:])
-        if values is not None and values.shape != self.values.shape and values.shape == shape:
-            _resize(self.values, self.values.new_empty(values.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if (values is None) != (col is None):
+            errors.append(f"sparse layer at {prefix.rstrip('.')!r}: its values and its topology must come together")
+            return
+        with torch.inference_mode(False):  # whose tensors no training could use
+            # where training changes the number of weights, a checkpoint holds another one than a new model
+            shape = None if col is None else (*col.shape, *self.values.shape[1:])
+            if values is not None and values.shape != self.values.shape and values.shape == shape:
+                _resize(self.values, self.values.detach().new_empty(values.shape))
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            if values is not None:
+                self._note_written()
 
     def _take_over(self, dense: nn.Linear | nn.Conv2d) -> None:
         with torch.no_grad():
@@ -124,12 +192,66 @@ class SparseLayer(nn.Module):
 
 
 def _resize(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of another shape: the same object, as its optimizer knows it."""
+    """Give a parameter data of another shape: the same object, as its optimizer knows it.
+
+    A graph made before cannot be used any more: its backward pass raises, as torch does after a change in place.
+    """
+    with torch.enable_grad():
+        view = parameter.view_as(parameter)
+    if view.grad_fn is not None:
+        accumulator = cast(torch.autograd.graph.Node, view.grad_fn.next_functions[0][0])
+        accumulator.register_prehook(_refuse)
     parameter.grad = None
     # autograd's node for a parameter keeps its shape as long as any graph holds that node (an old loss does), and is
     # renewed only with the dtype
     parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
     parameter.data = data
+    torch.autograd.graph.increment_version(parameter)
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError(
+        "the number of a layer's weights was changed in place since this graph was made: it has no gradient any more"
+    )
+
+
+class _Copied:
+    """What a layer knows once it was copied, or is a copy: whether its values may have been written by other code."""
+
+    def __init__(self, digest: int) -> None:
+        self.digest = digest
+        self.trained = False
+
+    def note_training(self, _: Tensor) -> None:
+        self.trained = True
+
+
+def _digest(values: Tensor) -> int:
+    """A number that changes with the values."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    numbers = values.detach().contiguous().view(bits).flatten().long()
+    return int((numbers * torch.arange(1, 2 * numbers.numel(), 2, device=numbers.device)).sum())
+
+
+class _ReadOnlyWeight(Tensor):
+    """A dense weight that was made of compact values: writing to it would change nothing, so that is an error."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        first = args[0] if args else None
+        written = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__") or (
+            name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+        )  # fmt: skip
+        if written and isinstance(first, cls) and name != "requires_grad_":
+            raise RuntimeError(
+                "the weight of a sparse layer is made of its values when it is read, writing to it changes nothing: "
+                "write to values"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        shares = isinstance(result, Tensor) and isinstance(first, cls) and result.data_ptr() == first.data_ptr()
+        return result.as_subclass(cls) if shares else result
 
 
 def _topology_of(

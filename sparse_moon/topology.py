@@ -1,113 +1,50 @@
-"""Which weights exist: block-compressed rows of a matrix, and its transpose index.
+"""Which weights exist: block-compressed rows of a matrix, and its transpose index; see :mod:`sparse_moon.ops.index`."""
 
-A layer's weight is seen as a matrix ``(rows, cols)``. For a linear layer that is the weight itself; for a convolution
-it is ``(O, C/bw, kh, kw, bw)`` flattened after the first dimension, with ``bw`` the block width, so that a block spans
-neighbouring input channels at one kernel tap (with ``bw = 1`` this is the plain flattened weight).
-"""
-
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""``(row_ptr, col, t_ptr, t_row, t_perm)`` as the operators take it; see :class:`Topology`."""
+from sparse_moon.ops.check_index import FAULTS, index_form, versions
+from sparse_moon.ops.index import (
+    Index,
+    block_grid,
+    block_shape,
+    blocks_to_matrix,
+    build_index,
+    entry_positions,
+    grid_view,
+    matrix_shape,
+    matrix_to_blocks,
+    matrix_to_weight,
+    pattern_name,
+    weight_to_matrix,
+)
 
-
-def block_shape(pattern: str | tuple[int, int]) -> tuple[int, int]:
-    """Block shape of a pattern: ``"unstructured"`` is (1, 1), ``"vector8"`` (8, 1), ``"block32"`` (32, 32).
-
-    Raises:
-        ValueError: neither such a name nor a pair (1, 1), (V, 1) or (b, b) of positive integers.
-    """
-    if isinstance(pattern, str):
-        kind = pattern.rstrip("0123456789")
-        size = pattern[len(kind) :]
-        if pattern == "unstructured":
-            return (1, 1)
-        if size and kind in ("vector", "block") and int(size) > 0:
-            return (int(size), 1) if kind == "vector" else (int(size), int(size))
-    elif len(pattern) == 2 and all(isinstance(n, int) and n > 0 for n in pattern) and pattern[1] in (1, pattern[0]):
-        return (pattern[0], pattern[1])
-    raise ValueError(f"pattern must be 'unstructured', 'vectorV', 'blockB', (V, 1) or (b, b), got {pattern!r}")
-
-
-def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Number of block rows and block columns of a matrix.
-
-    Raises:
-        ValueError: the block does not divide the shape.
-    """
-    if shape[0] % block[0] or shape[1] % block[1]:
-        raise ValueError(f"block {block} does not divide a {shape[0]} x {shape[1]} matrix")
-    return shape[0] // block[0], shape[1] // block[1]
+__all__ = [
+    "Index",
+    "Topology",
+    "block_grid",
+    "block_shape",
+    "build_index",
+    "entry_positions",
+    "matrix_shape",
+    "matrix_to_weight",
+    "pattern_name",
+    "weight_to_matrix",
+]
 
 
-def weight_to_matrix(weight: Tensor, block_width: int) -> Tensor:
-    """Weight ``(O, I)`` or ``(O, C, kh, kw)`` as a matrix ``(O, cols)`` in topology order (see the module's head)."""
-    if weight.dim() == 2 or block_width == 1:
-        return weight.reshape(weight.shape[0], -1)
-    out, channels, kh, kw = weight.shape
-    if channels % block_width:
-        raise ValueError(f"block width {block_width} does not divide {channels} input channels a group")
-    split = weight.reshape(out, channels // block_width, block_width, kh, kw)
-    return split.permute(0, 1, 3, 4, 2).reshape(out, -1)
+class _Lineage:
+    """What a topology and all copies of it share: how often any of them has moved."""
 
+    def __init__(self) -> None:
+        self.generation = 0
 
-def matrix_to_weight(matrix: Tensor, weight_shape: tuple[int, ...], block_width: int) -> Tensor:
-    """Inverse of :func:`weight_to_matrix`."""
-    if len(weight_shape) == 2 or block_width == 1:
-        return matrix.reshape(weight_shape)
-    out, channels, kh, kw = weight_shape
-    split = matrix.reshape(out, channels // block_width, kh, kw, block_width)
-    return split.permute(0, 1, 4, 2, 3).reshape(weight_shape)
-
-
-def entry_rows(row_ptr: Tensor, count: int) -> Tensor:
-    """Block row of each of ``count`` entries, int64, from the row pointer."""
-    rows = torch.arange(row_ptr.numel() - 1, device=row_ptr.device)
-    return torch.repeat_interleave(rows, row_ptr.diff().long(), output_size=count)
-
-
-def entry_positions(row_ptr: Tensor, col: Tensor, grid_cols: int) -> Tensor:
-    """Row-major position of each entry in the block grid, int64, ascending."""
-    return entry_rows(row_ptr, col.numel()) * grid_cols + col.long()
-
-
-def blocks_to_matrix(values: Tensor, positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Dense matrix ``(rows, cols)`` with ``values`` (n,) or (n, bh, bw) at grid ``positions`` and zeros elsewhere."""
-    if values.dim() == 1:
-        return values.new_zeros(grid[0] * grid[1]).index_put((positions,), values).view(grid)
-    n, bh, bw = values.shape
-    flat = values.new_zeros(grid[0] * grid[1], bh * bw).index_put((positions,), values.reshape(n, bh * bw))
-    return flat.view(*grid, bh, bw).permute(0, 2, 1, 3).reshape(grid[0] * bh, grid[1] * bw)
-
-
-def grid_view(matrix: Tensor, block: tuple[int, int]) -> Tensor:
-    """Matrix ``(rows, cols)`` as ``(block rows, block cols, bh, bw)``, a view where strides allow."""
-    bh, bw = block
-    grid = block_grid((matrix.shape[0], matrix.shape[1]), block)
-    return matrix.reshape(grid[0], bh, grid[1], bw).permute(0, 2, 1, 3)
-
-
-def matrix_to_blocks(matrix: Tensor, positions: Tensor, block: tuple[int, int]) -> Tensor:
-    """Entries of a dense matrix at grid ``positions``: (n,) for block (1, 1), else (n, bh, bw)."""
-    if block == (1, 1):
-        return matrix.reshape(-1)[positions]
-    blocks = grid_view(matrix, block)
-    return blocks[positions // blocks.shape[1], positions % blocks.shape[1]]
-
-
-def build_index(positions: Tensor, grid: tuple[int, int]) -> Index:
-    """All index tensors (int32) of ascending int64 grid ``positions``."""
-    row = torch.div(positions, grid[1], rounding_mode="floor")
-    row_ptr = positions.new_zeros(grid[0] + 1)
-    row_ptr[1:] = torch.bincount(row, minlength=grid[0]).cumsum(0)
-    col = positions - row * grid[1]
-    row_ptr, col = row_ptr.int(), col.int()
-    return row_ptr, col, *torch.ops.sparse_moon.transpose_index(row_ptr, col, grid[1])
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Lineage":
+        return self
 
 
 class Topology(nn.Module):
@@ -148,6 +85,75 @@ class Topology(nn.Module):
         self.register_buffer("t_ptr", t_ptr, persistent=False)
         self.register_buffer("t_row", t_row, persistent=False)
         self.register_buffer("t_perm", t_perm, persistent=False)
+        self._lineage = _Lineage()
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Take the present index for the right one; what other code makes of it is found by :meth:`check`."""
+        index = self.index
+        self._generation = self._lineage.generation
+        self._seen: tuple[Any, ...] = (*index, versions(index))
+        self._finding: Tensor | None = None  # of check_index; read when it has to be compared, not to wait for a device
+        if index[1].device.type != "meta":
+            with torch.no_grad():
+                self._finding = torch.ops.sparse_moon.check_index(*index)
+        self._broadcast = False
+
+    def check(self) -> None:
+        """Look at the index where it was written to since the last look; every product asks for that.
+
+        Averaging of a model's buffers, copying into them, ``to_empty``: what does not come in through
+        ``load_state_dict`` or a training method leaves values and index that do not belong together, or an index that
+        is none.
+
+        Raises:
+            RuntimeError: the index is not the one that this topology was given.
+        """
+        if torch.compiler.is_compiling():
+            return  # operators look for themselves when they are called by the dispatcher
+        index, seen = self.index, self._seen
+        row_ptr, col, t_ptr, t_row, t_perm = index
+        now = versions(index)
+        if (
+            seen[5] == now
+            and seen[0] is row_ptr
+            and seen[1] is col
+            and seen[2] is t_ptr
+            and seen[3] is t_row
+            and seen[4] is t_perm
+        ):
+            return
+        if type(col) is not Tensor or col.device.type == "meta":
+            return
+        in_parallel = DistributedDataParallel._get_active_ddp_module() is not None
+        if not (in_parallel and self._broadcast):
+            self._check_now(index, adopt=in_parallel)
+        self._seen = (*index, now)
+
+    @torch.no_grad()
+    def _check_now(self, index: Index, *, adopt: bool) -> None:
+        """``adopt``: an index is enough, it need not be the same. DistributedDataParallel sends all buffers of rank 0
+        with its values when it is built, and again before each forward pass."""
+        fault, finding = index_form(index), [0, 0]
+        if not fault:
+            found = torch.ops.sparse_moon.check_index(*index)
+            finding = found.tolist()
+            fault = FAULTS[finding[0]]
+        if not fault and adopt:
+            self._finding, self._broadcast = found, True
+        elif not fault and (self._finding is None or finding != self._finding.tolist()):
+            fault = "it lists other entries"
+        if fault:
+            raise RuntimeError(
+                f"the index of a sparse layer ({self.shape[0]} x {self.shape[1]}) was changed by other code, so that "
+                f"its values have lost their places: {fault}. Average models with sm.EMA or sm.WeightAverage; write "
+                "into a model with load_state_dict, also after to_empty and after loading in place"
+            )
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether a copy of this topology, or the one that it was copied from, has moved since."""
+        return self._generation != self._lineage.generation
 
     @classmethod
     def random(
@@ -262,6 +268,8 @@ class Topology(nn.Module):
                 old.copy_(new)
         else:
             self.row_ptr, self.col, self.t_ptr, self.t_row, self.t_perm = index
+        self._lineage.generation += 1
+        self._adopt()
 
     def same_as(self, other: "Topology") -> bool:
         """Whether both describe the same set of blocks (waits for the device)."""
@@ -278,46 +286,46 @@ class Topology(nn.Module):
         error_msgs: list[str],
     ) -> None:
         row_ptr, col = state_dict.get(prefix + "row_ptr"), state_dict.get(prefix + "col")
-        if row_ptr is not None and row_ptr.shape != self.row_ptr.shape:
-            shapes = f"{tuple(row_ptr.shape)} in the checkpoint, {tuple(self.row_ptr.shape)} here"
-            error_msgs.append(f"size mismatch for {prefix}row_ptr: {shapes}")
-            return
         if row_ptr is not None and col is not None:
-            problem = self._problem(row_ptr, col)
+            problem = self._problem(row_ptr, col, prefix)
             if problem:
-                error_msgs.append(f"topology at {prefix.rstrip('.')!r} is damaged: {problem}")
+                error_msgs.append(problem)
                 return
-            if col.shape != self.col.shape:  # another topology of the same matrix
-                self.col = self.col.new_empty(col.shape)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if row_ptr is not None and col is not None:
-            transposed = torch.ops.sparse_moon.transpose_index(self.row_ptr, self.col, self.grid[1])
-            self.t_ptr, self.t_row, self.t_perm = transposed
+        elif row_ptr is not None or col is not None:
+            error_msgs.append(f"topology at {prefix.rstrip('.')!r}: row_ptr and col must come together")
+            return
+        with torch.inference_mode(False):  # whose tensors no training could use
+            if col is not None and col.shape != self.col.shape:  # another topology of the same matrix
+                self.col = torch.empty(col.shape, dtype=torch.int32, device=self.col.device)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            if col is not None:
+                self._own_index()
+                self._adopt()
 
-    def _problem(self, row_ptr: Tensor, col: Tensor) -> str | None:
+    def _own_index(self) -> None:
+        """Make the index of what was loaded: int32 tensors that belong to no other model, with their transpose."""
+        row_ptr, col = (t.detach().to(torch.int32, copy=t.is_inference()) for t in (self.row_ptr, self.col))
+        self.row_ptr, self.col = row_ptr, col
+        self.t_ptr, self.t_row, self.t_perm = torch.ops.sparse_moon.transpose_index(row_ptr, col, self.grid[1])
+
+    def _problem(self, row_ptr: Tensor, col: Tensor, prefix: str) -> str | None:
         """What is wrong with foreign indices, or None."""
-        counts = row_ptr.diff()
-        if row_ptr[0] != 0 or row_ptr[-1] != col.numel() or (counts < 0).any():
-            return "row pointers do not ascend from 0 to the number of entries"
-        if col.numel() and (col.min() < 0 or col.max() >= self.grid[1]):
-            return f"columns outside [0, {self.grid[1]})"
-        if (entry_positions(row_ptr, col, self.grid[1]).diff() <= 0).any():
-            return "columns do not ascend within their row"
-        return None
+        if row_ptr.shape != self.row_ptr.shape:
+            shapes = f"{tuple(row_ptr.shape)} in the checkpoint, {tuple(self.row_ptr.shape)} here"
+            return f"size mismatch for {prefix}row_ptr: {shapes}"
+        fault = ""
+        if any(t.dim() != 1 or t.is_floating_point() or t.is_complex() for t in (row_ptr, col)):
+            fault = f"indices must be integers with one dimension, got {row_ptr.dtype} and {col.dtype}"
+        elif row_ptr.device.type != "meta" and col.device.type != "meta":
+            if row_ptr[0] != 0 or row_ptr[-1] != col.numel() or (row_ptr.diff() < 0).any():
+                fault = FAULTS[1]
+            elif col.numel() and (col.min() < 0 or col.max() >= self.grid[1]):
+                fault = f"columns outside [0, {self.grid[1]})"
+            elif (entry_positions(row_ptr, col, self.grid[1]).diff() <= 0).any():
+                fault = FAULTS[2]
+        return f"topology at {prefix.rstrip('.')!r} is damaged: {fault}" if fault else None
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} x {self.shape[1]}, block={self.block}, sparsity={self.sparsity:.4f}"
-
-
-def pattern_name(block: tuple[int, int]) -> str:
-    """Inverse of :func:`block_shape`."""
-    if block == (1, 1):
-        return "unstructured"
-    return f"vector{block[0]}" if block[1] == 1 else f"block{block[0]}"
-
-
-def matrix_shape(weight_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape of the matrix that stands for a weight of this shape."""
-    return weight_shape[0], math.prod(weight_shape[1:])

@@ -93,12 +93,3 @@ def test_a_traced_graph_holds_the_operator(layer, image):
     with torch.no_grad():
         graph = make_fx(layer, tracing_mode="real")(image.detach())
     assert OPERATORS.sparse_conv2d.default in {node.target for node in graph.graph.nodes}
-
-
-@pytest.mark.parametrize("kernels", [True, False])
-def test_second_derivatives_are_refused(layer, image, kernels, monkeypatch):
-    if not kernels:
-        monkeypatch.setattr(library, "_kernels", {})
-    (grad,) = torch.autograd.grad(layer(image).square().sum(), image, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.library import call, define, implement, register_autograd
+from sparse_moon.ops.library import (
+    call,
+    define,
+    differentiable_gradients,
+    implement,
+    register_autograd,
+    transformed,
+)
 from sparse_moon.ops.native import native
 from sparse_moon.ops.recompute import hang_recipe
 from sparse_moon.ops.sparse_conv2d import memory_format
@@ -240,7 +247,26 @@ def _again(eps: float, relu: bool, input: Tensor, *operands: Tensor | None) -> T
     return call("batch_norm_relu", input, None, *operands, eps, relu)[0]
 
 
-_batch_norm_relu = register_autograd(_OP, _backward, setup_context=_setup_context)
+def _differentiable_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    input, output, weight, bias, mean, var = ctx.saved_tensors
+    mean, var = (None, None) if ctx.batch_statistics else (mean, var)
+
+    def norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.batch_norm(input, mean, var, weight, bias, training=ctx.batch_statistics, eps=ctx.eps)
+
+    if ctx.relu:
+        with torch.no_grad():
+            inactive = (norm(input, weight, bias) if output is None else output) <= 0
+        grad = grad.masked_fill(inactive, 0.0)
+    needs_input, needs_residual, *needs_affine = ctx.needs_input_grad[:4]
+    needed = (needs_input, *needs_affine)
+    d_input, d_weight, d_bias = differentiable_gradients(norm, (input, weight, bias), needed, grad)
+    return d_input, grad if needs_residual else None, d_weight, d_bias, *(None,) * 4
+
+
+_batch_norm_relu = register_autograd(
+    _OP, _backward, setup_context=_setup_context, reference=_forward, differentiable_backward=_differentiable_backward
+)
 
 
 def batch_norm_relu(
@@ -295,7 +321,7 @@ def batch_norm_relu(
     if training and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
 
-    if not _kernel_takes(input, residual, *vectors.values()):
+    if transformed() or not _kernel_takes(input, residual, *vectors.values()):
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if residual is not None:
             output = output + residual

@@ -6,7 +6,7 @@ products, which take about half of torch's time, else by the operator's referenc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.check_index import guarded
 from sparse_moon.ops.choice import PASSES, Pass, Work, kernel_pays, winograd_pays
+from sparse_moon.ops.index import weight_to_matrix
 from sparse_moon.ops.library import call, implement
-from sparse_moon.ops.masked_dense import block_of, values_shape
+from sparse_moon.ops.masked_dense import block_of, check_entries, values_shape
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d import Geometry, _split, memory_format
 from sparse_moon.ops.sparse_conv2d import _dense_grad as _conv2d_dense_grad_reference
@@ -28,7 +30,6 @@ from sparse_moon.ops.sparse_conv2d import _values_grad as _conv2d_values_grad_re
 from sparse_moon.ops.sparse_linear import _forward as _linear_reference
 from sparse_moon.ops.sparse_linear import _input_grad as _linear_input_grad_reference
 from sparse_moon.ops.sparse_linear import _values_grad as _linear_values_grad_reference
-from sparse_moon.topology import weight_to_matrix
 
 # A dense product in bfloat16 is about this much faster than in float32, so the kernel pays at densities as much lower;
 # but no faster than Winograd's in float32 (23.4 and 23.5 ms for 64 channels, 128 images of 32 x 32, on Zen 4).
@@ -83,7 +84,9 @@ def _plan(input_shape: tuple[int, ...], geometry: Geometry, layout: torch.memory
 
 def _matrix(values: Tensor | None, block: Sequence[int], index: tuple[Tensor, ...]) -> tuple[int, ...]:
     """The weight as the extension takes it: shape, block shape, and the addresses of index and values."""
-    row_ptr, _, t_ptr, _, _ = index
+    row_ptr, col, t_ptr, _, _ = index
+    if values is not None:
+        check_entries(values, col)
     shape = ((row_ptr.numel() - 1) * block[0], (t_ptr.numel() - 1) * block[1])
     return (*shape, *block, *(t.data_ptr() for t in index), 0 if values is None else values.data_ptr())
 
@@ -261,11 +264,15 @@ def _conv2d_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tu
 
 
 if native is not None:
-    implement("sparse_linear", "cpu", _linear)
-    implement("sparse_linear_input_grad", "cpu", _linear_input_grad)
-    implement("sparse_linear_values_grad", "cpu", _linear_values_grad)
-    implement("sparse_conv2d", "cpu", _conv2d)
-    implement("sparse_conv2d_input_grad", "cpu", _conv2d_input_grad)
-    implement("sparse_conv2d_values_grad", "cpu", _conv2d_values_grad)
+    _kernels: dict[str, Callable[..., Any]] = {
+        "sparse_linear": _linear,
+        "sparse_linear_input_grad": _linear_input_grad,
+        "sparse_linear_values_grad": _linear_values_grad,
+        "sparse_conv2d": _conv2d,
+        "sparse_conv2d_input_grad": _conv2d_input_grad,
+        "sparse_conv2d_values_grad": _conv2d_values_grad,
+        "sparse_conv2d_grads": _conv2d_grads,
+    }
+    for _name, _kernel in _kernels.items():
+        implement(_name, "cpu", _kernel, dispatched=guarded(_kernel))
     implement("sparse_conv2d_dense_grad", "cpu", _conv2d_dense_grad)
-    implement("sparse_conv2d_grads", "cpu", _conv2d_grads)

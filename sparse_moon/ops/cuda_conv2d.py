@@ -8,9 +8,9 @@ calls can be captured in a CUDA graph. Shapes are those of :mod:`sparse_moon.ops
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.index import Index
 from sparse_moon.ops.native import current_stream, require_cuda
 from sparse_moon.ops.sparse_conv2d import Geometry
-from sparse_moon.topology import Index
 
 _Pair = tuple[int, ...]
 _Convolution = tuple[int, _Pair, _Pair, _Pair, _Pair, _Pair, _Pair, int]

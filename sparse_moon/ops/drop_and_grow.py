@@ -1,13 +1,17 @@
 """``drop_and_grow``: one topology update: drop the weakest entries, grow the strongest candidates, exact in count."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.index import Index, build_index, entry_positions
 from sparse_moon.ops.library import define, implement
 from sparse_moon.ops.native import native
-from sparse_moon.topology import Index, Topology, build_index, entry_positions
+
+if TYPE_CHECKING:
+    from sparse_moon.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ if native is not None:
 
 
 def drop_and_grow(
-    drop_score: Tensor, grow_score: Tensor | None, topology: Topology, drop: int, grow: int | None = None
+    drop_score: Tensor, grow_score: Tensor | None, topology: "Topology", drop: int, grow: int | None = None
 ) -> Regrown:
     """Drop the ``drop`` lowest ``drop_score`` entries, then grow the ``grow`` highest ``grow_score`` positions.
 

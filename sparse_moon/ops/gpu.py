@@ -18,14 +18,15 @@ from sparse_moon.ops import sparse_conv2d as conv2d
 from sparse_moon.ops import sparse_linear as linear
 from sparse_moon.ops.average_ import average_reference_
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, random_scores_reference
+from sparse_moon.ops.check_index import guarded
 from sparse_moon.ops.choice import Pass, Work, kernel_pays, kernel_runs
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
+from sparse_moon.ops.index import Index
 from sparse_moon.ops.library import implement
-from sparse_moon.ops.masked_dense import GPU_DTYPES, block_of
+from sparse_moon.ops.masked_dense import GPU_DTYPES, block_of, check_entries
 from sparse_moon.ops.native import has_triton, native_cuda
 from sparse_moon.ops.sparse_conv2d import Geometry
 from sparse_moon.ops.transpose_index import transpose_index_reference
-from sparse_moon.topology import Index
 
 Choice = Literal["triton", "cuda", "reference"]
 
@@ -77,6 +78,7 @@ def _matmul_tf32() -> bool:
 
 
 def sparse_linear(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> Tensor:
+    check_entries(values, index[1])
     block = block_of(values)
     match _linear_choice("forward", input, block, index, input, values, bias):
         case "triton":
@@ -93,6 +95,7 @@ def sparse_linear(input: Tensor, values: Tensor, bias: Tensor | None, probe: Ten
 
 
 def sparse_linear_input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Tensor:
+    check_entries(values, index[1])
     block = block_of(values)
     match _linear_choice("input_grad", grad, block, index, grad, values):
         case "triton":
@@ -168,6 +171,7 @@ def _as(layout_of: Tensor, result: Tensor) -> Tensor:
 
 def sparse_conv2d(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
     geometry, index = conv2d._split(spec)
+    check_entries(values, index[1])
     block = block_of(values)
     match _conv2d_choice("forward", input.shape, input, block, geometry, index, input, values, bias):
         case "triton":
@@ -187,6 +191,7 @@ def sparse_conv2d(input: Tensor, values: Tensor, bias: Tensor | None, probe: Ten
 
 def sparse_conv2d_input_grad(grad: Tensor, values: Tensor, input_shape: list[int], *spec: Any) -> Tensor:
     geometry, index = conv2d._split(spec)
+    check_entries(values, index[1])
     block = block_of(values)
     match _conv2d_choice("input_grad", input_shape, grad, block, geometry, index, grad, values):
         case "triton":
@@ -245,9 +250,12 @@ for _name, _kernel, _reference in (
     ("transpose_index", cuda_small_ops.transpose_index, transpose_index_reference),
 ):
     implement(_name, "cuda", _small_operator(_kernel, _reference))
-implement("sparse_linear", "cuda", sparse_linear)
-implement("sparse_linear_input_grad", "cuda", sparse_linear_input_grad)
-implement("sparse_linear_values_grad", "cuda", sparse_linear_values_grad)
-implement("sparse_conv2d", "cuda", sparse_conv2d)
-implement("sparse_conv2d_input_grad", "cuda", sparse_conv2d_input_grad)
-implement("sparse_conv2d_values_grad", "cuda", sparse_conv2d_values_grad)
+for _product in (
+    sparse_linear,
+    sparse_linear_input_grad,
+    sparse_linear_values_grad,
+    sparse_conv2d,
+    sparse_conv2d_input_grad,
+    sparse_conv2d_values_grad,
+):
+    implement(_product.__name__, "cuda", _product, dispatched=guarded(_product))

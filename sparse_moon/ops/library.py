@@ -8,14 +8,14 @@ takes as long as a small layer's product. So in plain eager execution, where not
 kernels are called directly; compilers, modes, transforms and tensor subclasses see the operators.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import NoneType, new_class
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("sparse_moon", "DEF")
 
@@ -26,7 +26,12 @@ _PLAIN = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, tuple, lis
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> str:
-    """Define an operator from its schema; returns its qualified name."""
+    """Define an operator from its schema; returns its qualified name.
+
+    Args:
+        reference: what the dispatcher calls where no kernel is implemented for a device.
+        fake: shapes, dtypes and layouts of the results.
+    """
     name = "sparse_moon::" + schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(schema[: schema.index("(")], reference, "CompositeExplicitAutograd")
@@ -34,9 +39,19 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     return name
 
 
-def implement(operator: str, device_type: Literal["cpu", "cuda"], kernel: Callable[..., Any]) -> None:
-    """Use this kernel for the operator on this type of device, in place of the reference."""
-    LIBRARY.impl(operator, kernel, device_type.upper())
+def implement(
+    operator: str,
+    device_type: Literal["cpu", "cuda"],
+    kernel: Callable[..., Any],
+    *,
+    dispatched: Callable[..., Any] | None = None,
+) -> None:
+    """Use this kernel for the operator on this type of device, in place of the reference.
+
+    Args:
+        dispatched: what the dispatcher calls in its place: the kernel behind checks of what strangers may bring.
+    """
+    LIBRARY.impl(operator, dispatched or kernel, device_type.upper())
     _kernels[operator, device_type] = kernel
 
 
@@ -53,14 +68,50 @@ def _direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any]
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, inputs))
     ):
         return None
     return _kernels.get((operator, inputs[0].device.type))
 
 
+def transformed() -> bool:
+    """Whether ``torch.func`` transforms or forward-mode derivatives look at what is computed now.
+
+    They need operators of torch alone: kernels have neither batching rules nor forward derivatives.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def _is_batch(grad: Tensor | None) -> bool:
+    """Whether this is a batch of gradients in the guise of one (``torch.autograd.grad(is_grads_batched=True)``)."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``function(*inputs)`` that can be differentiated in turn; None where not ``needed``.
+
+    Each is the partial derivative, also where one input was computed from another.
+    """
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        known = [t.requires_grad_() if n and not t.requires_grad else t for t, n in zip(inputs, needed, strict=True)]
+        aliases = [t.view_as(t) if n else t for t, n in zip(known, needed, strict=True)]
+        wanted = [t for t, n in zip(aliases, needed, strict=True) if n]
+        found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True, materialize_grads=True))
+    return [next(found) if n else None for n in needed]
+
+
 def register_autograd(
-    name: str, backward: Callable[..., tuple[Tensor | None, ...]], *, setup_context: Callable[..., None]
+    name: str,
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    *,
+    setup_context: Callable[..., None],
+    reference: Callable[..., Any],
+    differentiable_backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., Any]:
     """What ``torch.library.register_autograd`` does for an operator without default arguments, at half its cost a call.
 
@@ -69,9 +120,12 @@ def register_autograd(
 
     Args:
         name: of the operator, qualified; its first argument is a tensor.
-        backward: from ``ctx`` and the results' gradients to a gradient or None for each argument. It cannot be
-            differentiated in turn: that raises ``RuntimeError``.
+        backward: from ``ctx`` and the results' gradients to a gradient or None for each argument.
         setup_context: stores what the backward pass needs in ``ctx``; called with ``inputs`` and ``output``.
+        reference: the operator by differentiable operators of torch; runs under ``torch.func`` transforms and in
+            forward mode.
+        differentiable_backward: as ``backward``, by differentiable operators; runs under ``create_graph=True``
+            and for batches of gradients.
 
     Returns:
         The operator as a function, which calls kernels directly where it can.
@@ -89,9 +143,10 @@ def register_autograd(
         setup_context(ctx, tuple(inputs), output)
         return output
 
-    @once_differentiable
     def backward_of_all(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *backward(ctx, *grads), None
+        # gradients are recorded in a backward pass only if it is to be differentiated
+        plain = not (torch.is_grad_enabled() or transformed() or any(map(_is_batch, grads)))
+        return *(backward if plain else differentiable_backward)(ctx, *grads), None
 
     # named after the operator, because profilers show the class
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
@@ -105,7 +160,7 @@ def register_autograd(
     def call_or_dispatch(*inputs: Any) -> Any:
         kernel = _direct_kernel(operator, inputs)
         if kernel is None:
-            return op(*inputs)
+            return reference(*inputs) if transformed() else op(*inputs)
         return function.apply(*inputs, kernel) if torch.is_grad_enabled() else kernel(*inputs)
 
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)

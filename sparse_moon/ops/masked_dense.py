@@ -6,9 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.index import (
+    blocks_to_matrix,
+    entry_positions,
+    matrix_to_blocks,
+    matrix_to_weight,
+    weight_to_matrix,
+)
 from sparse_moon.ops.library import define, implement
 from sparse_moon.ops.native import has_triton, native
-from sparse_moon.topology import blocks_to_matrix, entry_positions, matrix_to_blocks, matrix_to_weight, weight_to_matrix
 
 # What GPU kernels take.
 GPU_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
@@ -17,6 +23,12 @@ GPU_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 def block_of(values: Tensor) -> tuple[int, int]:
     """Block shape that compact values imply."""
     return (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
+
+
+def check_entries(values: Tensor, col: Tensor) -> None:
+    """Raise ``ValueError`` unless there is a value for each entry: no kernel trusts that both belong together."""
+    if values.shape[0] != col.numel():
+        raise ValueError(f"there are values of {values.shape[0]} entries for an index of {col.numel()}")
 
 
 def values_shape(col: Tensor, block: Sequence[int]) -> tuple[int, ...]:
@@ -70,6 +82,7 @@ def _places(weight: Tensor, block: tuple[int, int], row_ptr: Tensor, col: Tensor
 
 def _scatter_cpu(values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor) -> Tensor:
     assert native is not None
+    check_entries(values, col)
     values, row_ptr, col = values.contiguous(), row_ptr.contiguous(), col.contiguous()
     weight = _fake_scatter(values, weight_shape, channels_last, row_ptr, col)
     places = _places(weight, block_of(values), row_ptr, col)
@@ -101,6 +114,7 @@ def scatter_values_cuda(
     values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor
 ) -> Tensor:
     """One launch, where Triton is there and moves the dtype."""
+    check_entries(values, col)
     if values.dtype not in GPU_DTYPES or not has_triton():
         return scatter_values_reference(values, weight_shape, channels_last, row_ptr, col)
     from sparse_moon.kernels import masked_dense

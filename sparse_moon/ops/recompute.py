@@ -29,9 +29,10 @@ def keep(tensor: Tensor) -> tuple[tuple[Tensor | None, ...], Callable[..., Tenso
     """What to save for the backward pass in place of a tensor, and the function that makes it from that."""
     recipe: Recipe | None = getattr(tensor, _ATTRIBUTE, None)
     if recipe is None or recipe.version != tensor._version:
-        return (tensor,), _itself
+        return (tensor,), itself
     return recipe.operands, recipe.function
 
 
-def _itself(tensor: Any) -> Tensor:
+def itself(tensor: Any) -> Tensor:
+    """The function of a tensor that was kept."""
     return tensor

@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.library import call, define, register_autograd, to_autocast_dtype
+from sparse_moon.ops.check_index import guarded
+from sparse_moon.ops.index import blocks_to_matrix, entry_positions, matrix_shape, matrix_to_weight, weight_to_matrix
+from sparse_moon.ops.library import call, define, differentiable_gradients, register_autograd, to_autocast_dtype
 from sparse_moon.ops.masked_dense import block_of, values_shape
-from sparse_moon.ops.recompute import keep
+from sparse_moon.ops.recompute import itself, keep
 from sparse_moon.ops.sparse_linear import INDEX_SCHEMA, check_dtypes, check_operands
-from sparse_moon.topology import Topology, matrix_shape, weight_to_matrix
+
+if TYPE_CHECKING:
+    from sparse_moon.topology import Topology
 
 GEOMETRY_SCHEMA = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
 
@@ -54,17 +58,25 @@ def _dense_weight(values: Tensor, geometry: Geometry, index: tuple[Tensor, ...],
     return call("scatter_values", values, geometry.weight_shape, channels_last, *index[:2])
 
 
-def sparse_conv2d_reference(input: Tensor, values: Tensor, bias: Tensor | None, *spec: Any) -> Tensor:
-    """The specification: scatter the values into a dense weight, then ``F.conv2d``.
+def sparse_conv2d_reference(
+    input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any
+) -> Tensor:
+    """The specification, differentiable: scatter the values into a dense weight, then ``F.conv2d``.
 
     ``spec`` is a :class:`Geometry`, flat, then the index tensors.
     """
-    geometry, index = _split(spec)
-    return F.conv2d(input, _dense_weight(values, geometry, index, input), bias, *geometry[1:])
+    geometry, (row_ptr, col, t_ptr, _, _) = _split(spec)
+    grid = (row_ptr.numel() - 1, t_ptr.numel() - 1)
+    matrix = blocks_to_matrix(values, entry_positions(row_ptr, col, grid[1]), grid)
+    matrix = matrix if probe is None else matrix + probe
+    weight = matrix_to_weight(matrix, tuple(geometry.weight_shape), block_of(values)[1])
+    return F.conv2d(input, weight, bias, *geometry[1:])
 
 
 def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> Tensor:
-    return sparse_conv2d_reference(input, values, bias, *spec).contiguous(memory_format=memory_format(input))
+    geometry, index = _split(spec)
+    output = F.conv2d(input, _dense_weight(values, geometry, index, input), bias, *geometry[1:])
+    return output.contiguous(memory_format=memory_format(input))
 
 
 def _convolution_backward(
@@ -156,26 +168,26 @@ def _fake_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tupl
 
 _SPEC = f"{GEOMETRY_SCHEMA}, {INDEX_SCHEMA}"
 _OP = define(f"sparse_conv2d(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {_SPEC}) -> Tensor",
-             _forward, _fake_forward)  # fmt: skip
+             guarded(_forward), _fake_forward)  # fmt: skip
 define(f"sparse_conv2d_input_grad(Tensor grad, Tensor values, int[] input_shape, {_SPEC}) -> Tensor",
-       _input_grad, _fake_input_grad)  # fmt: skip
+       guarded(_input_grad), _fake_input_grad)  # fmt: skip
 define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {GEOMETRY_SCHEMA}) -> Tensor",
        _dense_grad, _fake_dense_grad)  # fmt: skip
 define(f"sparse_conv2d_values_grad(Tensor grad, Tensor input, int[] block, {_SPEC}) -> Tensor",
-       _values_grad, _fake_values_grad)  # fmt: skip
+       guarded(_values_grad), _fake_values_grad)  # fmt: skip
 define(f"sparse_conv2d_grads(Tensor grad, Tensor input, Tensor values, {_SPEC}) -> (Tensor, Tensor)",
-       _grads, _fake_grads)  # fmt: skip
+       guarded(_grads), _fake_grads)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, values, _, _, *spec = inputs
+    input, values, _, probe, *spec = inputs
     ctx.geometry, index = _split(tuple(spec))
     kept, ctx.make_input = keep(input)
-    ctx.save_for_backward(values, *index, *kept)
+    ctx.save_for_backward(values, probe, *index, *kept)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, *rest = ctx.saved_tensors
+    values, _, *rest = ctx.saved_tensors
     index, geometry = rest[:5], ctx.geometry
     input = ctx.make_input(*rest[5:])
     needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
@@ -195,13 +207,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_input, d_values, d_bias, d_probe, *[None] * 10
 
 
-_sparse_conv2d = register_autograd(_OP, _backward, setup_context=_setup_context)
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, probe, *rest = ctx.saved_tensors
+    if ctx.make_input is not itself:
+        raise RuntimeError("second derivatives need the input of a convolution, which recompute=True does not keep")
+    index, geometry, (input,), needed = rest[:5], ctx.geometry, rest[5:], ctx.needs_input_grad[:4]
+    bias = input.new_zeros(grad.shape[1]) if needed[2] else None  # no gradient depends on it
+    gradients = differentiable_gradients(
+        lambda *operands: sparse_conv2d_reference(*operands, *geometry, *index),
+        (input, values, bias, probe), needed, grad,
+    )  # fmt: skip
+    return *gradients, *[None] * 10
+
+
+_sparse_conv2d = register_autograd(
+    _OP, _backward, setup_context=_setup_context, reference=sparse_conv2d_reference,
+    differentiable_backward=_differentiable_backward,
+)  # fmt: skip
 
 
 def sparse_conv2d(
     input: Tensor,
     values: Tensor,
-    topology: Topology,
+    topology: "Topology",
     bias: Tensor | None = None,
     *,
     weight_shape: tuple[int, int, int, int],

@@ -1,14 +1,18 @@
 """``sparse_linear``: ``y = x W^T + b`` with a block-sparse ``W`` (O, I) held as compact values."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.library import call, define, register_autograd, to_autocast_dtype
+from sparse_moon.ops.check_index import guarded
+from sparse_moon.ops.index import blocks_to_matrix, entry_positions
+from sparse_moon.ops.library import call, define, differentiable_gradients, register_autograd, to_autocast_dtype
 from sparse_moon.ops.masked_dense import block_of, values_shape
-from sparse_moon.topology import Topology
+
+if TYPE_CHECKING:
+    from sparse_moon.topology import Topology
 
 INDEX_SCHEMA = "Tensor row_ptr, Tensor col, Tensor t_ptr, Tensor t_row, Tensor t_perm"
 
@@ -20,13 +24,18 @@ def _dense_weight(values: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     return call("scatter_values", values, shape, False, row_ptr, col)
 
 
-def sparse_linear_reference(input: Tensor, values: Tensor, bias: Tensor | None, *index: Tensor) -> Tensor:
-    """The specification: scatter the values into a dense weight, then ``F.linear``."""
-    return F.linear(input, _dense_weight(values, index), bias)
+def sparse_linear_reference(
+    input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor
+) -> Tensor:
+    """The specification, differentiable: scatter the values into a dense weight, then ``F.linear``."""
+    row_ptr, col, t_ptr, _, _ = index
+    grid = (row_ptr.numel() - 1, t_ptr.numel() - 1)
+    weight = blocks_to_matrix(values, entry_positions(row_ptr, col, grid[1]), grid)
+    return F.linear(input, weight if probe is None else weight + probe, bias)
 
 
 def _forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> Tensor:
-    return sparse_linear_reference(input, values, bias, *index)
+    return F.linear(input, _dense_weight(values, index), bias)
 
 
 def _input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Tensor:
@@ -60,20 +69,21 @@ def _fake_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *index:
 
 
 _OP = define(f"sparse_linear(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {INDEX_SCHEMA}) -> Tensor",
-             _forward, _fake_forward)  # fmt: skip
-define(f"sparse_linear_input_grad(Tensor grad, Tensor values, {INDEX_SCHEMA}) -> Tensor", _input_grad, _fake_input_grad)
+             guarded(_forward), _fake_forward)  # fmt: skip
+define(f"sparse_linear_input_grad(Tensor grad, Tensor values, {INDEX_SCHEMA}) -> Tensor",
+       guarded(_input_grad), _fake_input_grad)  # fmt: skip
 define("sparse_linear_dense_grad(Tensor grad, Tensor input) -> Tensor", _dense_grad, _fake_dense_grad)
 define(f"sparse_linear_values_grad(Tensor grad, Tensor input, int[] block, {INDEX_SCHEMA}) -> Tensor",
-       _values_grad, _fake_values_grad)  # fmt: skip
+       guarded(_values_grad), _fake_values_grad)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, values, _, _, *index = inputs
-    ctx.save_for_backward(input, values, *index)
+    input, values, _, probe, *index = inputs
+    ctx.save_for_backward(input, values, probe, *index)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, values, *index = ctx.saved_tensors
+    input, values, _, *index = ctx.saved_tensors
     needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
     d_input = call("sparse_linear_input_grad", grad, values, *index) if needs_input else None
     d_values = d_probe = None
@@ -86,11 +96,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_input, d_values, d_bias, d_probe, None, None, None, None, None
 
 
-_sparse_linear = register_autograd(_OP, _backward, setup_context=_setup_context)
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, values, probe, *index = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:4]
+    bias = input.new_zeros(grad.shape[-1]) if needed[2] else None  # no gradient depends on it
+    gradients = differentiable_gradients(
+        lambda *operands: sparse_linear_reference(*operands, *index), (input, values, bias, probe), needed, grad
+    )
+    return *gradients, *[None] * 5
+
+
+_sparse_linear = register_autograd(
+    _OP, _backward, setup_context=_setup_context, reference=sparse_linear_reference,
+    differentiable_backward=_differentiable_backward,
+)  # fmt: skip
 
 
 def sparse_linear(
-    input: Tensor, values: Tensor, topology: Topology, bias: Tensor | None = None, *, probe: Tensor | None = None
+    input: Tensor, values: Tensor, topology: "Topology", bias: Tensor | None = None, *, probe: Tensor | None = None
 ) -> Tensor:
     """``input W^T + bias`` with the sparse weight ``W`` (O, I) given by ``values`` and ``topology``.
 
@@ -117,7 +140,7 @@ def sparse_linear(
 
 
 def check_operands(
-    input: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, probe: Tensor | None
+    input: Tensor, values: Tensor, topology: "Topology", bias: Tensor | None, probe: Tensor | None
 ) -> None:
     """Raise ``ValueError`` for shapes or devices that no sparse product takes."""
     if values.shape != topology.values_shape:

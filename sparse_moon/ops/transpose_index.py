@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.index import entry_rows
 from sparse_moon.ops.library import define, implement
 from sparse_moon.ops.native import native
-from sparse_moon.topology import entry_rows
 
 
 def transpose_index_reference(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor, Tensor]:

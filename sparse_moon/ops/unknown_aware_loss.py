@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.choice import kernel_runs
-from sparse_moon.ops.library import define, implement, register_autograd
+from sparse_moon.ops.library import define, differentiable_gradients, implement, register_autograd
 from sparse_moon.ops.native import has_triton, native
 
 
@@ -38,6 +38,12 @@ def unknown_aware_loss_reference(logits: Tensor, target: Tensor, w: Tensor) -> T
     """The specification; differentiable."""
     _, ce, _, _, extra = _terms(logits, target, w)
     return (ce * (1 + extra)).mean()
+
+
+def _differentiable(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator for transforms, which take the gradient from the loss."""
+    _, grad, statistics = _forward(logits.detach(), target, w)
+    return unknown_aware_loss_reference(logits, target, w), grad, statistics
 
 
 def _forward(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,17 +100,30 @@ implement("unknown_aware_loss", "cuda", _cuda)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1], *inputs)
     ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
-    (grad,) = ctx.saved_tensors
-    return (grad * grad_loss).to(ctx.dtype), None, None
+    grad, logits, _, _ = ctx.saved_tensors
+    return (grad * grad_loss).to(logits.dtype), None, None
 
 
-_unknown_aware_loss = register_autograd(_OP, _backward, setup_context=_setup_context)
+def _differentiable_backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+    _, logits, target, w = ctx.saved_tensors
+    (grad,) = differentiable_gradients(
+        lambda logits: unknown_aware_loss_reference(logits, target, w), (logits,), (True,), grad_loss
+    )
+    return grad, None, None
+
+
+_unknown_aware_loss = register_autograd(
+    _OP,
+    _backward,
+    setup_context=_setup_context,
+    reference=_differentiable,
+    differentiable_backward=_differentiable_backward,
+)
 
 
 def unknown_aware_loss(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, LossStatistics]:

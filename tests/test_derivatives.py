@@ -1,0 +1,185 @@
+"""Second derivatives and torch's other ways to differentiate: what a dense model of the same weights gives."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+
+import sparse_moon as sm
+from sparse_moon.ops import library
+from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
+
+# of torch's own forward derivatives
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+
+
+def networks(kind):
+    """A sparse network in float64 and the same one dense, for images (N, 3, 8, 8); the first layer is dense in both."""
+    torch.manual_seed(1)
+    head = [nn.Flatten(), nn.Linear(192, 12), nn.Tanh(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)]
+    planes = [nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.Tanh()]
+    norms = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
+    if kind in ("linear", "block"):
+        pattern = "block4" if kind == "block" else "unstructured"
+        sparse = sm.sparsify(nn.Sequential(*head), 0.5, exclude="1", pattern=pattern)
+    elif kind == "conv2d":
+        sparse = sm.sparsify(nn.Sequential(*planes, nn.Conv2d(6, 4, 3), nn.Flatten()), 0.5, exclude="0")
+    else:
+        sparse = sm.sparsify(
+            nn.Sequential(*norms, nn.Flatten(), nn.Linear(96, 4)), 0.5, exclude="0", fuse=True
+        )  # fmt: skip
+    sparse = sparse.double()
+    return sparse, sm.densify(copy.deepcopy(sparse))
+
+
+KINDS = ["linear", "block", "conv2d", "fused"]
+
+
+def compare(sparse, dense, **tolerance):
+    """The gradients of both, those of the sparse layers at the places of their weights."""
+    modules = dict(dense.named_modules())
+    compared = 0
+    for name, module in sparse.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            other = modules[name].weight if key == "values" else getattr(modules[name], key)
+            expected = other.grad
+            if key == "values":
+                weight = sm.nn.weight_to_matrix(expected, module.topology.block[1])
+                expected = module.topology.gather(weight)
+            if parameter.grad is None:
+                assert expected is None or not expected.any(), name
+            else:
+                torch.testing.assert_close(parameter.grad, expected, **tolerance)
+                compared += bool(expected.any())
+    assert compared >= 3
+
+
+@pytest.fixture
+def images():
+    return torch.randn(5, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_penalty(kind, images, training):
+    for model in (pair := networks(kind)):
+        model.train(training)
+        (grad,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+        (grad.flatten(1).norm(dim=1) - 1).square().mean().backward()
+    compare(*pair)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_penalty_in_float32(kind, images, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(library, "_kernels", {})
+    images = images.detach().float().requires_grad_()
+    pair = [model.float() for model in networks(kind)]
+    with sm.ops.use_backend("kernel" if kernels else "auto"):
+        for model in pair:
+            (grad,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+            (grad.flatten(1).norm(dim=1) - 1).square().mean().backward()
+    compare(*pair, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_third_derivatives(kind, images):
+    results = []
+    for model in networks(kind):
+        first = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)[0]
+        second = torch.autograd.grad(first.square().sum(), images, create_graph=True)[0]
+        results.append(torch.autograd.grad(second.square().sum(), images)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_hessian_and_jacobian(kind, images, vectorize):
+    x = images.detach()[:2]
+    sparse, dense = networks(kind)
+    for function in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+        results = [function(lambda t, m=m, f=function: m(t).square().sum() if f.__name__ == "hessian" else m(t), x,
+                            vectorize=vectorize) for m in (sparse, dense)]  # fmt: skip
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_per_sample_gradients(kind, images):
+    """``torch.func``: gradients of each example by ``vmap`` over ``grad``."""
+    x, results = images.detach(), []
+    for model in networks(kind):
+        model.eval()
+        buffers = dict(model.named_buffers())
+
+        def loss(parameters, image, model=model, buffers=buffers):
+            return torch.func.functional_call(model, (parameters, buffers), (image[None],)).square().sum()
+
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        for i in range(2):
+            one = torch.func.grad(loss)(parameters, x[i])
+            for name, value in one.items():
+                torch.testing.assert_close(found[name][i], value)
+        results.append({name: value for name, value in found.items() if name.endswith("bias")})
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name])
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jacrev", "jacfwd", "hessian", "dual"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "fused"])
+def test_transforms(kind, images, transform):
+    x, tangent = images.detach()[:2], torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    results = []
+    for model in networks(kind):
+        model.eval()
+        if transform == "jvp":
+            results.append(torch.func.jvp(model, (x,), (tangent,))[1])
+        elif transform == "dual":
+            with forward_ad.dual_level():
+                results.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent)
+        elif transform == "hessian":
+            results.append(torch.func.hessian(lambda t, m=model: m(t).square().sum())(x))
+        else:
+            results.append(getattr(torch.func, transform)(model)(x))
+    torch.testing.assert_close(*results)
+
+
+def test_second_derivatives_of_the_loss():
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    target, w = torch.randint(0, 4, (6,)), torch.tensor(0.7, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda z: sm.ops.unknown_aware_loss(z, target, w)[0], logits)
+    results = []
+    for loss in (lambda z: sm.ops.unknown_aware_loss(z, target, w)[0],
+                 lambda z: unknown_aware_loss_reference(z, target, w)):  # fmt: skip
+        results.append(torch.func.hessian(loss)(logits.detach()))
+    torch.testing.assert_close(*results)
+
+
+def test_a_dense_gradient_has_the_penalty_in_it(images):
+    """The gradient that growth goes by is that of the whole loss."""
+    model, dense = networks("conv2d")
+    layer = model[2]
+    probe = torch.zeros((), dtype=torch.float64).expand(layer.topology.shape).detach().requires_grad_()
+    layer.topology.probe = probe
+    for m in (model, dense):
+        (grad,) = torch.autograd.grad(m(images).square().sum(), images, create_graph=True)
+        (grad.flatten(1).norm(dim=1) - 1).square().mean().backward()
+    torch.testing.assert_close(probe.grad, dense[2].weight.grad.flatten(1))
+
+
+def test_recompute_refuses_second_derivatives(images):
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
+    model = sm.sparsify(dense, 0.5, exclude="0", fuse=True, recompute=True)
+    x = images.detach().float().requires_grad_()
+    output = model(x)
+    try:
+        (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    except RuntimeError as error:
+        assert "recompute" in str(error)
+    else:  # where nothing was dropped there is nothing to refuse
+        assert grad.requires_grad
+    F.relu(output).sum().backward()

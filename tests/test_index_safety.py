@@ -1,0 +1,346 @@
+"""What other code does to a sparse layer's index and values: the right result, or an error before any kernel reads."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import sparse_moon as sm
+from sparse_moon.ops.check_index import check_index_reference
+from sparse_moon.topology import build_index
+
+
+def mlp(sparsity=0.8, **options):
+    return sm.sparsify(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 8)), sparsity, "uniform",
+                       first_dense=False, **options)  # fmt: skip
+
+
+def train(model, steps=7, method=sm.SET, **options):
+    """Some steps with topology updates."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    method = method(model, optimizer, total_steps=100, interval=2, **options)
+    for _ in range(steps):
+        model(torch.randn(16, 64)).square().mean().backward()
+        method.step()
+        optimizer.zero_grad()
+
+
+def gradients(model, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+
+
+# --- the check itself
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (7, 4), (1, 9), (9, 1), (6, 0), (0, 6)])
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_check_finds_every_single_change(grid, density):
+    count = round(density * grid[0] * grid[1])
+    index = build_index(torch.randperm(grid[0] * grid[1])[:count].sort().values, grid)
+    check = torch.ops.sparse_moon.check_index
+    sound = check(*index)
+    assert sound[0] == 0 and torch.equal(sound, check_index_reference(*index))
+    for number in range(5):
+        for place in range(index[number].numel()):
+            for value in (-1, 0, 1, 3, 1 << 30, -(1 << 31), int(index[number][place]) + 1):
+                changed = [t.clone() for t in index]
+                changed[number][place] = value
+                found = check(*changed)
+                assert torch.equal(found, check_index_reference(*changed))
+                same = torch.equal(changed[number], index[number])
+                assert same == (found.tolist() == sound.tolist())
+
+
+def test_fingerprints_differ():
+    seen = set()
+    for count in (1, 2, 3):
+        for positions in torch.combinations(torch.arange(12), count):
+            seen.add(int(torch.ops.sparse_moon.check_index(*build_index(positions, (3, 4)))[1]))
+    assert len(seen) == 12 + 66 + 220
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_operators_refuse_a_damaged_index(number):
+    layer = sm.SparseLinear(16, 12, sparsity=0.5)
+    index = [t.clone() for t in layer.topology.index]
+    index[number][index[number].numel() // 2] = 1 << 29
+    x = torch.randn(3, 16)
+    with pytest.raises(ValueError, match="the index is damaged"):
+        torch.ops.sparse_moon.sparse_linear(x, layer.values, None, None, *index)
+    with pytest.raises(ValueError, match="index tensors have sizes"):
+        torch.ops.sparse_moon.sparse_linear(x, layer.values, None, None, *index[:4], index[4][:-1])
+    with pytest.raises(ValueError, match="values"):
+        torch.ops.sparse_moon.sparse_linear(x, layer.values[:-3], None, None, *layer.topology.index)
+
+
+def test_a_compiled_model_refuses_a_damaged_index():
+    model = mlp()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(compiled(x), model(x))
+    with torch.no_grad():
+        model[0].topology.col[3] += 1 << 28
+    with pytest.raises(ValueError, match="the index is damaged"):
+        compiled(x)
+
+
+# --- layers made without memory
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block4"])
+def test_memory_that_nobody_wrote_never_reaches_a_kernel(pattern):
+    code = f"""
+import torch, sparse_moon as sm
+with torch.device("meta"):
+    m = sm.sparsify(torch.nn.Sequential(torch.nn.Conv2d(4, 64, 3), torch.nn.Flatten(), torch.nn.Linear(256, 200)), 0.9,
+                    pattern={pattern!r}, first_dense=False)
+junk = [torch.full((5000,), 2**30, dtype=torch.int32) for _ in range(50)]; del junk
+m.to_empty(device="cpu")
+[l.reset_parameters() for l in (m[0], m[2])]
+for call in (lambda: m(torch.randn(4, 4, 4, 4)), lambda: m[2].dense_weight(), lambda: m[2].weight):
+    try: call(); print("ran")
+    except RuntimeError as error: print("raised", "load_state_dict" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:3] == ["raised True"] * 3, done.stderr
+
+
+def test_a_layer_from_the_meta_device_works_once_loaded():
+    whole = mlp()
+    with torch.device("meta"):
+        model = mlp()
+    model.to_empty(device="cpu")
+    model.load_state_dict(whole.state_dict())
+    x = torch.randn(3, 64)
+    for ours, theirs in zip(gradients(model, x), gradients(whole, x), strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.device("meta"):
+        model = mlp()
+    model.load_state_dict(whole.state_dict(), assign=True)
+    assert torch.equal(model(x), whole(x))
+    assert model[0].topology.col.data_ptr() != whole[0].topology.t_row.data_ptr()
+
+
+# --- averages by others
+
+
+def averages(model):
+    yield AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    yield AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    yield AveragedModel(model)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_averages_of_a_moving_topology_are_refused(number):
+    model = mlp()
+    average = list(averages(model))[number]
+    for _ in range(3):
+        train(model)
+        average.update_parameters(model)
+    with pytest.raises(RuntimeError, match=r"sm\.EMA"):
+        average(torch.randn(3, 64))
+
+
+@pytest.mark.parametrize("how", ["lerp_", "data", "foreach", "mul_add", "teacher is the original", "evaluated between"])
+def test_averages_by_hand_are_refused(how):
+    model = mlp()
+    average = copy.deepcopy(model)
+    if how == "teacher is the original":
+        model, average = average, model
+    x = torch.randn(3, 64)
+    for _ in range(3):
+        train(model)
+        pairs = list(zip(average.parameters(), model.parameters(), strict=True))
+        with torch.no_grad():
+            for old, new in pairs:
+                if how == "data":
+                    old.data.mul_(0.9).add_(new.data, alpha=0.1)
+                elif how == "mul_add":
+                    old.copy_(old * 0.9 + new * 0.1)
+                elif how != "foreach":
+                    old.lerp_(new, 0.1)
+            if how == "foreach":
+                torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 0.1)
+        with pytest.raises(RuntimeError, match=r"sm\.EMA"):
+            average(x)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"sm\.EMA"):
+            average.eval()(x)
+
+
+def test_averages_of_a_topology_that_stays_are_right():
+    model = mlp()
+    for average in list(averages(model))[1:]:  # the first one averages integers, and finds other ones
+        train(model, method=sm.RigL, stop=0.0)
+        average.update_parameters(model)
+        average.update_parameters(model)
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(average(x), model(x))
+
+
+def test_copies_go_their_own_ways():
+    """A snapshot of a model that moves on, and a copy that is trained by itself, are no foreign averages."""
+    model, x = mlp(), torch.randn(3, 64)
+    snapshot, before = copy.deepcopy(model), model(x)
+    student = copy.deepcopy(model)
+    for _ in range(3):
+        train(model, steps=9)
+        assert torch.equal(snapshot(x), before)
+        train(student, method=sm.SET, stop=0.0)
+        student(x)
+    finetuned = copy.deepcopy(snapshot)
+    optimizer = torch.optim.SGD(finetuned.parameters(), 0.1)
+    for _ in range(3):
+        finetuned(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(finetuned(x), before)
+    snapshot.load_state_dict(model.state_dict())
+    assert torch.equal(snapshot(x), model(x))
+    again = copy.deepcopy(copy.deepcopy(snapshot))
+    assert torch.equal(again(x), model(x))
+
+
+# --- loading of every kind
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("resized", [False, True])
+def test_loading_leaves_a_consistent_topology(assign, inference, resized):
+    source = mlp(0.7 if resized else 0.8)
+    train(source)
+    state, model, x = source.state_dict(), mlp(), torch.randn(3, 64)
+    model(x).sum().backward()
+    state = copy.deepcopy(state)
+    with torch.inference_mode(inference):
+        model.load_state_dict(state, assign=assign)
+    for ours, theirs in zip(gradients(model, x), gradients(source, x), strict=True):
+        assert torch.equal(ours, theirs)
+    train(model)  # goes on
+    for layer in sm.sparse_layers(model).values():
+        assert int(torch.ops.sparse_moon.check_index(*layer.topology.index)[0]) == 0
+    assert torch.equal(source(x), source(x))
+    source.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_an_in_place_load_is_refused_until_it_is_finished(tmp_path):
+    source, model, x = mlp(), mlp(), torch.randn(3, 64)
+    dcp.save(source.state_dict(), checkpoint_id=tmp_path)
+    state = model.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path)
+    with pytest.raises(RuntimeError, match="load_state_dict"):
+        model(x)
+    model.load_state_dict(state)
+    for ours, theirs in zip(gradients(model, x), gradients(source, x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("key", ["values", "topology.row_ptr", "topology.col"])
+def test_a_part_of_a_sparse_layer_does_not_load(key):
+    source, model = mlp(), mlp()
+    part = {name: t for name, t in source.state_dict().items() if not name.endswith(key)}
+    with pytest.raises(RuntimeError, match="must come together"):
+        model.load_state_dict(part, strict=False)
+    only = {name: t for name, t in source.state_dict().items() if name.endswith(key)}
+    with pytest.raises(RuntimeError, match="must come together"):
+        model.load_state_dict(only, strict=False)
+    model.load_state_dict({"0.bias": torch.zeros(48)}, strict=False)
+    assert not model[0].bias.any()
+
+
+def test_indices_that_are_no_integers_do_not_load():
+    layer = sm.SparseLinear(4, 1, sparsity=0.75)
+    for bad in (torch.tensor([float("nan")]), torch.tensor([1.0]), torch.tensor(1), torch.tensor([[1]])):
+        with pytest.raises(RuntimeError, match=r"damaged|size mismatch"):
+            layer.load_state_dict({**layer.state_dict(), "topology.col": bad})
+    layer.load_state_dict({**layer.state_dict(), "topology.col": torch.tensor([2])})  # int64 is as good
+    assert layer.topology.col.dtype == torch.int32 and layer.mask().nonzero().tolist() == [[0, 2]]
+
+
+def test_a_model_survives_being_moved_pickled_and_shared(tmp_path):
+    model, x = mlp(), torch.randn(3, 64)
+    train(model)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False), model.share_memory(), model.float()):
+        assert torch.equal(other(x), expected)
+    assert torch.equal(model.double().float()(x), expected)
+    with torch.inference_mode():
+        made = mlp()
+        made(x)
+        assert torch.equal(model(x), expected)
+
+
+# --- graphs that are older than a change of the number of weights
+
+
+def resized(layer):
+    index = build_index(torch.arange(3), layer.topology.grid)
+    layer.replace_(index, torch.ones(3, *layer.values.shape[1:], dtype=layer.values.dtype))
+
+
+@pytest.mark.parametrize("read", ["call", "weight", "dense_weight", "masked"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_graph_older_than_a_resize_raises(kind, read):
+    layer = sm.SparseLinear(64, 64, sparsity=0.9) if kind == "linear" else sm.SparseConv2d(64, 64, 3, sparsity=0.9)
+    x = torch.randn(8, 64) if kind == "linear" else torch.randn(2, 64, 9, 9)
+    if read == "masked":
+        sm.RandomMask(layer, 0.5).draw()
+    loss = (
+        layer(x) if read in ("call", "masked") else getattr(layer, read)() if read == "dense_weight" else layer.weight
+    ).sum()
+    loss.backward(retain_graph=True)
+    layer.topology.transform = None
+    resized(layer)
+    with pytest.raises(RuntimeError, match=r"in place|inplace"):
+        loss.backward()
+    assert layer.values.grad is None
+    layer(x).sum().backward()
+    assert layer.values.grad.shape == (3,)
+
+
+def test_a_graph_older_than_an_exchange_raises():
+    layer = sm.SparseLinear(64, 64, sparsity=0.9)
+    loss = layer(torch.randn(8, 64)).sum()
+    index = build_index(torch.randperm(64 * 64)[: layer.topology.nnz].sort().values, layer.topology.grid)
+    layer.replace_(index, layer.values.detach().clone())
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["mest", "gmp", "top-kast"])
+def test_methods_that_resize_leave_no_old_graph_usable(kind):
+    model = nn.Sequential(*[sm.SparseConv2d(16, 16, 3, padding=1, sparsity=0.5) for _ in range(2)])
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    method = {
+        "mest": lambda: sm.MEST(model, optimizer, total_steps=20, interval=2, stop=1.0, soft_memory_bound=True),
+        "gmp": lambda: sm.GMP(model, optimizer, total_steps=20, interval=2, densities=0.1),
+        "top-kast": lambda: sm.TopKAST(model, optimizer, total_steps=7, interval=2),
+    }[kind]()
+    x, sizes = torch.randn(4, 16, 8, 8), {model[0].topology.nnz}
+    losses = []
+    for _ in range(8):
+        loss = model(x).square().mean()
+        losses.append(loss)
+        loss.backward(retain_graph=True)
+        method.step()
+        optimizer.zero_grad()
+        sizes.add(model[0].topology.nnz)
+    assert len(sizes) > 1
+    for loss in losses[:-1]:
+        with pytest.raises(RuntimeError):
+            loss.backward()
+    optimizer.zero_grad()
+    for _ in range(20):
+        model(x).sum().backward()
+    assert model[0].values.grad.shape == model[0].values.shape
