@@ -4,6 +4,7 @@ from sparse_moon import memory, ops
 from sparse_moon.algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from sparse_moon.allocation import allocate
 from sparse_moon.averaging import (
+    EMA,
     PredictionAverage,
     StochasticPasses,
     TicketAverage,
@@ -28,6 +29,7 @@ from sparse_moon.topology import Topology
 from sparse_moon.tuning import tune
 
 __all__ = [
+    "EMA",
     "GMP",
     "MEST",
     "SET",

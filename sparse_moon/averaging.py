@@ -98,6 +98,8 @@ class WeightAverage(_Average):
         if self.mask is not None and self.rescale:
             for layer in sparse_layers(model).values():
                 layer.values.div_(self.mask.keep)
+        for layer in sparse_layers(model).values():
+            layer.note_written()
 
     def _check(self, model: nn.Module) -> None:
         mine, theirs = self._buffers_named("index_"), _indices(model)
@@ -105,6 +107,94 @@ class WeightAverage(_Average):
             raise ValueError(
                 "the topology is not that of the models averaged so far; average only while the topology is frozen"
             )
+
+
+class EMA(_Average):
+    """Exponential moving average of a model whose topology moves: ``avg <- decay avg + (1 - decay) w``.
+
+    At every weight that the model has now it is the average of the dense weights, those that were away counting as 0: a
+    weight that has just been grown starts from 0, and one that goes is forgotten. Averages by slot
+    (``torch.optim.swa_utils.AveragedModel`` and the like) mix different weights as soon as the topology moves.
+    Floating-point buffers (batch-norm statistics) are averaged likewise, others copied.
+
+    Call :meth:`update` after each step and :meth:`copy_to` on a copy of the model to evaluate. Averages of 16-bit
+    parameters are kept in float32. ``state_dict`` holds the averages, their places and how many updates there were.
+
+    Args:
+        model: whose parameters are to be averaged; the first :meth:`update` takes them as they are.
+        decay: in [0, 1).
+
+    Raises:
+        ValueError: a decay out of range.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        super().__init__(model)
+        self.decay = decay
+        self._start(model)
+
+    def _start(self, model: nn.Module) -> None:
+        for i, layer in enumerate(sparse_layers(model).values()):
+            self.register_buffer(f"place_{i}", layer.topology.positions())
+            self.register_buffer(f"value_{i}", _wide(layer.values).clone())
+        for i, tensor in enumerate(self._others(model)):
+            self.register_buffer(f"average_{i}", _wide(tensor).clone())
+
+    @staticmethod
+    def _others(model: nn.Module) -> list[Tensor]:
+        """What is not a sparse layer's values or index."""
+        return [*_unmasked(model), *_plain_buffers(model)]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the model's present parameters and buffers into the average."""
+        if self.count == 0:
+            self._start(model)
+        for i, layer in enumerate(sparse_layers(model).values()):
+            old, new = self.get_buffer(f"place_{i}"), layer.topology.positions()
+            average = self.get_buffer(f"value_{i}")
+            if not torch.equal(old, new):
+                average = _follow(average, old, new)
+                self.register_buffer(f"place_{i}", new)
+                self.register_buffer(f"value_{i}", average)
+            average.lerp_(layer.values.to(average.dtype), 1.0 - self.decay)
+        for average, tensor in zip(self._buffers_named("average_"), self._others(model), strict=True):
+            if average.is_floating_point():
+                average.lerp_(tensor.to(average.dtype), 1.0 - self.decay)
+            else:
+                average.copy_(tensor)
+        self.count += 1
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the average into a model of the same structure, with its topology.
+
+        Raises:
+            ValueError: nothing has been averaged yet.
+        """
+        if self.count == 0:
+            raise ValueError("no model has been averaged yet")
+        for i, layer in enumerate(sparse_layers(model).values()):
+            values = self.get_buffer(f"value_{i}").to(layer.values.dtype)
+            layer.replace_(build_index(self.get_buffer(f"place_{i}"), layer.topology.grid), values)
+        for tensor, average in zip(self._others(model), self._buffers_named("average_"), strict=True):
+            tensor.copy_(average)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _follow(average: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """The averages of ascending places ``old`` at the places ``new``, 0 where there was none."""
+    result = average.new_zeros(len(new), *average.shape[1:])
+    place = torch.searchsorted(old, new)
+    there = torch.cat([old, old.new_tensor([-1])])[place] == new
+    result[there] = average[place[there]]
+    return result
 
 
 class TicketAverage(_Average):
@@ -221,6 +311,12 @@ def _averaged(model: nn.Module) -> list[Tensor]:
     masked = {id(parameter) for parameter in values}
     others = [parameter for parameter in model.parameters() if id(parameter) not in masked]
     return [parameter.detach() for parameter in (*values, *others)]
+
+
+def _plain_buffers(model: nn.Module) -> list[Tensor]:
+    """All buffers but the sparse layers' indices."""
+    indices = {id(t) for layer in sparse_layers(model).values() for t in layer.topology.index}
+    return [buffer for buffer in model.buffers() if id(buffer) not in indices]
 
 
 def _indices(model: nn.Module) -> list[Tensor]:

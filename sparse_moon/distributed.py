@@ -1,5 +1,8 @@
 """What several processes need to agree on. Without an initialised process group there is one process."""
 
+import os
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,3 +23,29 @@ def mean_over_processes_(tensor: Tensor) -> None:
         dist.reduce(tensor, dst=0)
         tensor /= world_size()
         dist.broadcast(tensor, src=0)
+
+
+def launched_alone() -> bool:
+    """Whether the environment says that this is one of several processes, but they have no process group."""
+    sizes = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    return world_size() == 1 and any(size.isdigit() and int(size) > 1 for size in sizes)
+
+
+def check_same(tensor: Tensor, problem: str) -> None:
+    """Raise ``ValueError`` with the problem, on every process, unless all processes hold the same numbers."""
+    everywhere = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(everywhere, tensor)
+    different = [number for number, other in enumerate(everywhere) if not torch.equal(other, everywhere[0])]
+    if different:
+        raise ValueError(
+            f"{problem}: {different} differ from process 0. Seed them alike before sparsify, or wrap the model in "
+            "DistributedDataParallel first"
+        )
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum over all processes, on each of them."""
+    total = tensor.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total

@@ -65,6 +65,7 @@ class SparseLayer(nn.Module):
         nn.init.uniform_(self.values, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+        self.note_written()
 
     @property
     def sparsity(self) -> float:
@@ -106,7 +107,8 @@ class SparseLayer(nn.Module):
         if not copied.trained and not torch.compiler.is_compiling() and copied.digest != _digest(self.values):
             raise RuntimeError(
                 f"values were written into a copy of a {type(self).__name__} whose topology has moved on since it was "
-                "copied, so they are of other weights: average models with sm.EMA or sm.WeightAverage"
+                "copied, so they are of other weights: average models with sm.EMA or sm.WeightAverage. If they are "
+                "meant for this topology, call note_written() of the layer"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -143,10 +145,10 @@ class SparseLayer(nn.Module):
                 self.values.copy_(values)
         else:
             _resize(self.values, values)
-        self._note_written()
+        self.note_written()
 
-    def _note_written(self) -> None:
-        """The present values belong to the present topology."""
+    def note_written(self) -> None:
+        """Say that the present values are meant for the present topology: after writing into a copy of a layer."""
         if self._copied is not None:
             self._copied.digest = _digest(self.values)
 
@@ -165,7 +167,7 @@ class SparseLayer(nn.Module):
                 _resize(self.values, self.values.detach().new_empty(values.shape))
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
             if values is not None:
-                self._note_written()
+                self.note_written()
 
     def _take_over(self, dense: nn.Linear | nn.Conv2d) -> None:
         with torch.no_grad():

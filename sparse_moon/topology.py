@@ -99,12 +99,16 @@ class Topology(nn.Module):
                 self._finding = torch.ops.sparse_moon.check_index(*index)
         self._broadcast = False
 
-    def check(self) -> None:
+    def check(self, *, broadcast: bool = False) -> None:
         """Look at the index where it was written to since the last look; every product asks for that.
 
         Averaging of a model's buffers, copying into them, ``to_empty``: what does not come in through
         ``load_state_dict`` or a training method leaves values and index that do not belong together, or an index that
         is none.
+
+        Args:
+            broadcast: other entries are taken over where they are an index: those of rank 0, which
+                DistributedDataParallel sends with the values when it is built, and again before each forward pass.
 
         Raises:
             RuntimeError: the index is not the one that this topology was given.
@@ -127,13 +131,11 @@ class Topology(nn.Module):
             return
         in_parallel = DistributedDataParallel._get_active_ddp_module() is not None
         if not (in_parallel and self._broadcast):
-            self._check_now(index, adopt=in_parallel)
+            self._check_now(index, adopt=in_parallel or broadcast)
         self._seen = (*index, now)
 
     @torch.no_grad()
     def _check_now(self, index: Index, *, adopt: bool) -> None:
-        """``adopt``: an index is enough, it need not be the same. DistributedDataParallel sends all buffers of rank 0
-        with its values when it is built, and again before each forward pass."""
         fault, finding = index_form(index), [0, 0]
         if not fault:
             found = torch.ops.sparse_moon.check_index(*index)
@@ -149,6 +151,12 @@ class Topology(nn.Module):
                 f"its values have lost their places: {fault}. Average models with sm.EMA or sm.WeightAverage; write "
                 "into a model with load_state_dict, also after to_empty and after loading in place"
             )
+
+    def fingerprint(self) -> Tensor:
+        """A number (0-d int64) of the set of entries, on the topology's device."""
+        self.check()
+        assert self._finding is not None
+        return self._finding[1].to(self.col.device)
 
     @property
     def left_behind(self) -> bool:

@@ -1,23 +1,29 @@
 """What every training method does each batch, and the frame of those that change the topology."""
 
-from collections.abc import Collection, Mapping
-from contextlib import suppress
-from typing import Any
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from sparse_moon import ops
+from sparse_moon.algorithms.optimizers import (
+    attach,
+    inner_optimizers,
+    is_stepping,
+    move_state,
+    parameters_of,
+    stepping,
+    synchronizes,
+    unscale_,
+)
+from sparse_moon.distributed import check_same, launched_alone, world_size
 from sparse_moon.nn import SparseLayer, sparse_layers
 from sparse_moon.ops.drop_and_grow import Regrown
-
-# Per-weight state that moves with its weight, and state that does not belong to single weights.
-_MOVED_STATE = {SGD: {"momentum_buffer"}, Adam: {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}}
-_MOVED_STATE[AdamW] = _MOVED_STATE[Adam]
-_OTHER_STATE = {"step"}
 
 
 class Method:
@@ -25,39 +31,99 @@ class Method:
 
     The base class never changes a topology: as :class:`Static` it trains a fixed sparse network, as :class:`Dense` the
     baseline. ``steps`` counts finished batches, topology updates included.
+
+    ``layers`` are the sparse layers that the optimizer trains: frozen ones are no part of the method.
+
+    Args:
+        model: possibly wrapped (DistributedDataParallel, ``torch.compile``).
+        optimizer: over the model's parameters, built after ``sparsify``.
+
+    Raises:
+        ValueError: the optimizer holds none of the model's trainable parameters, or none of the sparse layers' values;
+            several processes with different topologies.
     """
 
     name = "method"
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.layers = sparse_layers(model.module if isinstance(model, DistributedDataParallel) else model)
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            for layer in sparse_layers(model).values():
+                layer.topology.check(broadcast=True)
+        every = {plain_name(name): layer for name, layer in sparse_layers(model).items()}
+        held = {id(parameter) for parameter in parameters_of(optimizer)}
+        trainable = {name: layer for name, layer in every.items() if layer.values.requires_grad}
+        self.layers = {name: layer for name, layer in trainable.items() if id(layer.values) in held}
+        self.untouched = [name for name in every if name not in self.layers]
+        """Names of the sparse layers that are no part of the method."""
+        others = [name for name in trainable if name not in self.layers]
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if (trainable and not self.layers) or (parameters and held.isdisjoint(map(id, parameters))):
+            raise ValueError(
+                f"the optimizer given to method {self.name!r} holds no weights of this model's "
+                f"{'sparse ' if trainable else ''}layers, so they would never train: build it after sparsify, from "
+                "this model's parameters()"
+            )
+        if others:
+            warnings.warn(
+                f"the optimizer does not hold the values of {others}: they do not train and keep their topology",
+                stacklevel=3,
+            )
+        if launched_alone():
+            warnings.warn(
+                "several processes were started, but torch.distributed is not initialised: each trains a network of "
+                "its own",
+                stacklevel=3,
+            )
         self.steps = 0
+        self._check_processes("at the start")
+
+    def _check_processes(self, when: str) -> None:
+        if world_size() > 1 and self.layers:
+            prints = [layer.topology.fingerprint() for layer in self.layers.values()]
+            check_same(torch.stack(prints), f"{when} of method {self.name!r} the processes have different topologies")
 
     @property
     def updates_now(self) -> bool:
         """Whether the batch in progress ends with a topology update."""
         return False
 
-    def step(self, scaler: GradScaler | None = None) -> bool:
+    def step(self, scaler: GradScaler | None = None, closure: Callable[[], Any] | None = None) -> bool:
         """Finish a batch whose gradients are ready.
 
         Args:
             scaler: under automatic mixed precision the scaler of the loss; it unscales, steps and updates here.
+            closure: computes the gradients anew and returns the loss, for optimizers that need that.
 
         Returns:
-            True where the topology was updated.
+            True where the topology was updated. While accelerate accumulates gradients nothing happens: False.
         """
-        self._step_optimizer(scaler)
+        if not synchronizes(self.optimizer):
+            return False
+        self._step_optimizer(scaler, closure)
         self.steps += 1
         return False
 
-    def _step_optimizer(self, scaler: GradScaler | None) -> None:
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
+    def attach(self) -> Self:
+        """Make ``optimizer.step()`` do what :meth:`step` does, for loops of others (Lightning, Hugging Face).
+
+        It returns what the optimizer's own step returns. A gradient scaler then calls it as ever; where it skips a step
+        because of an overflow, the topology update waits for the next batch.
+
+        Returns:
+            The method itself. From now on do not call :meth:`step` besides.
+        """
+        attach(self.optimizer, self)
+        return self
+
+    def _step_optimizer(self, scaler: GradScaler | None, closure: Callable[[], Any] | None = None) -> None:
+        arguments = () if closure is None else (closure,)
+        with stepping(self.optimizer):
+            if scaler is None:
+                self.optimizer.step(*arguments)
+            else:
+                scaler.step(self.optimizer, *arguments)
+                scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model's and the optimizer's own state."""
@@ -81,8 +147,8 @@ class Dense(Method):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(model, optimizer)
-        if self.layers:
-            raise ValueError(f"method 'dense' got a model with sparse layers: {list(self.layers)}")
+        if self.layers or self.untouched:
+            raise ValueError(f"method 'dense' got a model with sparse layers: {[*self.layers, *self.untouched]}")
 
 
 class Static(Method):
@@ -96,30 +162,33 @@ class DynamicMethod(Method):
 
     A method is what it answers to three questions: how many blocks go and come (:meth:`counts`), which go
     (:meth:`drop_score`, lowest first) and which come (:meth:`grow_score`, highest first). A new weight and its
-    optimizer state are 0; one that is dropped and at once comes back keeps both. From ``stop`` on the topology is
-    frozen.
+    optimizer state start anew; one that is dropped and at once comes back keeps both. From ``stop`` on the topology is
+    frozen. A layer that has no gradient, or nothing but zeros, in an update batch keeps its topology.
 
     Where the number of a layer's blocks changes, ``values`` stays the same parameter with fewer or more numbers, and a
     model in DistributedDataParallel is to be wrapped anew after a :meth:`step` that returns True: its buffers have the
     old size.
 
     Args:
-        model: with sparse layers, possibly wrapped in DistributedDataParallel; all processes reach the same topology.
-        optimizer: SGD, Adam or AdamW over the model's parameters; for another class name its per-weight state in
-            ``moved_state``.
+        model: with sparse layers, possibly wrapped; all processes reach the same topology.
+        optimizer: over the model's parameters. State that it keeps for each weight moves with the weight: tensors of
+            as many rows as the layer has blocks.
         total_steps: length of the training, in batches (optimizer steps).
         interval: batches from update to update.
         stop: share of the training after which the topology is frozen, in [0, 1].
-        moved_state: names of further per-weight optimizer state that moves with its weight.
+        moved_state: names of optimizer state that must be there and move.
 
     Raises:
-        ValueError: no sparse layer, a number out of range, or an optimizer whose state is not known.
+        ValueError: no sparse layer to train, a number out of range, or an optimizer with one state for all weights
+            (LBFGS).
     """
 
     replaces_step = True
     """Whether an update takes the place of that batch's optimizer step, or comes after it."""
     resizes = False
     """Whether the number of a layer's blocks changes during training."""
+    exchanges = True
+    """Whether an update needs the gradient of a layer: without one the layer keeps its topology, or is only pruned."""
 
     def __init__(
         self,
@@ -131,23 +200,46 @@ class DynamicMethod(Method):
         stop: float = 0.75,
         moved_state: Collection[str] = (),
     ) -> None:
+        if not sparse_layers(model):
+            raise ValueError(f"method {self.name!r} needs a model with sparse layers; call sparsify(model, ...) first")
         super().__init__(model, optimizer)
         if not self.layers:
-            raise ValueError(f"method {self.name!r} needs a model with sparse layers; call sparsify(model, ...) first")
+            raise ValueError(f"method {self.name!r} needs sparse layers that train, all are frozen: {self.untouched}")
         if total_steps < 1 or interval < 1 or not 0.0 <= stop <= 1.0:
             raise ValueError(
                 f"total_steps and interval must be positive and stop in [0, 1], got {total_steps}, {interval}, {stop}"
             )
-        if type(optimizer) not in _MOVED_STATE and not moved_state:
-            known = ", ".join(kind.__name__ for kind in _MOVED_STATE)
+        if any(isinstance(inner, LBFGS) for inner in inner_optimizers(optimizer)):
             raise ValueError(
-                f"the state of {type(optimizer).__name__} is not known (known: {known}); "
-                "name its per-weight state in moved_state"
+                f"method {self.name!r} cannot train with LBFGS, whose history is of all weights at once and does not "
+                "move with them: take SGD or Adam, or method 'static'"
             )
-        self.moved_state = _MOVED_STATE.get(type(optimizer), set()) | set(moved_state)
+        self.moved_state = frozenset(moved_state)
         self.interval = interval
+        self.total_steps = total_steps
         self.stop_step = round(stop * total_steps)
         self.first_blocks = {layer: layer.topology.num_blocks for layer in self.layers.values()}
+        if stop > 0.0 and not self._ever_updates():
+            warnings.warn(
+                f"method {self.name!r} never updates the topology: with an update every {interval} batches the first "
+                f"comes after the last one that may update, {self.stop_step} of {total_steps}",
+                stacklevel=3,
+            )
+        self._stepped = False
+        inner_optimizers(optimizer)[-1].register_step_post_hook(self._notice)
+
+    def _ever_updates(self) -> bool:
+        return self.last_update > 0
+
+    def _notice(self, optimizer: Optimizer, *_: Any) -> None:
+        """After each step of the optimizer."""
+        if not self._stepped and not is_stepping(optimizer):
+            self._stepped = True  # one warning is enough
+            warnings.warn(
+                f"optimizer.step() was called and not {type(self).__name__}.step(), so the topology never changes: "
+                "call method.step() in its place, or method.attach() once",
+                stacklevel=3,
+            )
 
     def counts(self, layer: SparseLayer) -> tuple[int, int]:
         """How many blocks go, and how many come."""
@@ -170,12 +262,18 @@ class DynamicMethod(Method):
         """Number of the batch with the last update, 0 where there is none."""
         return max(self.stop_step - 1, 0) // self.interval * self.interval
 
-    def step(self, scaler: GradScaler | None = None) -> bool:
+    def step(self, scaler: GradScaler | None = None, closure: Callable[[], Any] | None = None) -> bool:
+        if not synchronizes(self.optimizer):
+            return False
+        self._stepped = True
         updates = updated = self.updates_now
         if updates and self.replaces_step:
+            if closure is not None:
+                with torch.enable_grad():
+                    closure()
             updated = self._check_gradients(scaler)
         else:
-            self._step_optimizer(scaler)
+            self._step_optimizer(scaler, closure)
         if updated:
             self._update()
         if updates:
@@ -210,33 +308,35 @@ class DynamicMethod(Method):
         """Whether the gradients that the scores read are finite, on every process."""
         return True
 
-    def regrow(self, layer: SparseLayer) -> Regrown:
-        """Choose the layer's next topology."""
+    def takes_part(self, layer: SparseLayer) -> bool:
+        """Whether the layer has a gradient in this batch."""
+        grad = layer.values.grad
+        return grad is not None and bool(grad.any())
+
+    def regrow(self, layer: SparseLayer) -> Regrown | None:
+        """Choose the layer's next topology; None where it stays as it is."""
         drop, grow = self.counts(layer)
+        if self.exchanges and not self.takes_part(layer):
+            drop, grow = max(drop - grow, 0), 0
+            if not drop:
+                return None
         score = self.grow_score(layer) if grow else None
         return ops.drop_and_grow(self.drop_score(layer), score, layer.topology, drop, grow)
 
     @torch.no_grad()
     def _update(self) -> None:
+        held = {id(parameter) for parameter in parameters_of(self.optimizer)}
+        gone = [name for name, layer in self.layers.items() if id(layer.values) not in held]
+        if gone:
+            raise ValueError(f"the optimizer of method {self.name!r} does not hold the values of {gone} any more")
         for layer in self.layers.values():
             regrown = self.regrow(layer)
-            self._move_state(layer.values, regrown)
-            layer.replace_(regrown.index, regrown.remap(layer.values))
-
-    def _move_state(self, values: nn.Parameter, regrown: Regrown) -> None:
-        states = self.optimizer.state.get(values, {})
-        for key, state in states.items():
-            if key in self.moved_state:
-                if state is not None:
-                    states[key] = regrown.remap(state)
-            elif key not in _OTHER_STATE:
-                raise ValueError(
-                    f"{type(self.optimizer).__name__} keeps {key!r} for each weight, and whether it moves with the "
-                    "weight is not known: name it in moved_state"
-                )
+            if regrown is not None:
+                move_state(self.optimizer, layer.values, regrown, self.moved_state)
+                layer.replace_(regrown.index, regrown.remap(layer.values))
+        self._check_processes(f"after the update at batch {self.steps}")
 
 
-def unscale_(scaler: GradScaler, optimizer: Optimizer) -> None:
-    """Unscale the optimizer's gradients, unless the caller has: to clip them."""
-    with suppress(RuntimeError):  # "already been called"
-        scaler.unscale_(optimizer)
+def plain_name(name: str) -> str:
+    """Name of a module without what wrappers put before it: DistributedDataParallel and ``torch.compile``."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from sparse_moon.algorithms.method import DynamicMethod
+from sparse_moon.algorithms.method import DynamicMethod, plain_name
 from sparse_moon.algorithms.regrowth import RigL
 from sparse_moon.nn import SparseLayer
 from sparse_moon.schedules import Cubic, Schedule
@@ -35,9 +35,13 @@ def _plan(method: DynamicMethod, densities: Densities, start: float, total_steps
             f"method {method.name!r} needs an update after start and before stop, got start {start}, "
             f"stop at batch {method.stop_step} of {total_steps} and an update every {method.interval}"
         )
-    by_name = dict.fromkeys(method.layers, densities) if isinstance(densities, float) else densities
+    if isinstance(densities, Mapping):
+        by_name = {plain_name(name): density for name, density in densities.items()}
+    else:
+        by_name = dict.fromkeys(method.layers, float(densities))
     # layers that the final allocation keeps dense need not be sparse layers
-    unknown = [name for name, density in by_name.items() if name not in method.layers and density < 1.0]
+    known = {*method.layers, *method.untouched}
+    unknown = [name for name, density in by_name.items() if name not in known and density < 1.0]
     missing = [name for name in method.layers if name not in by_name]
     if unknown or missing:
         raise ValueError(f"densities do not fit the model: no sparse layers {unknown}, without a density {missing}")
@@ -72,6 +76,7 @@ class GMP(DynamicMethod):
 
     name = "gmp"
     replaces_step = False
+    exchanges = False
     resizes = True
 
     def __init__(
@@ -90,6 +95,9 @@ class GMP(DynamicMethod):
             model, optimizer, total_steps=total_steps, interval=interval, stop=stop, moved_state=moved_state
         )
         self.plan = _plan(self, densities, start, total_steps)
+
+    def _ever_updates(self) -> bool:
+        return True  # or there is no plan
 
     @property
     def updates_now(self) -> bool:
@@ -136,6 +144,9 @@ class GraNet(RigL):
             seed=seed, backwards_per_step=backwards_per_step, moved_state=moved_state,
         )  # fmt: skip
         self.plan = _plan(self, densities, start, total_steps)
+
+    def _ever_updates(self) -> bool:
+        return True  # or there is no plan
 
     def counts(self, layer: SparseLayer) -> tuple[int, int]:
         kept = self.plan.blocks(layer, self.first_blocks[layer], self.steps)

@@ -1,13 +1,16 @@
 """Methods that keep the number of weights and exchange the worst for others: SET, MEST and RigL."""
 
 from collections.abc import Collection
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_moon.algorithms.dense_gradient import DenseGradient
 from sparse_moon.algorithms.method import DynamicMethod
-from sparse_moon.distributed import mean_over_processes_, world_size
+from sparse_moon.distributed import mean_over_processes_, sum_over_processes, world_size
 from sparse_moon.nn import SparseLayer
 from sparse_moon.ops.bernoulli_mask import random_scores
 from sparse_moon.ops.drop_and_grow import Regrown
@@ -138,58 +141,62 @@ class RigL(SET):
     name = "rigl"
 
     def grow_score(self, layer: SparseLayer) -> Tensor:
-        grad = _dense_grad(layer)
-        self._finite.append(grad.isfinite().all())
-        return layer.topology.block_scores(grad, overwrite=True)
+        return layer.topology.block_scores(self._present[layer], overwrite=True)
 
     def _prepare(self) -> None:
-        self._choices: dict[SparseLayer, Regrown] = {}
-        self._finite: list[Tensor] = []
+        for gradient in getattr(self, "_gradients", {}).values():
+            gradient.close()
+        self._gradients: dict[SparseLayer, DenseGradient] = {}
+        self._present: dict[SparseLayer, Tensor] = {}  # dense gradients while they are there
+        self._choices: dict[SparseLayer, _Choice] = {}
+        if not self.updates_now:
+            return
+        at_once = self.backwards_per_step == 1 and world_size() == 1
         for layer in self.layers.values():
-            layer.topology.probe = self._probe(layer) if self.updates_now else None
-
-    @property
-    def _at_once(self) -> bool:
-        return self.backwards_per_step == 1 and world_size() == 1
-
-    def _probe(self, layer: SparseLayer) -> Tensor:
-        """A leaf without memory of its own whose gradient is the dense gradient."""
-        probe = layer.values.detach().new_zeros(()).expand(layer.topology.shape).detach().requires_grad_()
-        if self._at_once:
-            probe.register_post_accumulate_grad_hook(lambda p: self._choose(layer, p))
-        return probe
+            reduce = partial(self._choose, layer) if at_once else None
+            self._gradients[layer] = DenseGradient(layer, reduce)
 
     @torch.no_grad()
-    def _choose(self, layer: SparseLayer, probe: Tensor) -> None:
-        if layer in self._choices:
-            raise RuntimeError(
-                "a second backward pass on an update batch: pass backwards_per_step to the training method "
-                "where gradients are accumulated"
-            )
-        self._choices[layer] = self.choose(layer)
-        probe.grad = None
+    def _choose(self, layer: SparseLayer, grad: Tensor) -> "_Choice":
+        self._present[layer] = grad
+        finite = grad.isfinite().all()
+        try:
+            return _Choice(self.choose(layer), finite)
+        finally:
+            del self._present[layer]
 
     def choose(self, layer: SparseLayer) -> Regrown:
         """Choose the layer's next topology while its dense gradient is there."""
-        return super().regrow(layer)
+        regrown = super().regrow(layer)
+        assert regrown is not None
+        return regrown
 
-    def regrow(self, layer: SparseLayer) -> Regrown:
-        return self._choices[layer]
+    def takes_part(self, layer: SparseLayer) -> bool:
+        return layer in self._present or layer in self._choices
+
+    def regrow(self, layer: SparseLayer) -> Regrown | None:
+        return self._choices[layer].regrown if layer in self._choices else super().regrow(layer)
 
     def _gradients_finite(self) -> bool:
-        for layer in self.layers.values():
-            if layer not in self._choices:
-                mean_over_processes_(_dense_grad(layer))
-                self._choose(layer, _probe_of(layer))
-        return all(bool(finite) for finite in self._finite)
+        gradients = self._gradients
+        there = torch.tensor([float(gradient.there) for gradient in gradients.values()], dtype=torch.float32)
+        device = next(iter(gradients)).values.device
+        anywhere = sum_over_processes(there.to(device)).tolist()  # the same layers take part on every process
+        for (layer, gradient), count in zip(gradients.items(), anywhere, strict=True):
+            if not count:
+                continue
+            if isinstance(gradient.reduced, _Choice):
+                self._choices[layer] = gradient.reduced
+                continue
+            total = gradient.total if gradient.there else None
+            if total is None:
+                total = layer.values.new_zeros(layer.topology.shape)
+            mean_over_processes_(total)
+            self._choices[layer] = self._choose(layer, total)
+        return all(bool(choice.finite) for choice in self._choices.values())
 
 
-def _probe_of(layer: SparseLayer) -> Tensor:
-    assert layer.topology.probe is not None
-    return layer.topology.probe
-
-
-def _dense_grad(layer: SparseLayer) -> Tensor:
-    grad = _probe_of(layer).grad
-    # a layer that took no part in this batch has no gradient anywhere
-    return grad if grad is not None else torch.zeros_like(_probe_of(layer), memory_format=torch.contiguous_format)
+class _Choice(NamedTuple):
+    regrown: Regrown
+    finite: Tensor
+    """Whether the gradient was, 0-d bool."""

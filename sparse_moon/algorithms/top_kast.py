@@ -1,6 +1,6 @@
 """Top-KAST: a network that is sparser in the forward pass than in what it trains."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from sparse_moon.algorithms.method import unscale_
+from sparse_moon.algorithms.optimizers import unscale_
 from sparse_moon.algorithms.regrowth import SET
 from sparse_moon.nn import SparseLayer
 from sparse_moon.schedules import Schedule
@@ -75,6 +75,9 @@ class TopKAST(SET):
     def updates_now(self) -> bool:
         return super().updates_now or self.steps + 1 == self.stop_step
 
+    def _ever_updates(self) -> bool:
+        return True  # what is left is chosen in any case
+
     def active_blocks(self, layer: SparseLayer) -> int:
         """Number of blocks in A."""
         return round(self.forward_share * self.first_blocks[layer])
@@ -96,9 +99,13 @@ class TopKAST(SET):
             if layer not in self._hidden:
                 self._hidden[layer] = layer.values[~self._active[layer]]
                 layer.values[~self._active[layer]] = 0.0
+                layer.note_written()
 
     @torch.no_grad()
-    def _step_optimizer(self, scaler: GradScaler | None) -> None:
+    def _step_optimizer(self, scaler: GradScaler | None, closure: Callable[[], Any] | None = None) -> None:
+        if closure is not None:  # gradients are those of A, where they are computed
+            with torch.enable_grad():
+                closure()
         if scaler is not None:
             unscale_(scaler, self.optimizer)
         for layer in self.layers.values():

@@ -1,0 +1,73 @@
+"""The dense weight gradient of a layer on an update batch, which growth is chosen by."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparse_moon.nn import SparseLayer
+
+
+class DenseGradient:
+    """What the backward passes of one batch leave of a layer's dense weight gradient.
+
+    A backward pass counts as long as the gradient of ``values`` that came with it does: where that had been thrown away
+    before (``zero_grad`` after a step that was skipped, after a generator's or an attack's pass through the network),
+    what came before is thrown away here, too. So growth sees what the optimizer would see.
+
+    Args:
+        layer: it gets a probe, a leaf without memory of its own whose gradient is the dense gradient.
+        reduce: what to keep of the gradient of a single pass, called as soon as it is there, so that only one layer's
+            gradient exists at a time; a second pass that adds to the first is an error then. None keeps the sum.
+    """
+
+    def __init__(self, layer: SparseLayer, reduce: Callable[[Tensor], object] | None = None) -> None:
+        self.layer, self.reduce = layer, reduce
+        self.total: Tensor | None = None
+        self.reduced: object = None
+        self._pass = -1  # number of the backward pass that was looked at last
+        self._passes = 0
+        probe = layer.values.detach().new_zeros(()).expand(layer.topology.shape).detach().requires_grad_()
+        layer.topology.probe = probe
+        self._hooks = [
+            layer.values.register_hook(lambda _: self._look()),
+            probe.register_post_accumulate_grad_hook(self._take),
+        ]
+
+    @property
+    def there(self) -> bool:
+        """Whether a backward pass has come by and has not been thrown away."""
+        grad = self.layer.values.grad
+        return self._passes > 0 and grad is not None
+
+    def close(self) -> None:
+        """Take no more part in the layer's products."""
+        self.layer.topology.probe = None
+        for hook in self._hooks:
+            hook.remove()
+
+    def _look(self) -> None:
+        """At the first sign of another backward pass, before it adds to anything."""
+        number = torch._C._current_graph_task_id()
+        if number == self._pass:
+            return
+        self._pass = number
+        grad = self.layer.values.grad
+        if grad is None or (grad.numel() and not grad.any()):
+            self.total, self.reduced, self._passes = None, None, 0
+
+    @torch.no_grad()
+    def _take(self, probe: Tensor) -> None:
+        self._look()
+        grad, probe.grad = probe.grad, None
+        assert grad is not None
+        self._passes += 1
+        if self.reduce is None:
+            self.total = grad if self.total is None else self.total + grad
+        elif self._passes > 1:
+            raise RuntimeError(
+                "a second backward pass adds to the gradients of an update batch: pass backwards_per_step to the "
+                "training method where gradients are accumulated; call zero_grad after a pass that is not the step's"
+            )
+        else:
+            self.reduced = self.reduce(grad)

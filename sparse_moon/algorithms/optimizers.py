@@ -1,0 +1,153 @@
+"""What training methods need to know of optimizers: what they hold, what they keep for each weight, when they step."""
+
+import functools
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Adagrad, Optimizer, Rprop
+
+from sparse_moon.ops.drop_and_grow import Regrown
+
+if TYPE_CHECKING:
+    from sparse_moon.algorithms.method import Method
+
+_STEPPING, _ATTACHED = "_sparse_moon_stepping", "_sparse_moon_attached"
+
+# State that does not start at 0, and the setting that it starts at.
+_STARTS = {(Rprop, "step_size"): "lr", (Adagrad, "sum"): "initial_accumulator_value"}
+
+
+def inner_optimizers(optimizer: Any) -> list[Optimizer]:
+    """The optimizer and those that it wraps (accelerate, Lookahead, ...), outermost first.
+
+    Raises:
+        ValueError: neither an optimizer nor something around one.
+    """
+    found: list[Any] = []
+
+    def look(candidate: Any) -> None:
+        if all(candidate is not other for other in found):
+            found.append(candidate)
+            for value in vars(candidate).values():
+                if isinstance(value, Optimizer):
+                    look(value)
+
+    look(optimizer)
+    optimizers = [candidate for candidate in found if isinstance(candidate, Optimizer)]
+    if not optimizers:
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}")
+    return optimizers
+
+
+def parameters_of(optimizer: Any) -> list[nn.Parameter]:
+    """What the optimizer trains."""
+    return [p for inner in inner_optimizers(optimizer) for group in inner.param_groups for p in group["params"]]
+
+
+def move_state(optimizer: Any, values: nn.Parameter, regrown: Regrown, required: Collection[str]) -> None:
+    """Move the state that is kept for each weight along with the weights; a new weight's is that of a first step.
+
+    Raises:
+        ValueError: state of which it is not known how it moves, or none of a ``required`` name.
+    """
+    seen: list[dict[str, Any]] = []
+    for inner in inner_optimizers(optimizer):
+        states = inner.state.get(values, {})
+        if states and all(states is not other for other in seen):
+            seen.append(states)
+            for key, state in states.items():
+                if _is_per_weight(inner, key, state, values):
+                    states[key] = _moved(inner, key, state, values, regrown)
+    missing = [name for name in required if not any(name in states for states in seen)]
+    if seen and missing:
+        raise ValueError(
+            f"moved_state names {missing}, but {type(optimizer).__name__} keeps {sorted({k for s in seen for k in s})}"
+        )
+
+
+def _is_per_weight(optimizer: Optimizer, key: str, state: Any, values: nn.Parameter) -> bool:
+    """Whether this state is kept for each weight; what is kept for all of a parameter is one number."""
+    if state is None or isinstance(state, bool | int | float | str):
+        return False
+    if isinstance(state, Tensor) and (state.dim() == 0 or (state.numel() <= 1 and state.shape != values.shape)):
+        return False
+    plain = type(state) in (Tensor, nn.Parameter) and state.is_floating_point()
+    if plain and state.shape[:1] == values.shape[:1]:
+        return True
+    shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+    raise ValueError(
+        f"{type(optimizer).__name__} keeps {key!r} ({shape}) for values of shape {tuple(values.shape)}, and how that "
+        "moves with the weights is not known: the topology of a model cannot change with this optimizer"
+    )
+
+
+def _moved(optimizer: Optimizer, key: str, state: Tensor, values: nn.Parameter, regrown: Regrown) -> Tensor:
+    moved = regrown.remap(state)
+    for (kind, name), setting in _STARTS.items():
+        if isinstance(optimizer, kind) and key == name:
+            group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
+            new = (regrown.source < 0).view(-1, *[1] * (moved.dim() - 1))
+            moved = torch.where(new, torch.as_tensor(group[setting], dtype=moved.dtype, device=moved.device), moved)
+    return moved
+
+
+def synchronizes(optimizer: Any) -> bool:
+    """Whether this batch ends with a step: accelerate's wrapper knows when it only accumulates gradients."""
+    state = getattr(optimizer, "gradient_state", None)
+    return state is None or bool(getattr(state, "sync_gradients", True))
+
+
+@contextmanager
+def stepping(optimizer: Any) -> Iterator[None]:
+    """Steps inside the block are those of a training method."""
+    inner = inner_optimizers(optimizer)
+    for one in inner:
+        setattr(one, _STEPPING, True)
+    try:
+        yield
+    finally:
+        for one in inner:
+            setattr(one, _STEPPING, False)
+
+
+def is_stepping(optimizer: Optimizer) -> bool:
+    """Whether a training method is calling the optimizer's step."""
+    return getattr(optimizer, _STEPPING, False)
+
+
+def attach(optimizer: Any, method: "Method") -> None:
+    """Let the step of the innermost optimizer be the method's, which in turn calls the optimizer's own."""
+    innermost = inner_optimizers(optimizer)[-1]
+    own = innermost.step
+    attached = getattr(own, _ATTACHED, None)
+    if attached is not None:
+        raise ValueError(f"the optimizer is attached to method {attached!r} already")
+    method.optimizer = innermost
+
+    # a bound method, as learning rate schedules expect it
+    @functools.wraps(getattr(own, "__func__", own))
+    def step(self: Optimizer, closure: Any = None, **more: Any) -> Any:
+        if is_stepping(self):
+            return own(**more) if closure is None else own(closure, **more)
+        results: list[Any] = []
+
+        def noted() -> Any:
+            results.append(closure())
+            return results[-1]
+
+        method.step(closure=None if closure is None else noted)
+        return results[-1] if results else None
+
+    setattr(step, _ATTACHED, method.name)
+    innermost.step = MethodType(step, innermost)  # type: ignore[method-assign]
+
+
+def unscale_(scaler: GradScaler, optimizer: Optimizer) -> None:
+    """Unscale the optimizer's gradients, unless the caller has: to clip them."""
+    with suppress(RuntimeError):  # "already been called"
+        scaler.unscale_(optimizer)
