@@ -315,6 +315,7 @@ void bind_small_operators(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+    py::register_local_exception<std::length_error>(m, "TooLarge", PyExc_ValueError);
     bind_small_operators(m);
     bind_sparse_products(m);
     bind_winograd(m);

@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+_MOST_BLOCKS = 2**31 - 1
+
+
 class _Lineage:
     """What a topology and all copies of it share: how often any of them has moved."""
 
@@ -77,6 +80,10 @@ class Topology(nn.Module):
         self.shape = shape
         self.block = block
         self.grid = block_grid(shape, block)
+        if positions.numel() > _MOST_BLOCKS or max(self.grid) >= _MOST_BLOCKS:
+            raise ValueError(
+                f"indices have 32 bits: at most {_MOST_BLOCKS} blocks, got {positions.numel()} of {self.grid}"
+            )
         self.probe: Tensor | None = None
         self.transform: Callable[[Tensor], Tensor] | None = None
         row_ptr, col, t_ptr, t_row, t_perm = build_index(positions, self.grid)

@@ -98,10 +98,19 @@ def products(
     def gradients(input: torch.Tensor, values: torch.Tensor) -> Callable[[], Any]:
         """Of those that require one."""
         of = [tensor for tensor in (input, values) if tensor.requires_grad]
-        with torch.enable_grad():
-            y = torch.func.functional_call(layer, {"values": values}, (input,))
-        upstream = torch.randn_like(y)
-        return lambda: torch.autograd.grad(y, of, upstream, retain_graph=True)
+
+        # a graph for each backend: on a GPU a backward pass takes that of its forward pass
+        graphs: dict[Backend, torch.Tensor] = {}
+        backends: tuple[Backend, ...] = ("auto", "kernel", "reference")
+        for backend in backends:
+            with choice.use_backend(backend), torch.enable_grad():
+                graphs[backend] = torch.func.functional_call(layer, {"values": values}, (input,))
+        upstream = torch.randn_like(graphs["auto"])
+
+        def run() -> Any:
+            return torch.autograd.grad(graphs[choice.current_backend()], of, upstream, retain_graph=True)
+
+        return run
 
     x_leaf, values_leaf = x.clone().requires_grad_(), values.clone().requires_grad_()
     runs: dict[Pass, Callable[[], Any]] = {

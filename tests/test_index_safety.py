@@ -345,3 +345,41 @@ def test_methods_that_resize_leave_no_old_graph_usable(kind):
     for _ in range(20):
         model(x).sum().backward()
     assert model[0].values.grad.shape == model[0].values.shape
+
+
+# --- what a kernel cannot take
+
+
+@pytest.mark.parametrize("kind", ["features", "outputs", "plane"])
+def test_what_a_kernel_cannot_take_goes_to_the_dense_product(kind):
+    if kind == "plane":
+        layer, x = sm.SparseConv2d(256, 2, (1, 9), sparsity=0.99), torch.randn(1, 256, 1, 180_000)
+    else:
+        sizes = (1_500_000, 3) if kind == "features" else (3, 1_500_000)
+        layer, x = sm.SparseLinear(*sizes, sparsity=0.99), torch.randn(2, sizes[0])
+    x.requires_grad_()
+    output = layer(x)
+    assert output.shape[1] == layer.weight_shape[0]
+    output.sum().backward()
+    assert x.grad.shape == x.shape and layer.values.grad.shape == layer.values.shape
+    with sm.ops.use_backend("kernel"), pytest.raises(ValueError, match="CPU kernels"):
+        layer(x)
+
+
+def test_indices_of_more_than_32_bits_are_refused():
+    with pytest.raises(ValueError, match="indices have 32 bits"):
+        sm.Topology(torch.empty(0, dtype=torch.int64), (2**31, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("shape", [(3, 2, 0), (0,), (2, 0, 0), (0, 4, 0)])
+def test_inputs_of_no_features(shape):
+    layer, dense = sm.SparseLinear(0, 5, sparsity=0.5), nn.Linear(0, 5)
+    with torch.no_grad():
+        layer.bias.copy_(dense.bias)
+    for module in (layer, dense):
+        x = torch.ones(shape, requires_grad=True)
+        module(x).sum().backward()
+        assert x.grad.shape == shape
+    assert torch.equal(layer(torch.ones(shape)), dense(torch.ones(shape)))
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)

@@ -263,6 +263,7 @@ void bind_small_operators(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, m) {
+    py::register_local_exception<std::length_error>(m, "TooLarge", PyExc_ValueError);
     bind_sparse_linear(m);
     bind_sparse_conv2d(m);
     bind_small_operators(m);

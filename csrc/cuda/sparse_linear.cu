@@ -418,7 +418,7 @@ T* part_of(void* workspace, int64_t offset) {
 void check_limits(const char* op, int64_t rows, int64_t cols, int64_t n, int64_t blocks) {
     constexpr int64_t kLimit = INT_MAX;
     if (rows > kLimit / 2 || cols > kLimit / 2 || n > kLimit / 2 || blocks > kLimit) {
-        throw std::runtime_error(std::string(op) + ": a shape is too large for 32-bit indices");
+        throw std::length_error(std::string(op) + ": a shape is too large for 32-bit indices");
     }
 }
 

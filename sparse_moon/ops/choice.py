@@ -9,12 +9,15 @@ that no table was measured on, kernels run only where the user's process has mea
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from contextvars import ContextVar
+from functools import cache, lru_cache
 from importlib.resources import files
-from statistics import fmean
-from typing import Literal, NamedTuple, get_args
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
 
 from sparse_moon.ops.native import native
 
@@ -57,13 +60,17 @@ _WINOGRAD_TILES = 32
 
 # Measured by the user's own process; precedes the stored table.
 _measured: dict[Work, float] = {}
-_backend: Backend = "auto"
+# Blocks of use_backend that are open in this thread or task, the newest last.
+_blocks: ContextVar[tuple["_Block", ...]] = ContextVar("blocks", default=())
 _asked: list[Work] | None = None
 
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Use one implementation everywhere inside the block: for tests and measurements.
+    """Use one implementation everywhere inside the block, in this thread or task: for tests and measurements.
+
+    A backward pass outside of any block uses the backend of its forward pass: on a GPU torch computes gradients in a
+    thread of its own.
 
     ``"kernel"`` where there is one for pattern, dtype and device, ``"triton"`` or ``"cuda"`` where there is one of that
     kind, ``"reference"`` for dense products, ``"auto"`` whichever is faster as far as that was measured.
@@ -71,21 +78,55 @@ def use_backend(backend: Backend) -> Iterator[None]:
     Raises:
         ValueError: another name.
     """
-    global _backend
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
-    before, _backend = _backend, backend
+    block = _Block(backend)
+    _blocks.set((*_blocks.get(), block))
     try:
         yield
     finally:
-        _backend = before
+        # blocks need not end in the reverse order of their starts: those of generators do not
+        _blocks.set(tuple(other for other in _blocks.get() if other is not block))
+
+
+class _Block:
+    """An open block of :func:`use_backend`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+
+def current_backend() -> Backend:
+    """The backend of the innermost block of this thread or task; ``"auto"`` outside."""
+    blocks = _blocks.get()
+    return blocks[-1].backend if blocks else "auto"
 
 
 def kernel_pays(work: Work, density: float, kind: Literal["cpu", "triton", "cuda"] = "cpu") -> bool:
     """Whether to run the sparse kernel, which is of this kind, for this product at this density."""
     if _asked is not None:
         _asked.append(work)
-    return _backend in ("kernel", kind) or (_backend == "auto" and density <= crossover(work))
+    backend = current_backend()
+    return backend in ("kernel", kind) or (backend == "auto" and density <= crossover(work))
+
+
+def or_dense(
+    extension: ModuleType | None, kernel: Callable[..., Any], reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The kernel, or the reference where the kernel cannot take the shapes and was not asked for by name."""
+    if extension is None:
+        return kernel
+    too_large = extension.TooLarge
+
+    def run(*inputs: Any) -> Any:
+        try:
+            return kernel(*inputs)
+        except too_large:
+            if current_backend() != "auto":
+                raise
+            return reference(*inputs)
+
+    return run
 
 
 def winograd_pays(work: Work) -> bool:
@@ -99,7 +140,7 @@ def winograd_pays(work: Work) -> bool:
 
 def kernel_runs(kind: Literal["triton", "cuda"]) -> bool:
     """Whether to run a kernel of this kind that is not a product and is faster at every size."""
-    return _backend in ("auto", "kernel", kind)
+    return current_backend() in ("auto", "kernel", kind)
 
 
 @contextmanager
@@ -143,22 +184,37 @@ def table(device: str) -> list[tuple[Work, float]]:
     return [(w._replace(block=(w.block[0], w.block[1])), row["crossover"]) for w, row in zip(works, rows, strict=True)]
 
 
+class _Measured(NamedTuple):
+    """Measured products of one kind as arrays, a row each: looking through them is a step of every new shape."""
+
+    loops: np.ndarray  # logarithms of taps, stride and groups, then whether it has a plane and whether it is Winograd's
+    sizes: np.ndarray  # logarithms of batch, inputs, outputs and positions
+    channels_last: np.ndarray
+    crossovers: np.ndarray
+
+    @classmethod
+    def of(cls, works: Sequence[Work], crossovers: Sequence[float]) -> "_Measured":
+        loops = [(*map(math.log2, w[5:8]), w.positions == 1, w.device == "cpu" and winograd_pays(w)) for w in works]
+        sizes = [[math.log2(max(n, 1)) for n in w[1:5]] for w in works]
+        layouts = np.array([w.channels_last for w in works], dtype=float)
+        return cls(np.array(loops, dtype=float), np.array(sizes), layouts, np.array(crossovers))
+
+
 @cache
+def _measured_of(device: str, pass_: Pass, block: tuple[int, int], dtype: str) -> _Measured | None:
+    rows = [row for row in table(device) if (row[0].pass_, row[0].block, row[0].dtype) == (pass_, block, dtype)]
+    return _Measured.of([w for w, _ in rows], [value for _, value in rows]) if rows else None
+
+
+@lru_cache(maxsize=4096)
 def _nearest(work: Work) -> float:
     """Mean crossover of the measured products most alike, nearest in the logarithms of their numbers; 0 without any."""
-    kind = (work.pass_, work.block, work.dtype)
-    candidates = [(w, value) for w, value in table(work.device) if (w.pass_, w.block, w.dtype) == kind]
-    if not candidates:
+    candidates = _measured_of(work.device, work.pass_, work.block, work.dtype)
+    if candidates is None:
         return 0.0
-
-    def distance(other: Work) -> float:
-        # what changes the loops of either side (a plane or none, taps, stride, groups) counts more than sizes
-        kind = sum(abs(math.log2(a / b)) for a, b in zip(work[5:8], other[5:8], strict=True))
-        kind += (other.positions == 1) != (work.positions == 1)
-        kind += work.device == "cpu" and winograd_pays(other) != winograd_pays(work)
-        sizes = sum(abs(math.log2(max(a, 1) / b)) for a, b in zip(work[1:5], other[1:5], strict=True))
-        return 4 * kind + sizes + (other.channels_last != work.channels_last)
-
-    distances = [distance(other) for other, _ in candidates]
-    near = min(distances) + 1e-6
-    return fmean(value for (_, value), d in zip(candidates, distances, strict=True) if d <= near)
+    this = _Measured.of([work], [0.0])
+    # what changes the loops of either side (a plane or none, taps, stride, groups) counts more than sizes
+    distances = 4 * np.abs(candidates.loops - this.loops).sum(1) + np.abs(candidates.sizes - this.sizes).sum(1)
+    distances += np.abs(candidates.channels_last - this.channels_last)
+    near = distances <= distances.min() + 1e-6
+    return float(candidates.crossovers[near].mean())

@@ -6,7 +6,7 @@ products, which take about half of torch's time, else by the operator's referenc
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.check_index import guarded
-from sparse_moon.ops.choice import PASSES, Pass, Work, kernel_pays, winograd_pays
+from sparse_moon.ops.choice import PASSES, Pass, Work, kernel_pays, or_dense, winograd_pays
 from sparse_moon.ops.index import weight_to_matrix
 from sparse_moon.ops.library import call, implement
 from sparse_moon.ops.masked_dense import block_of, check_entries, values_shape
@@ -264,15 +264,15 @@ def _conv2d_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tu
 
 
 if native is not None:
-    _kernels: dict[str, Callable[..., Any]] = {
-        "sparse_linear": _linear,
-        "sparse_linear_input_grad": _linear_input_grad,
-        "sparse_linear_values_grad": _linear_values_grad,
-        "sparse_conv2d": _conv2d,
-        "sparse_conv2d_input_grad": _conv2d_input_grad,
-        "sparse_conv2d_values_grad": _conv2d_values_grad,
-        "sparse_conv2d_grads": _conv2d_grads,
-    }
-    for _name, _kernel in _kernels.items():
-        implement(_name, "cpu", _kernel, dispatched=guarded(_kernel))
+    for _name, _kernel, _reference in (
+        ("sparse_linear", _linear, _linear_reference),
+        ("sparse_linear_input_grad", _linear_input_grad, _linear_input_grad_reference),
+        ("sparse_linear_values_grad", _linear_values_grad, _linear_values_grad_reference),
+        ("sparse_conv2d", _conv2d, _conv2d_reference),
+        ("sparse_conv2d_input_grad", _conv2d_input_grad, _conv2d_input_grad_reference),
+        ("sparse_conv2d_values_grad", _conv2d_values_grad, _conv2d_values_grad_reference),
+        ("sparse_conv2d_grads", _conv2d_grads, _conv2d_dense_grads),
+    ):
+        _product = or_dense(native, _kernel, _reference)
+        implement(_name, "cpu", _product, dispatched=guarded(_product))
     implement("sparse_conv2d_dense_grad", "cpu", _conv2d_dense_grad)

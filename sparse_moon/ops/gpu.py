@@ -19,7 +19,7 @@ from sparse_moon.ops import sparse_linear as linear
 from sparse_moon.ops.average_ import average_reference_
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, random_scores_reference
 from sparse_moon.ops.check_index import guarded
-from sparse_moon.ops.choice import Pass, Work, kernel_pays, kernel_runs
+from sparse_moon.ops.choice import Pass, Work, kernel_pays, kernel_runs, or_dense
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
 from sparse_moon.ops.index import Index
 from sparse_moon.ops.library import implement
@@ -53,7 +53,7 @@ def _speed_dtype(dtype: torch.dtype, tf32: bool) -> str:
 
 def _rows(tensor: Tensor) -> Tensor:
     """(..., I) as (N, I), rows without gaps between their elements."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = linear._rows(tensor)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -85,7 +85,7 @@ def sparse_linear(input: Tensor, values: Tensor, bias: Tensor | None, probe: Ten
             from sparse_moon.kernels import sparse_linear as kernels
 
             output = linear._fake_forward(input, values, bias, probe, *index)
-            x, y = _rows(input), output.view(-1, output.shape[-1])
+            x, y = _rows(input), linear._rows(output)
             kernels.sparse_linear(x, values.contiguous(), bias, index[0], index[1], y, allow_tf32=_matmul_tf32())
             return output
         case "cuda":
@@ -102,7 +102,7 @@ def sparse_linear_input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Te
             from sparse_moon.kernels import sparse_linear as kernels
 
             result = linear._fake_input_grad(grad, values, *index)
-            dx, transpose = result.view(-1, result.shape[-1]), _index(index)[2:]
+            dx, transpose = linear._rows(result), _index(index)[2:]
             kernels.sparse_linear_input_grad(
                 _rows(grad), values.contiguous(), *transpose, dx, allow_tf32=_matmul_tf32()
             )
@@ -250,12 +250,14 @@ for _name, _kernel, _reference in (
     ("transpose_index", cuda_small_ops.transpose_index, transpose_index_reference),
 ):
     implement(_name, "cuda", _small_operator(_kernel, _reference))
-for _product in (
-    sparse_linear,
-    sparse_linear_input_grad,
-    sparse_linear_values_grad,
-    sparse_conv2d,
-    sparse_conv2d_input_grad,
-    sparse_conv2d_values_grad,
-):
-    implement(_product.__name__, "cuda", _product, dispatched=guarded(_product))
+_PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "sparse_linear": (sparse_linear, linear._forward),
+    "sparse_linear_input_grad": (sparse_linear_input_grad, linear._input_grad),
+    "sparse_linear_values_grad": (sparse_linear_values_grad, linear._values_grad),
+    "sparse_conv2d": (sparse_conv2d, conv2d._forward),
+    "sparse_conv2d_input_grad": (sparse_conv2d_input_grad, conv2d._input_grad),
+    "sparse_conv2d_values_grad": (sparse_conv2d_values_grad, conv2d._values_grad),
+}
+for _name, (_sparse, _dense) in _PRODUCTS.items():
+    _product = or_dense(native_cuda, _sparse, _dense)
+    implement(_name, "cuda", _product, dispatched=guarded(_product))

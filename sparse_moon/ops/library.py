@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sparse_moon.ops import choice
+
 LIBRARY = torch.library.Library("sparse_moon", "DEF")
 
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by operator and type of device
@@ -139,6 +141,7 @@ def register_autograd(
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, run = arguments
+        ctx.backend = choice.current_backend()
         output = run(*inputs)
         setup_context(ctx, tuple(inputs), output)
         return output
@@ -146,7 +149,11 @@ def register_autograd(
     def backward_of_all(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # gradients are recorded in a backward pass only if it is to be differentiated
         plain = not (torch.is_grad_enabled() or transformed() or any(map(_is_batch, grads)))
-        return *(backward if plain else differentiable_backward)(ctx, *grads), None
+        run = backward if plain else differentiable_backward
+        if ctx.backend == "auto" or choice.current_backend() != "auto":
+            return *run(ctx, *grads), None
+        with choice.use_backend(ctx.backend):
+            return *run(ctx, *grads), None
 
     # named after the operator, because profilers show the class
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}

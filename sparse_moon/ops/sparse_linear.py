@@ -1,5 +1,6 @@
 """``sparse_linear``: ``y = x W^T + b`` with a block-sparse ``W`` (O, I) held as compact values."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,12 @@ def _input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> Tensor:
 
 
 def _dense_grad(grad: Tensor, input: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).t() @ input.reshape(-1, input.shape[-1])
+    return _rows(grad).t() @ _rows(input)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., I) as (N, I); of no features -1 rows could be any number."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *index: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_values = call("gather_values", d_probe, block_of(values), *index[:2]) if needs_values else None
     elif needs_values:
         d_values = call("sparse_linear_values_grad", grad, input, block_of(values), *index)
-    d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
+    d_bias = _rows(grad).sum(0) if needs_bias else None
     return d_input, d_values, d_bias, d_probe, None, None, None, None, None
 
 
