@@ -4,22 +4,21 @@ Everything stays uint8 until a batch is used. Shape letters: N images, C channel
 K classes.
 """
 
+import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from sparse_moon.images import Batches, FolderImages, Images, Shape, TensorImages, convert, open_image
+from sparse_moon.generated_images import GENERATED
+from sparse_moon.image_files import ENDINGS, MAX_PIXELS, check_images, find_images, visible
+from sparse_moon.images import Batches, FolderImages, Images, Shape, TensorImages, convert
 
 __all__ = [
     "NEAR_OOD",
@@ -80,7 +79,14 @@ _CLASS_NAMES = {
 _FOLDER_STATISTICS_IMAGES = 20_000
 
 
-def load(dataset: str, root: Path | None = None, *, download: bool = False, image_size: int | None = None) -> DataSet:
+def load(
+    dataset: str,
+    root: Path | None = None,
+    *,
+    download: bool = False,
+    image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> DataSet:
     """In-distribution data by name or path.
 
     Args:
@@ -92,12 +98,17 @@ def load(dataset: str, root: Path | None = None, *, download: bool = False, imag
               under ``root``.
             - a path that ends in ``.npz``: arrays ``x_train, y_train, x_test, y_test`` as in Keras. Images (N, H, W),
               (N, H, W, C) or (N, C, H, W), uint8 or floating point in [0, 1]; labels integer, (N,) or (N, 1).
-            - a folder with ``train/`` and ``test/`` or ``val/``, each with a folder of images for every class.
-              Statistics are taken from at most 20,000 of the training images.
+            - a folder with ``train/`` and ``test/`` or ``val/``, each with a folder of images for every class, nested
+              in any way, see `sparse_moon.image_files`. Every test image is decoded once, so that a damaged one is
+              found now, and at most 20,000 of the training images, for the statistics; of the others the header.
+
+            The classes are those of the training labels, which must be 0..K-1, also where a file has the name of a
+            set that is known to have others.
         root: folder of the named sets, ``data`` by default.
         download: whether a named set that is missing is downloaded.
         image_size: images become (C, image_size, image_size), see `convert`; by default they stay as they are and
             must be square and of one size.
+        max_pixels: width times height of the largest image file that is read.
 
     Raises:
         FileNotFoundError: the data is not there.
@@ -105,6 +116,7 @@ def load(dataset: str, root: Path | None = None, *, download: bool = False, imag
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"expected image_size >= 1, got {image_size}")
+    _check_text("the data set", dataset)
     path = Path(dataset)
     if dataset == "digits":
         return _digits(image_size)
@@ -115,8 +127,8 @@ def load(dataset: str, root: Path | None = None, *, download: bool = False, imag
             arrays = [a for train in (True, False) for a in _torchvision(dataset, root, train, download)]
             return _from_arrays(dataset, str(root), arrays, image_size)
     elif path.is_dir():
-        return _from_folder(path, image_size)
-    if path.suffix == ".npz":
+        return _from_folder(path, image_size, max_pixels)
+    if path.suffix.lower() == ".npz":
         return _from_arrays(path.stem, str(path), _read_npz(path, _KERAS_KEYS), image_size)
     raise FileNotFoundError(
         f"no data set {dataset!r}: expected one of {', '.join(['digits', *_TORCHVISION])}, a .npz file or a folder"
@@ -162,9 +174,10 @@ def _read_npz(path: Path, *alternatives: tuple[str, ...]) -> list[np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             for keys in alternatives:
                 if set(keys) <= set(file.files):
-                    return [file[key] for key in keys]
+                    # Of a member that is no array, NumPy gives the bytes.
+                    return [np.asarray(file[key]) for key in keys]
             found = file.files
-    except (OSError, ValueError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged archive raises nearly anything, up to MemoryError for absurd shapes
         raise ValueError(f"{path}: damaged, or not an .npz archive of plain arrays: {error}") from error
     expected = " or ".join(", ".join(keys) for keys in alternatives)
     raise ValueError(f"{path}: expected the arrays {expected}, got {', '.join(found) or 'none'}")
@@ -219,42 +232,54 @@ def _from_arrays(name: str, where: str, arrays: Sequence[np.ndarray], image_size
     channels, height, width = x_train.shape[1:]
     shape = _square((channels, height, width), image_size, where)
     train, test = TensorImages(x_train, y_train, shape), TensorImages(x_test, y_test, shape)
-    return _data_set(name, train, test, _CLASS_NAMES.get(name, tuple(map(str, present))))
+    # A file of the name may have other classes.
+    names = _CLASS_NAMES.get(name, ())
+    return _data_set(name, train, test, names if len(names) == len(present) else tuple(map(str, present)))
 
 
-def _from_folder(path: Path, image_size: int | None) -> DataSet:
+def _from_folder(path: Path, image_size: int | None, max_pixels: int) -> DataSet:
     held_out = next((part for part in ("test", "val") if (path / part).is_dir()), None)
     if held_out is None or not (path / "train").is_dir():
         raise ValueError(
             f"{path}: expected folders train and test (or val), got {sorted(p.name for p in path.iterdir())}"
         )
-    train, test = (datasets.ImageFolder(path / part) for part in ("train", held_out))
-    if train.classes != test.classes or len(train.classes) < 2:
+    classes, held_out_classes = (
+        sorted(entry.name for entry in visible(path / part) if entry.is_dir()) for part in ("train", held_out)
+    )
+    if classes != held_out_classes or len(classes) < 2:
+        only = [sorted({*a} - {*b}) for a, b in ((classes, held_out_classes), (held_out_classes, classes))]
         raise ValueError(
             f"{path}: expected the same 2 or more class folders in train and {held_out}, "
-            f"got {train.classes} and {test.classes}"
+            f"got {classes} and {held_out_classes}; only in train: {only[0]}, only in {held_out}: {only[1]}"
         )
-    parts = [([Path(file) for file, _ in part.samples], torch.tensor(part.targets)) for part in (train, test)]
-    shape = _square(_folder_shape([file for files, _ in parts for file in files], image_size), image_size, str(path))
-    sources = [FolderImages(files, shape, labels) for files, labels in parts]
-    every = -(-len(sources[0]) // _FOLDER_STATISTICS_IMAGES)
-    return _data_set(path.name, sources[0], sources[1], tuple(train.classes), every)
-
-
-def _folder_shape(paths: Sequence[Path], image_size: int | None) -> Shape:
-    """The images' size, one unless they are resized, and their channels: grey if all are. Reads headers only."""
-    channels, sizes = 1, set()
-    for path in paths:
-        with open_image(path) as image:
-            sizes.add(image.size)
-            if Image.getmodebase(image.mode) != "L":
-                channels = 3
-        if image_size is None and len(sizes) > 1:
-            raise ValueError(f"{path}: images of several sizes, {sizes}: pass image_size to resize them")
-        if image_size is not None and channels == 3:
-            break
+    for name in classes:
+        _check_text("a class folder", name)
+    parts = [_class_folders(path / part, classes) for part in ("train", held_out)]
+    found = [check_images(files, decode=part > 0, max_pixels=max_pixels) for part, (files, _) in enumerate(parts)]
+    sizes, modes = ({*values} for values in zip(*found[0], *found[1], strict=True))
+    if image_size is None and len(sizes) > 1:
+        raise ValueError(f"{path}: images of several sizes, {sizes}: pass image_size to resize them")
     width, height = sizes.pop()
-    return channels, height, width
+    shape = _square((1 if modes == {"L"} else 3, height, width), image_size, str(path))
+    train, test = (FolderImages(files, shape, labels, max_pixels) for files, labels in parts)
+    every = -(-len(train) // _FOLDER_STATISTICS_IMAGES)
+    return _data_set(path.name or path.resolve().name, train, test, tuple(classes), every)
+
+
+def _class_folders(part: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+    """The files of all classes, and their labels."""
+    files = [find_images(part / name) for name in classes]
+    loose = [path.name for path in visible(part) if path.is_file() and path.suffix.lower() in ENDINGS]
+    if loose:
+        warnings.warn(f"{part}: {len(loose)} images such as {loose[0]} are in no class folder: left out", stacklevel=4)
+    empty = [name for name, found in zip(classes, files, strict=True) if not found]
+    if empty:
+        raise FileNotFoundError(
+            f"{part}: no valid file for the classes {', '.join(empty)}: expected images that end in one of "
+            f"{', '.join(ENDINGS)}"
+        )
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, files)]))
+    return [file for found in files for file in found], labels
 
 
 def _square(shape: Shape, image_size: int | None, where: str) -> Shape:
@@ -282,17 +307,24 @@ def _data_set(name: str, train: Images, test: Images, class_names: tuple[str, ..
 
 def default_ood(dataset: str) -> list[str]:
     """Names for `load_ood` that are always at hand for the data set `load` knows as ``dataset``."""
-    return [*(["digits-8-9"] if dataset == "digits" else []), *_GENERATED]
+    return [*(["digits-8-9"] if dataset == "digits" else []), *GENERATED]
 
 
 def load_ood(
-    spec: str, like: DataSet, root: Path | None = None, seed: int = 0, *, download: bool = False
+    spec: str,
+    like: DataSet,
+    root: Path | None = None,
+    seed: int = 0,
+    *,
+    download: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[str, Images]:
     """Out-of-distribution images, in the shape of the in-distribution set ``like``, without labels.
 
     Args:
         spec: ``NAME=PATH``, where PATH is a .npz file with the images in ``x`` or ``x_test`` (as in `load`) or a folder
-            of images, nested in any way; or one of the names
+            of images, nested in any way, see `sparse_moon.image_files`, each decoded once so that a damaged one is
+            found now; NAME is printable, without ``/`` and not ``id``; or one of the names
 
             - ``digits-8-9``: the held-out digits 8 and 9, for ``digits`` only;
             - ``photos``: 1,000 random parts of scikit-learn's two sample photographs;
@@ -304,6 +336,7 @@ def load_ood(
         root: folder of the named sets, ``data`` by default.
         seed: of ``photos``, ``letters`` and ``noise``.
         download: whether a named set that is missing is downloaded.
+        max_pixels: width times height of the largest image file that is read.
 
     Returns:
         The name and the images.
@@ -312,88 +345,52 @@ def load_ood(
         FileNotFoundError: the data is not there.
         ValueError: it is damaged or not as described above, or is the in-distribution set itself.
     """
+    _check_text("the out-of-distribution set", spec)
     name, given, place = spec.partition("=")
     shape = like.train.shape
     if given:
-        if not name or not place:
+        if not name.strip() or not place:
             raise ValueError(f"expected NAME=PATH, got {spec!r}")
-        return name, _ood_at(Path(place), shape)
+        # Scores are kept as "NAME/SCORE", those of the in-distribution set under "id".
+        if name == "id" or "/" in name or "\\" in name or not name.isprintable():
+            raise ValueError(f'expected a printable NAME without "/" or "\\" and other than "id", got {name!r}')
+        return name, _ood_at(Path(place), shape, max_pixels)
     if name == like.name:
         raise ValueError(f"{name} is the in-distribution set")
-    if name in _GENERATED:
-        return name, TensorImages(_GENERATED[name](shape, np.random.default_rng(seed)), shape=shape)
+    if name in GENERATED:
+        return name, TensorImages(GENERATED[name](shape, np.random.default_rng(seed)), shape=shape)
     if name == "digits-8-9":
-        if like.name != "digits":
-            raise ValueError(f"digits-8-9 are classes held out of digits, the in-distribution set is {like.name}")
+        if like.name != "digits" or like.num_classes != 8:  # it may be a digits.npz of other classes
+            raise ValueError(
+                f"digits-8-9 are classes held out of digits, the in-distribution set is {like.name} "
+                f"with {like.num_classes} classes"
+            )
         pixels = _pixels(np.concatenate(_digits_by_class()[8:]), name)
         return name, TensorImages(pixels, shape=shape)
     if name == "svhn" or name in _TORCHVISION:
         root = Path(root or "data")
         path = root / f"{name}.npz"
         if path.exists():
-            return name, _ood_at(path, shape)
+            return name, _ood_at(path, shape, max_pixels)
         return name, TensorImages(_pixels(_torchvision(name, root, False, download)[0], name), shape=shape)
-    known = ", ".join(["digits-8-9", *_GENERATED, *_TORCHVISION, "svhn"])
+    known = ", ".join(["digits-8-9", *GENERATED, *_TORCHVISION, "svhn"])
     raise ValueError(f"no out-of-distribution set {name!r}: expected one of {known}, or NAME=PATH")
 
 
-def _ood_at(path: Path, shape: Shape) -> Images:
+def _ood_at(path: Path, shape: Shape, max_pixels: int) -> Images:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        files = find_images(path)
         if not files:
-            raise ValueError(f"{path}: no images, expected files that end in one of {', '.join(IMG_EXTENSIONS)}")
-        return FolderImages(files, shape)
+            raise ValueError(f"{path}: no images, expected files that end in one of {', '.join(ENDINGS)}")
+        check_images(files, decode=True, max_pixels=max_pixels)
+        return FolderImages(files, shape, max_pixels=max_pixels)
     (pixels,) = _read_npz(path, ("x",), ("x_test",))
     return TensorImages(_pixels(pixels, str(path)), shape=shape)
 
 
-def _photos(shape: Shape, rng: np.random.Generator) -> Tensor:
-    _, height, width = shape
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    images = []
-    for _ in range(_GENERATED_IMAGES):
-        photo = photos[rng.integers(len(photos))]
-        # Not much smaller than the result where the photographs allow it, so that parts are rarely blown up.
-        side = int(rng.integers(min(max(32, height, width), 256), min(photo.size)))
-        left, top = (int(rng.integers(extent - side + 1)) for extent in photo.size)
-        part = photo.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-        images.append(np.array(part))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def _letters(shape: Shape, rng: np.random.Generator) -> Tensor:
-    _, height, width = shape
-    # Drawn at 64 pixels or more and averaged down, the way scikit-learn's digits were made from larger bitmaps.
-    over = max(1, 64 // min(height, width))
-    canvas_size = np.array([width, height]) * over
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    faces = [
-        # Capital letters of DejaVu Sans Mono are 0.73 of the font size high and at most 0.6 of it wide.
-        ImageFont.truetype(fonts / file, round(share * min(canvas_size) / 0.73))
-        for file in ("DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf")
-        for share in (0.7, 0.8, 0.9)
-    ]
-    images = []
-    for i in range(_GENERATED_IMAGES):
-        letter, face = _LETTERS[i % len(_LETTERS)], faces[rng.integers(len(faces))]
-        left, top, right, bottom = face.getbbox(letter)
-        offset = rng.uniform(-1 / 16, 1 / 16, 2) * canvas_size
-        corner = (canvas_size - (left + right, top + bottom)) / 2 + offset
-        canvas = Image.new("L", (int(canvas_size[0]), int(canvas_size[1])))
-        ImageDraw.Draw(canvas).text((float(corner[0]), float(corner[1])), letter, fill=255, font=face)
-        images.append(np.array(canvas.reduce(over)))
-    return torch.from_numpy(np.stack(images)).unsqueeze(1)
-
-
-def _noise(shape: Shape, rng: np.random.Generator) -> Tensor:
-    images = [rng.normal(127.5, 64, shape).round().clip(0, 255).astype(np.uint8) for _ in range(_GENERATED_IMAGES)]
-    return torch.from_numpy(np.stack(images))
-
-
-_GENERATED: dict[str, Callable[[Shape, np.random.Generator], Tensor]] = {
-    "photos": _photos,
-    "letters": _letters,
-    "noise": _noise,
-}
-_GENERATED_IMAGES = 1000
-_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+def _check_text(what: str, text: str) -> None:
+    """Raise ``ValueError`` for text that came from bytes that are not UTF-8, as it cannot be written to a report."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"expected a name in valid UTF-8, got {text!r} as {what}: rename it") from None

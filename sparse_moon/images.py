@@ -6,7 +6,6 @@ Shape letters: B batch, N images, C channels (1 grey or 3 RGB), H W plane.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+
+from sparse_moon.image_files import MAX_PIXELS, read_image
 
 Shape = tuple[int, int, int]
 """(C, H, W)"""
@@ -72,16 +73,20 @@ class FolderImages(Images):
     """Image files, decoded when they are used: for data larger than memory.
 
     Args:
-        paths: N files that Pillow reads, 8 bits a channel.
+        paths: N image files, see `sparse_moon.image_files`.
         shape: (C, H, W) that every image is converted to, as by `convert`.
         labels: int64 (N,).
+        max_pixels: width times height of the largest image that is decoded.
 
     Raises:
         ValueError: when a file is used that cannot be decoded, with its path.
     """
 
-    def __init__(self, paths: Sequence[Path], shape: Shape, labels: Tensor | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Path], shape: Shape, labels: Tensor | None = None, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.paths = paths
+        self.max_pixels = max_pixels
         self.labels = labels
         self.shape = shape
 
@@ -98,23 +103,10 @@ class FolderImages(Images):
 
     def _decode(self, index: int) -> Tensor:
         channels, height, width = self.shape
-        with open_image(self.paths[index]) as image:
-            pixels = image.convert("L" if channels == 1 else "RGB")
+        pixels = read_image(self.paths[index], "L" if channels == 1 else "RGB", self.max_pixels)
         if pixels.size != (width, height):
             pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(pixels)).view(height, width, channels).permute(2, 0, 1)
-
-
-@contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """The image file at ``path``, whose pixels need not be decoded yet; ValueError if it is damaged."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 0..255 silently
-                raise ValueError(f"expected 8 bits a channel, got mode {image.mode}")
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be decoded: {error}") from error
 
 
 def convert(images: Tensor, shape: Shape) -> Tensor:

@@ -1,7 +1,9 @@
 """Data sets by name and by path, what is wrong with them, and out-of-distribution images."""
 
 import io
+import os
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -493,3 +495,123 @@ def test_the_in_distribution_set_is_not_ood(tmp_path: Path) -> None:
     save(tmp_path / "mnist.npz", arrays())
     with pytest.raises(ValueError, match="mnist is the in-distribution set"):
         load_ood("mnist", load("mnist", tmp_path), tmp_path)
+
+
+def test_folder_with_links_and_litter(tmp_path: Path) -> None:
+    save_tree(tmp_path / "set", {"train": {"a": 1, "b": 2}, "test": {"a": 1, "b": 1}})
+    save_tree(tmp_path / "more", {"x": {"y": 3}})
+    (tmp_path / "set" / "train" / "a" / "more").symlink_to(tmp_path / "more" / "x")
+    for litter in ("train/.ipynb_checkpoints/0.png", "test/__MACOSX/a/._0.png", "train/.DS_Store", "train/a/Thumbs.db"):
+        (tmp_path / "set" / litter).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / litter).write_bytes(b"no image")
+    dataset = load(str(tmp_path / "set"))
+    assert dataset.class_names == ("a", "b")
+    assert labels_of(dataset.train) == [0, 0, 0, 0, 1, 1]
+
+
+def test_folder_of_photographs_on_their_side(tmp_path: Path) -> None:
+    """Width and height are those of the upright image."""
+    save_tree(tmp_path, {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}}, size=(6, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in tmp_path.rglob("*.png"):
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
+    with pytest.raises(ValueError, match="images of 6 x 4 are not square"):
+        load(str(tmp_path))
+    first = load(str(tmp_path), image_size=4).train.batch(torch.tensor([0]))[0].permute(1, 2, 0).numpy()
+    with Image.open(tmp_path / "train" / "a" / "0.png") as image:
+        assert np.array_equal(first, np.asarray(image.transpose(Image.Transpose.ROTATE_270))[1:5])
+
+
+def test_images_in_no_class_folder_are_said(tmp_path: Path) -> None:
+    save_tree(tmp_path, {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}})
+    Image.new("RGB", (4, 4)).save(tmp_path / "train" / "stray.PNG")
+    with pytest.warns(UserWarning, match=r"train: 1 images such as stray\.PNG are in no class folder: left out"):
+        assert len(load(str(tmp_path)).train) == 2
+
+
+@pytest.mark.parametrize("place", ["train/b/0.png", "test/b/0.png", "far/x/1.png"])
+@pytest.mark.parametrize("fault", ["no image", "truncated", "16 bits", "too large"])
+def test_a_bad_image_is_found_when_its_set_is_loaded(tmp_path: Path, place: str, fault: str, digits: DataSet) -> None:
+    save_tree(tmp_path, {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}, "far": {"x": 3}}, size=(30, 30))
+    path = tmp_path / place
+    match fault:
+        case "no image":
+            path.write_bytes(b"no image")
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-300])
+        case "16 bits":
+            Image.fromarray(np.full((30, 30), 40000, np.uint16)).save(path)
+    limit = {"max_pixels": 899} if fault == "too large" else {}
+    with pytest.raises(ValueError, match=r"\d\.png: cannot be decoded: "):
+        if "far" in place:
+            load_ood(f"far={tmp_path / 'far'}", digits, **limit)
+        else:
+            load(str(tmp_path), **limit)
+
+
+@pytest.mark.parametrize("classes", [6, 10, 11])
+@pytest.mark.parametrize("by_path", [False, True])
+def test_known_name_with_other_classes(tmp_path: Path, classes: int, by_path: bool) -> None:
+    x, y = np.zeros((22, 4, 4, 3), np.uint8), np.arange(22) % classes
+    path = save(tmp_path / "cifar10.npz", {"x_train": x, "y_train": y, "x_test": x, "y_test": y})
+    dataset = load(path) if by_path else load("cifar10", tmp_path)
+    assert (dataset.num_classes, len(dataset.class_names)) == (classes, classes)
+    assert dataset.class_names[0] == ("airplane" if classes == 10 else "0")
+
+
+def test_held_out_digits_are_not_those_of_another_file(tmp_path: Path) -> None:
+    mine = load(save(tmp_path / "digits.npz", arrays()))
+    with pytest.raises(ValueError, match=r"digits-8-9 are classes held out of digits, .* is digits with 3 classes"):
+        load_ood("digits-8-9", mine)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.eye(3, dtype=int)[np.arange(9) % 3], np.array(list("abcabcabc")), np.ones(9) > 0]
+)
+def test_labels_of_other_kinds_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"mine\.npz: y_train: expected"):
+        load(save(tmp_path / "mine.npz", arrays(y_train=labels)))
+
+
+def test_archive_members_that_are_no_arrays(tmp_path: Path) -> None:
+    path = Path(save(tmp_path / "mine.npz", {}))
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999999,), }"
+    for content in (b"text", header.ljust(127) + b"\n"):
+        with zipfile.ZipFile(path, "w") as archive:
+            for key in arrays():
+                archive.writestr(f"{key}.npy", content)
+        with pytest.raises(ValueError, match=r"mine\.npz: "):
+            load(str(path))
+
+
+@pytest.mark.parametrize("name", ["id", " ", "a/b", "/", "..\\a", "a\0b", "a\nb", "\udcff"])
+def test_bad_names_of_ood_sets(tmp_path: Path, name: str, digits: DataSet) -> None:
+    path = save(tmp_path / "x.npz", {"x": arrays()["x_test"]})
+    with pytest.raises(ValueError, match="expected"):
+        load_ood(f"{name}={path}", digits)
+
+
+def test_good_names_of_ood_sets(tmp_path: Path, digits: DataSet) -> None:
+    path = save(tmp_path / "x.npz", {"x": arrays()["x_test"]})
+    for name in ("ID", "straße 7", "猫", "a.b"):
+        assert load_ood(f"{name}={path}", digits)[0] == name
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, digits: DataSet) -> None:
+    """They cannot be written to the report: the run would be lost at its end."""
+    bad = tmp_path / os.fsdecode(b"caf\xe9")
+    save_tree(bad, {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}})
+    with pytest.raises(ValueError, match="expected a name in valid UTF-8"):
+        load(str(bad))
+    with pytest.raises(ValueError, match="expected a name in valid UTF-8"):
+        load_ood(f"far={bad}", digits)
+    for part in ("train", "test"):
+        (bad / part / "b").rename(bad / part / os.fsdecode(b"\xff"))
+    with pytest.raises(ValueError, match=r"expected a name in valid UTF-8, .*class folder"):
+        load(str(bad.rename(tmp_path / "good")))
+    # Names of the images themselves stand nowhere but in errors.
+    image = tmp_path / "good" / "train" / "a" / os.fsdecode(b"\xfe.png")
+    Image.new("L", (8, 8)).save(image)
+    assert len(load_ood(f"far={tmp_path / 'good' / 'train' / 'a'}", digits)[1]) == 2
