@@ -31,6 +31,7 @@ from sparse_moon.ood import (
     GeneralizedODIN,
     Unknown,
     choose_p,
+    classifier_head,
     collect,
     evaluate,
     fit_detectors,
@@ -159,6 +160,11 @@ def scores_for(model: nn.Module, config: TrainConfig) -> list[str]:
     return fitting
 
 
+def _head(model: nn.Module) -> nn.Module | None:
+    """Where the features are of a predictor whose logits no layer returned: those of its last network or pass."""
+    return classifier_head(model) if isinstance(model, PredictionAverage | StochasticPasses) else None
+
+
 def evaluate_model(
     model: nn.Module,
     config: TrainConfig,
@@ -189,6 +195,7 @@ def evaluate_model(
         id_batches=plain_batches(dataset.test, dataset, config),
         ood_batches={name: plain_batches(images, dataset, config) for name, images in ood_sets.items()},
         device=config.device,
+        head=_head(model),
     )
     logits, labels = evaluation.id_outputs.logits, cast(Tensor, evaluation.id_outputs.labels)
     confidence, predicted = class_probabilities(logits, dataset.num_classes).max(1)
@@ -202,7 +209,8 @@ def evaluate_model(
             metrics["oscr"] = open_set_classification_rate(scores_of["id"][score], correct, scores_of[set_name][score])
     figures: dict[str, Any] = {"id": _identity(logits, labels, dataset.num_classes), "ood": ood}
     if dataset.holdout is not None:
-        held = collect(model, plain_batches(dataset.holdout, dataset, config), device=config.device)
+        held_batches = plain_batches(dataset.holdout, dataset, config)
+        held = collect(model, held_batches, device=config.device, head=_head(model))
         temperature = fit_temperature(held.logits, cast(Tensor, held.labels))
         scaled = _identity(logits / temperature, labels, dataset.num_classes)
         figures["calibration"] = {
@@ -252,9 +260,11 @@ def fit_detector(name: str, model: nn.Module, config: TrainConfig, dataset: RunD
         ValueError: an unknown score or one that does not fit the model, or a rate outside (0, 1].
     """
     detector = _detector(name, model, config, dataset)
-    fit_detectors(model, [detector], plain_batches(dataset.train, dataset, config), device=config.device)
+    train = plain_batches(dataset.train, dataset, config)
+    fit_detectors(model, [detector], train, device=config.device, head=_head(model))
     images = dataset.test if dataset.holdout is None else dataset.holdout
     perturb = detector.perturb if detector.perturbs else None
-    outputs = collect(model, plain_batches(images, dataset, config), device=config.device, perturb=perturb)
+    batches = plain_batches(images, dataset, config)
+    outputs = collect(model, batches, device=config.device, perturb=perturb, head=_head(model))
     detector.threshold = threshold(detector.score(outputs.to(config.device)), tpr)
     return detector

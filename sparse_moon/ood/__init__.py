@@ -15,7 +15,8 @@ from sparse_moon.ood.dice import DICE, choose_p
 from sparse_moon.ood.evaluation import DETECTORS, Evaluation, evaluate, fit_detectors
 from sparse_moon.ood.features import KNN, GeneralizedODIN, GradNorm, Mahalanobis, ViM
 from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
-from sparse_moon.ood.outputs import Batches, Head, Outputs, Perturb, classifier_head, collect
+from sparse_moon.ood.outputs import Head, Outputs
+from sparse_moon.ood.passes import Batches, Perturb, classifier_head, collect
 from sparse_moon.ood.saving import load_detector, save_detector, threshold
 from sparse_moon.ood.shaping import ASH, SCALE, ReAct, Shaping
 

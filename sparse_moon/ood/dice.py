@@ -11,7 +11,8 @@ from sparse_moon.metrics import ood_metrics
 from sparse_moon.ood.detector import Detector, check_share
 from sparse_moon.ood.features import check_size
 from sparse_moon.ood.logits import known_logits
-from sparse_moon.ood.outputs import Batches, Head, Outputs, collect, linear_head
+from sparse_moon.ood.outputs import Head, Outputs, features_of, linear_head
+from sparse_moon.ood.passes import Batches, collect, read_batch
 from sparse_moon.ood.shaping import Shaping
 
 Selection = Literal[
@@ -71,12 +72,13 @@ class DICE(Shaping):
             ValueError: no linear head, or fewer outputs than classes.
         """
         super().update(batch)
+        head, features = linear_head(batch), features_of(batch)
         if self._head is None:
-            self._head = _first_rows(linear_head(batch), self.num_classes)
-            self._sum = batch.features.new_zeros(batch.features.shape[1], dtype=torch.float64)
+            self._head = _first_rows(head, self.num_classes)
+            self._sum = features.new_zeros(features.shape[1], dtype=torch.float64)
             self._count = 0
-        self._sum += batch.features.sum(0, dtype=torch.float64)
-        self._count += len(batch.features)
+        self._sum += features.sum(0, dtype=torch.float64)
+        self._count += len(features)
 
     def finish(self) -> None:
         """Set ``mean`` (D,) and, for the first K outputs, ``weight`` (K, D), ``bias`` (K,) and ``mask``, True = kept.
@@ -108,7 +110,7 @@ class DICE(Shaping):
         head = Head(weight * mask, bias)
         # With all weights the network's own logits, whatever kernel and precision computed them.
         whole = known_logits(outputs, self.num_classes)
-        return replace(outputs, logits=whole if self.p == 0 else head.logits(outputs.features), head=head)
+        return replace(outputs, logits=whole if self.p == 0 else head.logits(features_of(outputs)), head=head)
 
     def _choose(self, mean: Tensor, weight: Tensor) -> Tensor:
         if self.p == 0:
@@ -135,6 +137,7 @@ def choose_p(
     candidates: Sequence[float] = CANDIDATES,
     device: torch.device | str | None = None,
     seed: int = 0,
+    head: str | nn.Module | None = None,
 ) -> float:
     """The p that best tells validation images from Gaussian noise (Sun & Li 2022).
 
@@ -148,6 +151,7 @@ def choose_p(
         candidates: values of p.
         device: as `collect`, that of ``dice``.
         seed: of the noise.
+        head: as `collect`.
 
     Raises:
         ValueError: no candidates, or as `collect` and `DICE`.
@@ -158,11 +162,11 @@ def choose_p(
     def noise() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         for batch in validation:
-            images = batch if isinstance(batch, Tensor) else batch[0]
+            images, _ = read_batch(batch)
             yield torch.randn(images.shape, generator=generator).to(images.dtype)
 
     there = dice._fitted(dice.mean).device
-    known, unknown = (collect(model, images, device=device).to(there) for images in (validation, noise()))
+    known, unknown = (collect(model, images, device=device, head=head).to(there) for images in (validation, noise()))
 
     def rank(p: float) -> tuple[float, float, float]:
         detector = dice.with_p(p)

@@ -1,7 +1,8 @@
 """From a model and data sets to scores and figures."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.dice import DICE
 from sparse_moon.ood.features import KNN, GradNorm, Mahalanobis, ViM
 from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
-from sparse_moon.ood.outputs import Batches, Outputs, collect, each_batch, model_device
+from sparse_moon.ood.outputs import Outputs, joined, linear_head
+from sparse_moon.ood.passes import Batches, collect, each_batch, model_device
 from sparse_moon.ood.shaping import ASH, SCALE, ReAct
 
 DETECTORS: dict[str, Callable[[int], Detector]] = {
@@ -55,6 +57,7 @@ def fit_detectors(
     batches: Batches,
     *,
     device: torch.device | str | None = None,
+    head: str | nn.Module | None = None,
 ) -> None:
     """Fit all detectors that learn, in one pass over the training data.
 
@@ -63,6 +66,7 @@ def fit_detectors(
         detectors: those that learn nothing are left alone.
         batches: ID training data with test transforms, (images, labels) for detectors that need labels.
         device: where the model is and the detectors compute; the device of its first parameter by default.
+        head: as `collect`.
 
     Raises:
         ValueError: as `collect` and the detectors.
@@ -75,9 +79,11 @@ def fit_detectors(
 
     def update(batch: Outputs) -> None:
         for detector in fitting:
+            if detector.linear_head:
+                linear_head(batch)
             detector.update(batch)
 
-    each_batch(model, batches, update, device=device)
+    each_batch(model, batches, update, device=device, head=head)
     for detector in fitting:
         detector.finish()
 
@@ -90,6 +96,7 @@ def evaluate(
     ood_batches: Mapping[str, Batches],
     train_batches: Batches | None = None,
     device: torch.device | str | None = None,
+    head: str | nn.Module | None = None,
 ) -> Evaluation:
     """Fit the detectors, score the ID test set and every OOD set, and compare.
 
@@ -98,41 +105,78 @@ def evaluate(
     Args:
         model: see `collect`.
         detectors: with distinct names.
-        id_batches: ID test data, (images, labels) or images.
+        id_batches: ID test data; for the forms of batches see `collect`.
         ood_batches: OOD data by name; ``"id"`` is taken.
         train_batches: ID training data with test transforms; needed if a detector learns, not read otherwise.
         device: where the model is and the detectors compute; the device of its first parameter by default.
+        head: the module whose input is the features, or its name; found by what it returns by default, see `collect`.
 
     Raises:
-        ValueError: names that collide, no training data for a detector that learns, NaN scores, or as `collect`.
+        ValueError: names that collide, no training data for a detector that learns, an iterator where a detector needs
+            a second pass, scores that are not one finite number a sample, or as `collect`.
     """
     names = [detector.name for detector in detectors]
     if len(set(names)) < len(names):
         raise ValueError(f"detectors need distinct names, got {names}")
     if "id" in ood_batches:
         raise ValueError('an OOD set cannot be named "id", which holds the in-distribution scores')
+    sets = {"id": id_batches, **ood_batches}
+    again = [detector.name for detector in detectors if detector.perturbs]
+    for name, batches in sets.items():
+        if again and isinstance(batches, Iterator):
+            raise ValueError(
+                f"{again} need another pass over {name!r}, and an iterator would be used before: pass a list"
+            )
+    fitting = [detector for detector in detectors if detector.fits]
+    if fitting and train_batches is None:
+        raise ValueError(f"train_batches is needed to fit {[detector.name for detector in fitting]}")
     device = model_device(model) if device is None else device
 
-    fitting = [detector for detector in detectors if detector.fits]
-    if fitting:
-        if train_batches is None:
-            raise ValueError(f"train_batches is needed to fit {[detector.name for detector in fitting]}")
-        fit_detectors(model, fitting, train_batches, device=device)
+    def clean_pass(batches: Batches) -> Outputs:
+        parts: list[Outputs] = []
 
-    def score(batches: Batches) -> tuple[Outputs, dict[str, Tensor]]:
-        clean = collect(model, batches, device=device)
+        def visit(outputs: Outputs) -> None:
+            if not parts:
+                _try(detectors, outputs)
+            parts.append(outputs.to("cpu"))
+
+        each_batch(model, batches, visit, device=device, head=head)
+        return joined(parts)
+
+    def score(name: str, clean: Outputs) -> dict[str, Tensor]:
         there = clean.to(device)
         scores = {}
         for detector in detectors:
-            perturb = detector.perturb if detector.perturbs else None
-            outputs = there if perturb is None else collect(model, batches, device=device, perturb=perturb).to(device)
-            scores[detector.name] = detector.score(outputs).cpu()
-        return clean, scores
+            outputs = there
+            if detector.perturbs:
+                outputs = collect(model, sets[name], device=device, perturb=detector.perturb, head=head).to(device)
+            scores[detector.name] = _checked(detector.score(outputs).cpu(), detector.name, name, len(clean.logits))
+        return scores
 
-    id_outputs, id_scores = score(id_batches)
-    scores = {"id": id_scores}
+    # First, so that a detector that does not fit the model is found before the training data is read.
+    id_outputs = clean_pass(id_batches)
+    if fitting:
+        fit_detectors(model, fitting, cast(Batches, train_batches), device=device, head=head)
+    scores = {"id": score("id", id_outputs)}
     metrics = {}
     for name, batches in ood_batches.items():
-        _, scores[name] = score(batches)
-        metrics[name] = {d: ood_metrics(id_scores[d], scores[name][d]) for d in names}
+        scores[name] = score(name, clean_pass(batches))
+        metrics[name] = {d: ood_metrics(scores["id"][d], scores[name][d]) for d in names}
     return Evaluation(metrics, scores, id_outputs)
+
+
+def _try(detectors: Sequence[Detector], outputs: Outputs) -> None:
+    """Let each detector say what it lacks in the outputs of one batch."""
+    for detector in detectors:
+        if detector.linear_head:
+            linear_head(outputs)
+        if not detector.fits:
+            detector.score(outputs)
+
+
+def _checked(scores: Tensor, detector: str, name: str, count: int) -> Tensor:
+    if scores.shape != (count,):
+        raise ValueError(f"expected {count} scores {detector!r} of set {name!r}, got shape {tuple(scores.shape)}")
+    if wrong := int((~scores.isfinite()).sum()):
+        raise ValueError(f"{wrong} of {count} scores {detector!r} of set {name!r} are NaN or infinite")
+    return scores

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sparse_moon.ood.detector import Detector, Sample
 from sparse_moon.ood.logits import known_logits
-from sparse_moon.ood.outputs import Outputs, linear_head
+from sparse_moon.ood.outputs import Outputs, features_of, linear_head
 
 
 class KNN(Detector):
@@ -36,10 +36,9 @@ class KNN(Detector):
         """Keep the normalised features.
 
         Raises:
-            ValueError: features that are not finite.
+            ValueError: none, or features that are not finite.
         """
-        _check_finite(batch)
-        self._parts.append(F.normalize(batch.features))
+        self._parts.append(F.normalize(_finite_features(batch)))
 
     def finish(self) -> None:
         """Set the (M, D) bank.
@@ -48,7 +47,10 @@ class KNN(Detector):
             ValueError: fewer than k samples.
         """
         if (count := sum(map(len, self._parts))) < self.k:
-            raise ValueError(f"k = {self.k} neighbours need as many training samples, got {count}")
+            raise ValueError(
+                f"k = {self.k} neighbours need as many training samples, got {count}: take KNN(num_classes, k) with a "
+                "smaller k, or leave the score out"
+            )
         self.bank = torch.cat(self._parts)
         self.start()
 
@@ -56,7 +58,7 @@ class KNN(Detector):
         bank = self._fitted(self.bank)
         check_size(outputs, bank.shape[1])
         rows = max(1, self.chunk_elements // len(bank))
-        return torch.cat([-self._distance(F.normalize(chunk), bank) for chunk in outputs.features.split(rows)])
+        return torch.cat([-self._distance(F.normalize(chunk), bank) for chunk in features_of(outputs).split(rows)])
 
     def _distance(self, queries: Tensor, bank: Tensor) -> Tensor:
         # Find the neighbour by inner product, then measure: sqrt(2 - 2 q.b) loses all digits below 3e-4.
@@ -97,12 +99,11 @@ class Mahalanobis(Detector):
         Raises:
             ValueError: no labels, labels outside [0, K), or features that are not finite.
         """
-        _check_finite(batch)
+        features = _finite_features(batch).double()
         if batch.labels is None:
             raise ValueError("Mahalanobis needs the labels of the training data, got none")
         if not ((batch.labels >= 0) & (batch.labels < self.num_classes)).all():
             raise ValueError(f"expected labels in [0, {self.num_classes}), got {batch.labels.unique().tolist()}")
-        features = batch.features.double()
         if self._origin is None:
             # Sums of products lose the fewest digits around a point in the midst of the data.
             self._origin = features.mean(0)
@@ -140,7 +141,7 @@ class Mahalanobis(Detector):
     def score(self, outputs: Outputs) -> Tensor:
         center, whitening, means = map(self._fitted, (self.center, self.whitening, self.means))
         check_size(outputs, len(center))
-        points = (outputs.features.double() - center) @ whitening
+        points = (features_of(outputs).double() - center) @ whitening
         squares = points.square().sum(1, keepdim=True) - 2 * points @ means.T + means.square().sum(1)
         return -squares.clamp(min=0).amin(1)
 
@@ -184,11 +185,11 @@ class ViM(Detector):
         Raises:
             ValueError: no linear head, features that are not finite, or ``dim`` >= D.
         """
-        _check_finite(batch)
+        head = linear_head(batch)
+        features = _finite_features(batch)
         largest = known_logits(batch, self.num_classes).amax(1)
         if self._origin is None:
-            head = linear_head(batch)
-            size = batch.features.shape[1]
+            size = features.shape[1]
             if self.dim is not None and self.dim >= size:
                 raise ValueError(f"dim must be below the number of features, {size}, got {self.dim}")
             weight, bias = head.weight[: self.num_classes].double(), head.bias[: self.num_classes].double()
@@ -196,10 +197,10 @@ class ViM(Detector):
             self._products = weight.new_zeros(size, size)
             self._sample = Sample()
             self._largest = weight.new_zeros(())
-        centered = batch.features.double() - self._origin
+        centered = features.double() - self._origin
         self._products += centered.T @ centered
         self._largest += largest.double().sum()
-        self._sample.add(batch.features)
+        self._sample.add(features)
 
     def finish(self) -> None:
         """Set the (D,) ``origin``, the (D, D - dim) basis ``residual`` and the 0-d ``alpha``, all float64."""
@@ -219,7 +220,7 @@ class ViM(Detector):
         origin, residual, alpha = map(self._fitted, (self.origin, self.residual, self.alpha))
         check_size(outputs, len(origin))
         energy = known_logits(outputs, self.num_classes).double().logsumexp(1)
-        return energy - alpha * ((outputs.features.double() - origin) @ residual).norm(dim=1)
+        return energy - alpha * ((features_of(outputs).double() - origin) @ residual).norm(dim=1)
 
 
 class GradNorm(Detector):
@@ -246,7 +247,7 @@ class GradNorm(Detector):
         linear_head(outputs)
         logits = known_logits(outputs, self.num_classes).double()
         distance = ((logits / self.temperature).softmax(1) - 1 / self.num_classes).abs().sum(1)
-        return distance * outputs.features.double().abs().sum(1) / self.temperature
+        return distance * features_of(outputs).double().abs().sum(1) / self.temperature
 
 
 class GeneralizedODIN(Detector):
@@ -262,7 +263,7 @@ class GeneralizedODIN(Detector):
         if outputs.head is None or not outputs.head.cosine:
             raise ValueError("Generalized ODIN needs outputs of a network with a cosine head")
         weight = outputs.head.weight[: self.num_classes].double()
-        return F.linear(F.normalize(outputs.features.double()), F.normalize(weight)).amax(1)
+        return F.linear(F.normalize(features_of(outputs).double()), F.normalize(weight)).amax(1)
 
 
 def _principal_dim(size: int) -> int:
@@ -271,12 +272,14 @@ def _principal_dim(size: int) -> int:
     return 512 if size >= 768 else size // 2
 
 
-def _check_finite(batch: Outputs) -> None:
-    if not batch.features.isfinite().all():
+def _finite_features(batch: Outputs) -> Tensor:
+    features = features_of(batch)
+    if not features.isfinite().all():
         raise ValueError("training features must be finite")
+    return features
 
 
 def check_size(outputs: Outputs, size: int) -> None:
     """Raise ``ValueError`` unless there are ``size`` features."""
-    if outputs.features.shape[1] != size:
-        raise ValueError(f"expected features of size {size}, got {outputs.features.shape[1]}")
+    if (got := features_of(outputs).shape[1]) != size:
+        raise ValueError(f"expected features of size {size}, got {got}")

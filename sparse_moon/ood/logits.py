@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sparse_moon.metrics import check_logits, class_probabilities
 from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.outputs import Outputs
+from sparse_moon.ood.passes import model_logits
 
 
 class MSP(Detector):
@@ -85,7 +86,7 @@ class ODIN(Detector):
         """(B, ...) moved images; parameters' gradients are not touched, and it works inside ``no_grad``."""
         with torch.inference_mode(False), torch.enable_grad():
             images = images.detach().clone().requires_grad_()
-            logits = model(images)
+            logits = model_logits(model, images.clone())  # which the model may write into
             check_logits(logits, self.num_classes)
             best = (logits / self.temperature).log_softmax(1)[:, : self.num_classes].amax(1)
             (gradient,) = torch.autograd.grad(best.sum(), images)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ood.detector import Detector, Sample, check_share
-from sparse_moon.ood.outputs import Outputs, linear_head
+from sparse_moon.ood.outputs import Outputs, features_of, linear_head
 
 
 class Shaping(Detector):
@@ -90,7 +90,7 @@ class ReAct(Shaping):
 
     def update(self, batch: Outputs) -> None:
         super().update(batch)
-        self._sample.add(batch.features)
+        self._sample.add(features_of(batch))
 
     def finish(self) -> None:
         """Set the 0-d float64 ``clip``.
@@ -111,7 +111,7 @@ class ReAct(Shaping):
 
     def shape(self, outputs: Outputs) -> Outputs:
         clip = self._fitted(self.clip)
-        return _with_features(outputs, outputs.features.double().clamp(max=clip))
+        return _with_features(outputs, features_of(outputs).double().clamp(max=clip))
 
 
 class ASH(Shaping):
@@ -133,7 +133,7 @@ class ASH(Shaping):
         self.percentile = check_share("percentile", percentile)
 
     def shape(self, outputs: Outputs) -> Outputs:
-        features = outputs.features.double()
+        features = features_of(outputs).double()
         kept = _largest(features, self.percentile)
         return _with_features(outputs, kept * _scale(features, kept))
 
@@ -153,7 +153,7 @@ class SCALE(Shaping):
         self.percentile = check_share("percentile", percentile)
 
     def shape(self, outputs: Outputs) -> Outputs:
-        features = outputs.features.double()
+        features = features_of(outputs).double()
         return _with_features(outputs, features * _scale(features, _largest(features, self.percentile)))
 
 
