@@ -19,7 +19,8 @@ class KNN(Detector):
     """
 
     name = "knn"
-    learned = ("bank",)
+    learned = ("center", "bank")
+    center: Tensor | None
     bank: Tensor | None
 
     def __init__(self, num_classes: int, k: int = 50, chunk_elements: int = 2**24) -> None:
@@ -33,15 +34,15 @@ class KNN(Detector):
         self._parts: list[Tensor] = []
 
     def update(self, batch: Outputs) -> None:
-        """Keep the normalised features.
+        """Keep the features.
 
         Raises:
             ValueError: none, or features that are not finite.
         """
-        self._parts.append(F.normalize(_finite_features(batch)))
+        self._parts.append(_finite_features(batch))
 
     def finish(self) -> None:
-        """Set the (M, D) bank.
+        """Set the (D,) ``center`` of the normalised features and the (M, D) ``bank``, those around it: float64.
 
         Raises:
             ValueError: fewer than k samples.
@@ -51,18 +52,27 @@ class KNN(Detector):
                 f"k = {self.k} neighbours need as many training samples, got {count}: take KNN(num_classes, k) with a "
                 "smaller k, or leave the score out"
             )
-        self.bank = torch.cat(self._parts)
+        features = F.normalize(torch.cat(self._parts).double())
+        self.center = features.mean(0)
+        self.bank = features - self.center
         self.start()
 
     def score(self, outputs: Outputs) -> Tensor:
-        bank = self._fitted(self.bank)
+        center, bank = map(self._fitted, (self.center, self.bank))
         check_size(outputs, bank.shape[1])
+        half = bank.square().sum(1) / 2
         rows = max(1, self.chunk_elements // len(bank))
-        return torch.cat([-self._distance(F.normalize(chunk), bank) for chunk in features_of(outputs).split(rows)])
+        return torch.cat(
+            [
+                -self._distance(F.normalize(chunk.double()) - center, bank, half)
+                for chunk in features_of(outputs).split(rows)
+            ]
+        )
 
-    def _distance(self, queries: Tensor, bank: Tensor) -> Tensor:
-        # Find the neighbour by inner product, then measure: sqrt(2 - 2 q.b) loses all digits below 3e-4.
-        neighbour = (queries @ bank.T).topk(self.k, dim=1).indices[:, -1]
+    def _distance(self, queries: Tensor, bank: Tensor, half: Tensor) -> Tensor:
+        # Features often lie close together, by clusters or far from the origin: the products need float64 and the
+        # center to tell the k-th neighbour, and its distance is measured, as a difference of products has no digits.
+        neighbour = torch.addmm(-half, queries, bank.T).topk(self.k, dim=1).indices[:, -1]
         return torch.linalg.vector_norm(queries - bank[neighbour], dim=1)
 
 
@@ -91,7 +101,7 @@ class Mahalanobis(Detector):
         self.shrinkage = shrinkage
 
     def start(self) -> None:
-        self._origin: Tensor | None = None
+        self._origins: Tensor | None = None
 
     def update(self, batch: Outputs) -> None:
         """Add up counts, features and their products.
@@ -104,17 +114,22 @@ class Mahalanobis(Detector):
             raise ValueError("Mahalanobis needs the labels of the training data, got none")
         if not ((batch.labels >= 0) & (batch.labels < self.num_classes)).all():
             raise ValueError(f"expected labels in [0, {self.num_classes}), got {batch.labels.unique().tolist()}")
-        if self._origin is None:
-            # Sums of products lose the fewest digits around a point in the midst of the data.
-            self._origin = features.mean(0)
-            size = features.shape[1]
+        size = features.shape[1]
+        if self._origins is None:
+            self._origins = features.new_zeros(self.num_classes, size)
             self._products = features.new_zeros(size, size)
             self._sums = features.new_zeros(self.num_classes, size)
             self._counts = features.new_zeros(self.num_classes)
-        features = features - self._origin
+        counts = self._counts.new_zeros(self.num_classes).index_add_(0, batch.labels, features.new_ones(len(features)))
+        # Sums of products lose the fewest digits around a point in the midst of the class: what varies within classes
+        # may be far smaller than what lies between them.
+        fresh = (self._counts == 0) & (counts > 0)
+        means = torch.zeros_like(self._sums).index_add_(0, batch.labels, features) / counts[:, None]
+        self._origins[fresh] = means[fresh]
+        features = features - self._origins[batch.labels]
         self._products += features.T @ features
         self._sums.index_add_(0, batch.labels, features)
-        self._counts.index_add_(0, batch.labels, features.new_ones(len(features)))
+        self._counts += counts
 
     def finish(self) -> None:
         """Set the (D,) ``center``, the (D, R) ``whitening`` A with ``S^+ = A A^T``, and the (J, R) whitened ``means``.
@@ -122,11 +137,12 @@ class Mahalanobis(Detector):
         Raises:
             ValueError: no training data.
         """
-        center = self._fitted(self._origin)
+        origins = self._fitted(self._origins)
         present = self._counts > 0
         counts = self._counts[present, None]
-        means = self._sums[present] / counts
-        covariance = (self._products - means.T @ (counts * means)) / counts.sum()
+        offsets = self._sums[present] / counts
+        means = origins[present] + offsets
+        covariance = (self._products - offsets.T @ (counts * offsets)) / counts.sum()
         size = len(covariance)
         average = covariance.trace() / size
         covariance = (1 - self.shrinkage) * covariance + self.shrinkage * average * torch.eye(size).to(covariance)
@@ -134,16 +150,18 @@ class Mahalanobis(Detector):
         # Rounding of float32 features looks like a variance of about eps^2 of the largest in every direction.
         varies = variance > size * torch.finfo(torch.float32).eps ** 2 * variance[-1]
         self.whitening = directions[:, varies] * variance[varies].rsqrt()
-        self.means = means @ self.whitening
-        self.center = center
+        self.center = means.mean(0)
+        self.means = (means - self.center) @ self.whitening
         self.start()
 
     def score(self, outputs: Outputs) -> Tensor:
         center, whitening, means = map(self._fitted, (self.center, self.whitening, self.means))
         check_size(outputs, len(center))
         points = (features_of(outputs).double() - center) @ whitening
-        squares = points.square().sum(1, keepdim=True) - 2 * points @ means.T + means.square().sum(1)
-        return -squares.clamp(min=0).amin(1)
+        # Measured to the mean that is found: a difference of products loses the digits of a distance that is small
+        # beside the means' own.
+        nearest = torch.addmm(-means.square().sum(1) / 2, points, means.T).argmax(1)
+        return -(points - means[nearest]).square().sum(1)
 
 
 class ViM(Detector):

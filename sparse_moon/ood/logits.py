@@ -188,8 +188,11 @@ class Unknown(Detector):
             raise ValueError(
                 f"the unknown score needs {self.num_classes} + 1 outputs, got logits {tuple(outputs.logits.shape)}"
             )
-        # float64: u is often below 1e-7, where 1 - u is 1 in float32.
-        return 1 - outputs.logits.double().softmax(1)[:, -1]
+        # float64: u is often below 1e-7, where 1 - u is 1 in float32. For u near 1 the difference has no digits but the
+        # sum of the others has; for u near 0 it is the other way round.
+        p = outputs.logits.double().softmax(1)
+        u = p[:, -1]
+        return torch.where(u < 0.5, 1 - u, p[:, :-1].sum(1))
 
 
 def known_logits(outputs: Outputs, num_classes: int) -> Tensor:

@@ -105,7 +105,7 @@ class ReAct(Shaping):
         if not activations.isfinite().all():
             raise ValueError("training features must be finite")
         # NumPy selects instead of sorting, and takes more than torch's 2^24 values.
-        clip = np.quantile(activations.cpu().numpy(), self.percentile)
+        clip = np.quantile(activations.cpu().double().numpy(), self.percentile)
         self.clip = torch.tensor(clip, dtype=torch.float64, device=activations.device)
         self._sample = Sample()
 
