@@ -83,7 +83,7 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
         labels: (N,) integer in [0, K).
 
     Raises:
-        ValueError: shapes, dtype or label range other than these.
+        ValueError: shapes, dtype or label range other than these, or NaN.
     """
     labels = check_labels(probabilities, labels)
     return (probabilities.argmax(1) == labels).double().mean().item()
@@ -97,7 +97,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
         labels: (N,) integer in [0, C).
 
     Raises:
-        ValueError: shapes, dtype or label range other than these.
+        ValueError: shapes, dtype or label range other than these, or NaN.
     """
     labels = check_labels(logits, labels)
     return F.cross_entropy(logits.detach().double(), labels).item()
@@ -111,9 +111,15 @@ def brier_score(probabilities: Tensor, labels: Tensor) -> float:
         labels: (N,) integer in [0, C).
 
     Raises:
-        ValueError: shapes, dtype or label range other than these.
+        ValueError: shapes, dtype or label range other than these, or rows that are no probabilities.
     """
     labels = check_labels(probabilities, labels)
+    total = probabilities.detach().double().sum(1)
+    if (probabilities < 0).any() or (total - 1).abs().max() > 0.01:  # half precision rounds by less
+        raise ValueError(
+            f"expected probabilities, rows that sum to 1, got sums from {total.min().item():.3g} to "
+            f"{total.max().item():.3g} and a least value of {probabilities.min().item():.3g}"
+        )
     error = probabilities.detach().double() - F.one_hot(labels, probabilities.shape[1])
     return error.square().sum(1).mean().item()
 
@@ -261,6 +267,8 @@ def check_scores(name: str, scores: Tensor) -> None:
     """Raise ``ValueError`` unless ``scores`` is (N,), N > 0, without NaN; ``name`` is for the message."""
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"expected {name} of shape (N,), N > 0, got {_shape(scores)}")
+    if scores.is_complex():
+        raise ValueError(f"expected real {name}, got {scores.dtype}")
     if missing := int(scores.isnan().sum()):
         raise ValueError(f"{missing} of {len(scores)} {name} are NaN")
 
@@ -298,6 +306,8 @@ def check_labels(values: Tensor, labels: Tensor) -> Tensor:
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= values.shape[1]:
         raise ValueError(f"labels must be in [0, {values.shape[1]}), got values from {low} to {high}")
+    if wrong := int(values.isnan().any(1).sum()):  # which argmax would take as the largest
+        raise ValueError(f"expected logits or probabilities, got nan in {wrong} of {len(values)} rows")
     return labels.to(values.device, torch.int64)
 
 

@@ -199,6 +199,23 @@ def test_label_errors(metric):
         metric(torch.tensor(0.5), torch.tensor([0]))
 
 
+@pytest.mark.parametrize("metric", [accuracy, brier_score, negative_log_likelihood])
+def test_nan_is_no_prediction(metric):
+    values = torch.full((3, 2), 0.5)
+    values[1, 1] = math.nan
+    with pytest.raises(ValueError, match="got nan in 1 of 3 rows"):
+        metric(values, torch.tensor([0, 1, 1]))
+
+
+@pytest.mark.parametrize("values", [[[3.0, -2.0]], [[0.4, 0.4]], [[1.0, 1.0]], [[math.inf, 0.0]]])
+def test_brier_score_wants_probabilities(values):
+    with pytest.raises(ValueError, match="expected probabilities, rows that sum to 1, got sums from"):
+        brier_score(torch.tensor(values), torch.tensor([0]))
+    half = torch.randn(50, 1000).softmax(1)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert brier_score(half.to(dtype), torch.zeros(50).long()) == pytest.approx(1, abs=0.01)
+
+
 def test_ood_metrics_by_hand():
     # In order: ID 4, ID 3, ID 2 tied with OOD 2, OOD 1. Of the six pairs ID wins 2 + 2 + 1 and ties one.
     metrics = ood_metrics(torch.tensor([4.0, 3.0, 2.0]), torch.tensor([2.0, 1.0]))
@@ -253,6 +270,31 @@ def test_ood_metrics_against_loops_and_sklearn(ids, oods):
     assert metrics["aupr_out"] == pytest.approx(average_precision_score(1 - is_id, -scores))
 
 
+@pytest.mark.parametrize("levels", [1, 3, 1000, 2**40])
+def test_ood_metrics_of_large_sets_against_torchmetrics(levels):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification", reason="needs torchmetrics")
+    generator = torch.Generator().manual_seed(0)
+    ids, oods = (torch.randint(levels, (n,), generator=generator) for n in (50_000, 20_000))
+    # In [0, 1], where torchmetrics leaves scores alone, and exact.
+    ids, oods = (scores.double() / 2**42 for scores in (ids + levels // 8, oods))
+    metrics = ood_metrics(ids, oods)
+    scores, is_id = torch.cat([ids, oods]), torch.arange(70_000) < 50_000
+    # whose own sums are float32
+    assert metrics["auroc"] == pytest.approx(torchmetrics.binary_auroc(scores, is_id.int()).item(), abs=1e-5)
+    found = torchmetrics.binary_average_precision(scores, is_id.int()).item()
+    assert metrics["aupr_in"] == pytest.approx(found, abs=1e-5)
+    found = torchmetrics.binary_average_precision(1 - scores, 1 - is_id.int()).item()
+    assert metrics["aupr_out"] == pytest.approx(found, abs=1e-5)
+    fpr, tpr, _ = torchmetrics.binary_roc(scores, is_id.int())
+    assert metrics["fpr95"] == pytest.approx(fpr[tpr >= 0.95 - 1e-9].min().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int32])
+def test_ood_metrics_of_other_dtypes(dtype):
+    ids, oods = torch.arange(3, 9).to(dtype), torch.arange(6).to(dtype)
+    assert ood_metrics(ids, oods) == ood_metrics(ids.double(), oods.double())
+
+
 def test_ood_metrics_depend_on_order_only():
     generator = torch.Generator().manual_seed(0)
     ids, oods = torch.randn(41, generator=generator), torch.randn(23, generator=generator) - 1
@@ -268,6 +310,9 @@ def test_ood_metrics_depend_on_order_only():
         (torch.ones(3), torch.full((2,), math.nan), "2 of 2 ood_scores are NaN"),
         (torch.ones(0), torch.ones(3), r"id_scores of shape \(N,\), N > 0, got \(0,\)"),
         (torch.ones(3), torch.ones(3, 1), r"ood_scores .* got \(3, 1\)"),
+        (torch.ones(3), torch.ones(0), r"ood_scores of shape \(N,\), N > 0, got \(0,\)"),
+        (torch.ones(()), torch.ones(3), r"id_scores of shape \(N,\), N > 0, got \(\)"),
+        (torch.ones(3, dtype=torch.complex64), torch.ones(3), "expected real id_scores, got torch.complex64"),
     ],
 )
 def test_ood_errors(ids, oods, match):
