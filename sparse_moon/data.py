@@ -162,6 +162,8 @@ def _torchvision(name: str, root: Path, train: bool, download: bool) -> tuple[np
             f"{name} was not found: looked for {root / name}.npz and for torchvision's files under {root} ({error}); "
             "pass download=True to fetch them, which needs a network"
         ) from error
+    except Exception as error:  # parsers of damaged files raise nearly anything
+        raise ValueError(f"{name}: torchvision's files under {root} are damaged: {error!r}") from error
 
 
 def _read_npz(path: Path, *alternatives: tuple[str, ...]) -> list[np.ndarray]:

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -115,7 +115,11 @@ def read_image(path: Path, mode: Mode, max_pixels: int = MAX_PIXELS) -> Image.Im
         ValueError: as `open_image`.
     """
     with open_image(path, max_pixels) as image:
-        return _convert(ImageOps.exif_transpose(image), mode)
+        image.load()
+        upright: Image.Image = image
+        with suppress(Exception):  # EXIF that cannot be read says nothing
+            upright = ImageOps.exif_transpose(image)
+        return _convert(upright, mode)
 
 
 def check_images(
@@ -144,8 +148,10 @@ def check_images(
             if decode:
                 image.draft(None, (1, 1))  # a JPEG's bits are all read, but not all of its pixels are computed
                 _convert(image, mode)
-            # Image's own method, as that of PNG would decode the pixels.
-            turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            turned = False
+            with suppress(Exception):
+                # Image's own method, as that of PNG would decode the pixels.
+                turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
             return size[::-1] if turned else size, mode
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():

@@ -287,6 +287,15 @@ def test_torchvision_files(tmp_path: Path, digits: DataSet) -> None:
     assert len(load_ood("mnist", digits, tmp_path)[1]) == 3
 
 
+@pytest.mark.parametrize("size", [0, 3, 10])
+def test_damaged_torchvision_files(tmp_path: Path, size: int) -> None:
+    save_mnist(tmp_path, **arrays())
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"mnist: torchvision's files under .* are damaged"):
+        load("mnist", tmp_path)
+
+
 @pytest.mark.parametrize("download", [False, True])
 def test_torchvision_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: DataSet, download: bool) -> None:
     asked: list[tuple[Any, ...]] = []

@@ -56,6 +56,16 @@ def test_images_are_upright(tmp_path: Path, ending: str, orientation: int) -> No
         assert check_images([path], decode=decode) == [(expected.size, "RGB")]
 
 
+def test_unreadable_exif_says_nothing(tmp_path: Path) -> None:
+    for i, exif in enumerate((b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0")):
+        path = tmp_path / f"{i}.jpg"
+        picture().save(path, exif=exif)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert read_image(path, "RGB").size == SIZE
+            assert check_images([path], decode=True) == [(SIZE, "RGB")]
+
+
 def test_first_of_several_frames(tmp_path: Path) -> None:
     frames = [picture("P", seed) for seed in range(3)]
     for ending, kind in (("gif", "GIF"), ("tif", "TIFF")):
