@@ -101,6 +101,7 @@ def test_forms_of_batches(form):
         ({"image": images, "x": images}, r"expected one of image, .* got \['image', 'x'\]"),
         ((images, labels + 0.5), "class numbers, got fractions"),
         ((images, nn.functional.one_hot(labels)), r"expected 8 labels, got shape \(8, 3\)"),
+        ((images, ["cat"] * 8), "class numbers, got list"),
         ((images, labels[:5]), r"expected 8 labels, got shape \(5,\)"),
     ],
 )

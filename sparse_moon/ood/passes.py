@@ -284,7 +284,10 @@ def _only(batch: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 def _read_labels(labels: Any) -> Tensor:
-    values = torch.as_tensor(labels)
+    try:
+        values = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"expected labels that are class numbers, got {type(labels).__name__}") from None
     if values.is_floating_point() and not values.equal(values.round()):
         raise ValueError("expected labels that are class numbers, got fractions")
     return values.to(torch.int64)
