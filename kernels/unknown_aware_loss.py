@@ -20,10 +20,12 @@ from sparse_moon.kernels.launch import Launch, Variant, Variants
 
 @triton.jit
 def _coefficients(ce, u, wrong, y, w, classes):
-    """Row's extra weight and slope; an impossible target makes everything of its row NaN, as nothing can be raised."""
-    ce = tl.where((y >= 0) & (y < classes), ce, float("nan"))
+    """Row's terms; a target outside [0, K) makes all but u NaN, also the number of errors: nothing can be raised."""
+    possible = (y >= 0) & (y < classes - 1)
+    ce = tl.where(possible, ce, float("nan"))
+    wrong = tl.where(possible, wrong, float("nan"))
     extra = wrong * w / (1 + w * u)
-    return ce, extra, ce * extra * extra * u
+    return ce, wrong, extra, ce * extra * extra * u
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def _whole_rows(
         total = tl.sum(e, 1)
         u = tl.exp(z_unknown - top) / total
         wrong = (best != y).to(tl.float32)
-        ce, extra, slope = _coefficients(tl.log(total) - (z_y - top), u, wrong, y, w, classes)
+        ce, wrong, extra, slope = _coefficients(tl.log(total) - (z_y - top), u, wrong, y, w, classes)
 
         grad = ((1 + extra + slope) / total)[:, None] * e
         grad = tl.where(o_class == y.to(tl.int32)[:, None], grad - (1 + extra)[:, None], grad)
@@ -125,7 +127,7 @@ def _long_row(
         top = new_top
     u = tl.exp(z_unknown - top) / total
     wrong = (best != y).to(tl.float32)
-    ce, extra, slope = _coefficients(tl.log(total) - (z_y - top), u, wrong, y, w, classes)
+    ce, wrong, extra, slope = _coefficients(tl.log(total) - (z_y - top), u, wrong, y, w, classes)
 
     scale = (1 + extra + slope) / total
     for first in range(0, classes, CLASSES):
@@ -230,8 +232,8 @@ def unknown_aware_loss(
 
     Args:
         logits: (B, K+1) float32, float16 or bfloat16, rows contiguous but at any distance; B >= 1, K+1 >= 2.
-        target: (B,) int64. Outside [0, K+1), loss, gradient of that row and the mean of (1 - u) ce become NaN: to
-            raise an error, the host would have to wait for the device.
+        target: (B,) int64. Outside [0, K), loss, gradient of that row, the mean of (1 - u) ce and the number of errors
+            become NaN: to raise an error, the host would have to wait for the device.
         w: 0-d floating point, on the device of the logits.
         loss: () float32, written.
         grad: (B, K+1) float32, contiguous, written.

@@ -1,4 +1,12 @@
-"""Training losses of models that know what they do not know."""
+"""Training losses of models that know what they do not know.
+
+Labels are int64 (B,) in [0, K). Any other is an error: there is no label for "ignore this row", and "unknown" is an
+output, not a label. On the CPU the call raises ``ValueError``. On a GPU that would mean waiting for the device: there
+the loss and the row's gradient become NaN, and losses with epochs raise as soon as someone looks at their state.
+"""
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +14,12 @@ from torch import Tensor, nn
 
 from sparse_moon import ops
 from sparse_moon.distributed import mean_over_processes_
+from sparse_moon.ops.labels import check_target, known_labels, usable_labels
+
+
+def default_warmup_epochs(epochs: int) -> int:
+    """A quarter of the training, at least 1 and at most MOON's 5 epochs, and fewer than ``epochs``."""
+    return min(5, max(epochs // 4, 1), epochs - 1)
 
 
 class AbstentionLoss(nn.Module):
@@ -13,14 +27,15 @@ class AbstentionLoss(nn.Module):
 
     For the first ``warmup_epochs`` epochs ``w = 0`` while ``b``, the moving average over batches of the mean that a
     loss notes, is taken; then ``w_i = b / ratio`` and ``w`` runs in a straight line from ``w_i`` after the warm-up to
-    ``final_weight`` in the last epoch. Call :meth:`end_epoch` after each epoch. All state lives on the device, in
-    buffers, and nothing waits for the device. Several processes agree on ``b`` at the end of each epoch.
+    ``final_weight`` in the last epoch, which it keeps if training goes on. Call :meth:`end_epoch` after each epoch. All
+    state lives on the device, in buffers, and ``forward`` does not wait for the device. Several processes agree on
+    ``b`` at the end of each epoch.
 
     Args:
         num_classes: K.
         epochs: length of the training, more than ``warmup_epochs``.
         final_weight: w in the last epoch.
-        warmup_epochs: T_e.
+        warmup_epochs: T_e; by default a quarter of ``epochs``, at least 1 and at most 5.
         ratio: r; ``smoothing``: alpha of the moving average, which starts at the first batch's value (papers: 0).
         auto_tune: False keeps w at ``final_weight`` from the first epoch on.
 
@@ -29,7 +44,8 @@ class AbstentionLoss(nn.Module):
         mean_u, errors: running over the epoch: mean unknown probability and share of wrong predictions, 0-d.
 
     Raises:
-        ValueError: a number out of range; in ``forward``, anything but K+1 outputs.
+        ValueError: a number out of range; in ``forward``, anything but K+1 outputs and labels in [0, K). On a GPU such
+            a label is raised by what looks at the epoch: ``mean_u``, ``errors``, ``end_epoch`` and ``state_dict``.
     """
 
     w: Tensor
@@ -45,17 +61,18 @@ class AbstentionLoss(nn.Module):
         epochs: int,
         *,
         final_weight: float = 1.0,
-        warmup_epochs: int = 5,
+        warmup_epochs: int | None = None,
         ratio: float = 64.0,
         smoothing: float = 0.05,
         auto_tune: bool = True,
     ) -> None:
         super().__init__()
+        warmup_epochs = default_warmup_epochs(epochs) if warmup_epochs is None else warmup_epochs
         if num_classes < 1 or not 0 <= warmup_epochs < epochs:
             raise ValueError(
                 f"need num_classes >= 1 and 0 <= warmup_epochs < epochs, got {num_classes}, {warmup_epochs}, {epochs}"
             )
-        if final_weight < 0 or ratio <= 0 or not 0 < smoothing <= 1:
+        if not 0 <= final_weight < math.inf or not 0 < ratio < math.inf or not 0 < smoothing <= 1:
             raise ValueError(
                 f"need final_weight >= 0, ratio > 0 and smoothing in (0, 1], got {final_weight}, {ratio}, {smoothing}"
             )
@@ -71,11 +88,20 @@ class AbstentionLoss(nn.Module):
         self._tune()
 
     def _check(self, logits: Tensor) -> None:
-        if logits.dim() != 2 or logits.shape[1] != self.num_classes + 1:
+        if logits.dim() != 2 or logits.shape[0] == 0 or logits.shape[1] != self.num_classes + 1:
             raise ValueError(
                 f"{type(self).__name__} over {self.num_classes} classes needs logits (B, {self.num_classes + 1}), "
                 f"the last for 'unknown', got shape {tuple(logits.shape)}"
             )
+        if self.w.device != logits.device:
+            raise ValueError(
+                f"{type(self).__name__} is on {self.w.device}, logits on {logits.device}; move it there with .to()"
+            )
+
+    def _check_errors(self, errors: Tensor) -> None:
+        """Raise where an impossible label has made the number of errors NaN. Waits for the device."""
+        if not errors.is_meta and errors.isnan():
+            raise ValueError(f"a batch of this epoch has a label outside [0, {self.num_classes})")
 
     @property
     def warming_up(self) -> Tensor:
@@ -84,7 +110,10 @@ class AbstentionLoss(nn.Module):
 
     @torch.no_grad()
     def _note(self, beta: Tensor, mean_u: Tensor, errors: Tensor, samples: int) -> None:
-        """Take in a batch: ``beta`` for the moving average, the mean of u, and how many predictions are wrong."""
+        """Take in a batch: ``beta`` for the moving average, the mean of u, and how many predictions are wrong.
+
+        ``errors`` is NaN where a label is impossible.
+        """
         alpha = torch.where(self.batches == 0, 1.0, self.smoothing)
         self.moving_average.lerp_(beta.to(self.moving_average.dtype), alpha * self.warming_up)
         self.batches += self.warming_up
@@ -92,15 +121,32 @@ class AbstentionLoss(nn.Module):
 
     @property
     def mean_u(self) -> Tensor:
+        self._check_errors(self.totals[2])
         return self.totals[1] / self.totals[0]
 
     @property
     def errors(self) -> Tensor:
+        self._check_errors(self.totals[2])
         return self.totals[2] / self.totals[0]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._check_errors(self.totals[2])
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.totals.zero_()
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Move on to the next epoch: new w, running statistics from zero."""
+        """Move on to the next epoch: new w, running statistics from zero.
+
+        Raises:
+            ValueError: a label of this epoch was outside [0, K).
+        """
+        errors = self.totals[2].clone()
+        mean_over_processes_(errors)  # so that all processes raise
+        self._check_errors(errors)
         mean_over_processes_(self.moving_average)
         self.epoch += 1
         self.totals.zero_()
@@ -116,7 +162,7 @@ class AbstentionLoss(nn.Module):
         self.initial_weight.copy_(
             torch.where(self.epoch == self.warmup_epochs, self.moving_average / self.ratio, self.initial_weight)
         )
-        share = after / (self.epochs - self.warmup_epochs)
+        share = (after / (self.epochs - self.warmup_epochs)).clamp(max=1.0)
         w = self.initial_weight + share * (self.final_weight - self.initial_weight)
         self.w.copy_(torch.where(after > 0, w, 0.0))
 
@@ -164,15 +210,17 @@ class AbstainingLoss(AbstentionLoss):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean loss (0-d) of logits (B, K+1) and int64 targets (B,) in [0, K)."""
         self._check(logits)
+        check_target(target, logits)
+        label, factor = usable_labels(target, known_labels(target, self.num_classes))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         log_p = logits.log_softmax(1)
         log_known = log_p[:, : self.num_classes].logsumexp(1)  # log(1 - u)
-        ce = log_known - log_p.gather(1, target[:, None])[:, 0]
+        ce = (log_known - log_p.gather(1, label[:, None])[:, 0]) * factor
         weighted = log_known.exp() * ce
         if self.training:
             with torch.no_grad():
-                wrong = (logits.argmax(1) != target).sum()
-                self._note(weighted.mean(), log_p[:, self.num_classes].exp().mean(), wrong, len(target))
+                errors = ((logits.argmax(1) != target) * factor).sum()
+                self._note(weighted.mean(), log_p[:, self.num_classes].exp().mean(), errors, logits.shape[0])
         loss = torch.where(self.warming_up, ce - log_known, weighted - self.w * log_known)
         return loss.mean()
 
@@ -182,18 +230,29 @@ class LogitNormLoss(nn.Module):
 
     Args:
         temperature: tau.
+
+    Raises:
+        ValueError: a temperature that is not positive; in ``forward``, targets that are neither labels nor
+            probabilities of the logits' classes.
     """
 
     def __init__(self, temperature: float = 0.04) -> None:
         super().__init__()
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean loss (0-d) of logits (B, K) and targets, as ``torch.nn.functional.cross_entropy`` takes them."""
+        """Mean loss (0-d) of logits (B, K) and targets: int64 (B,) in [0, K), or floating probabilities (B, K)."""
+        if logits.dim() != 2 or logits.shape[0] == 0:
+            raise ValueError(f"expected logits (B, K), got shape {tuple(logits.shape)}")
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(F.normalize(logits) / self.temperature, target)
+        z = F.normalize(logits) / self.temperature
+        if target.shape == logits.shape and target.is_floating_point():
+            return F.cross_entropy(z, target)
+        check_target(target, logits)
+        label, factor = usable_labels(target, known_labels(target, logits.shape[1]))
+        return (F.cross_entropy(z, label, reduction="none") * factor).mean()
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
@@ -224,7 +283,8 @@ class VirtualOutlierLoss(nn.Module):
         momentum: of the moving averages.
 
     Raises:
-        ValueError: a number out of range; in ``forward``, features or logits of another size.
+        ValueError: a number out of range; in ``forward``, features or logits of another size, or a label outside
+            [0, K), on every device: this loss waits for it anyway.
     """
 
     mean: Tensor
@@ -249,7 +309,7 @@ class VirtualOutlierLoss(nn.Module):
                 "num_classes, features, epochs and candidates must be at least 1, "
                 f"got {num_classes}, {features}, {epochs}, {candidates}"
             )
-        if not 0 <= start <= 1 or weight < 0 or not 0 < momentum <= 1:
+        if not 0 <= start <= 1 or not 0 <= weight < math.inf or not 0 < momentum <= 1:
             raise ValueError(
                 f"need start in [0, 1], weight >= 0 and momentum in (0, 1], got {start}, {weight}, {momentum}"
             )
@@ -262,18 +322,22 @@ class VirtualOutlierLoss(nn.Module):
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))  # finished epochs
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor, head: nn.Module) -> Tensor:
-        """Mean loss (0-d) of logits (B, K) and int64 targets (B,).
+        """Mean loss (0-d) of logits (B, K) and int64 targets (B,) in [0, K).
 
         Args:
             logits, target: of the batch.
             features: (B, D), the input of ``head``.
             head: the layer that makes logits of features.
         """
-        if logits.shape != (len(target), self.num_classes) or features.shape != (len(target), self.features):
+        batch = logits.shape[0] if logits.dim() else 0
+        if not batch or logits.shape != (batch, self.num_classes) or features.shape != (batch, self.features):
             raise ValueError(
-                f"expected logits ({len(target)}, {self.num_classes}) and features ({len(target)}, {self.features}), "
+                f"expected logits ({batch}, {self.num_classes}) and features ({batch}, {self.features}), "
                 f"got {tuple(logits.shape)} and {tuple(features.shape)}"
             )
+        check_target(target, logits)
+        if not known_labels(target, self.num_classes).all():
+            raise ValueError(f"target must be in [0, {self.num_classes}), got {target.tolist()}")
         loss = F.cross_entropy(logits, target)
         with torch.autocast(features.device.type, enabled=False):  # covariances need their digits
             if self.training:
@@ -310,8 +374,12 @@ class VirtualOutlierLoss(nn.Module):
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Move on to the next epoch."""
-        mean_over_processes_(self.mean)
+        seen = self.seen.to(self.mean.dtype)
+        mean_over_processes_(seen)
+        mean_over_processes_(self.mean)  # 0 where a process has not seen the class
         mean_over_processes_(self.covariance)
+        self.seen.copy_(seen > 0)
+        self.mean /= torch.where(self.seen, seen, 1.0)[:, None]
         self.epoch += 1
 
     def extra_repr(self) -> str:
@@ -330,11 +398,16 @@ def mixup(images: Tensor, labels: Tensor, num_classes: int, alpha: float) -> tup
         ``l CE(y) + (1 - l) CE(y')``. Drawn by torch's default CPU generator.
 
     Raises:
-        ValueError: alpha is not positive.
+        ValueError: alpha is not positive, images are not floating point, or labels are not int64 (B,); on the CPU, a
+            label outside [0, K). On a GPU its probabilities are NaN.
     """
-    if alpha <= 0:
+    if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive, got {alpha}")
+    if not images.dim() or not images.is_floating_point():
+        raise ValueError(f"images must be floating point (B, ...), got {images.dtype} {tuple(images.shape)}")
+    check_target(labels, images)
+    labels, factor = usable_labels(labels, known_labels(labels, num_classes))
     share = torch.distributions.Beta(torch.tensor(alpha), torch.tensor(alpha)).sample().to(images)
     partner = torch.randperm(len(images)).to(images.device)
-    targets = F.one_hot(labels, num_classes).to(images.dtype)
+    targets = (F.one_hot(labels, num_classes) * factor[:, None]).to(images.dtype)
     return torch.lerp(images[partner], images, share), torch.lerp(targets[partner], targets, share)

@@ -130,14 +130,12 @@ class Trainer:
     def _build_loss(self) -> nn.Module:
         config, classes = self.config, self.dataset.num_classes
         if config.unknown_unit:
-            warmup = min(5, max(config.epochs // 4, 1), config.epochs - 1)
-            warmup = warmup if config.warmup_epochs is None else config.warmup_epochs
             weight = 1.0 if config.reliability == "dac" else _FINAL_WEIGHT.get(config.dataset, 1.0)
             weight = weight if config.final_weight is None else config.final_weight
             if config.reliability == "dac":
-                return AbstainingLoss(classes, config.epochs, final_weight=weight, warmup_epochs=warmup)
+                return AbstainingLoss(classes, config.epochs, final_weight=weight, warmup_epochs=config.warmup_epochs)
             return UnknownAwareLoss(
-                classes, config.epochs, final_weight=weight, warmup_epochs=warmup,
+                classes, config.epochs, final_weight=weight, warmup_epochs=config.warmup_epochs,
                 auto_tune="tuning" not in config.without,
             )  # fmt: skip
         if config.reliability == "logitnorm":

@@ -161,7 +161,7 @@ void check_loss(int64_t batch, int64_t classes, double w, double spread) {
     std::vector<T> logits(batch * classes);
     for (T& z : logits) z = static_cast<T>(normal(generator));
     std::vector<int64_t> target(batch);
-    for (int64_t& y : target) y = static_cast<int64_t>(generator() % classes);
+    for (int64_t& y : target) y = static_cast<int64_t>(generator() % (classes - 1));
 
     long double loss = 0, beta = 0, mean_u = 0, errors = 0;
     std::vector<long double> grad(batch * classes);
@@ -200,7 +200,7 @@ void check_loss(int64_t batch, int64_t classes, double w, double spread) {
     check(statistics[2] == errors, "errors");
     for (size_t k = 0; k < grad.size(); ++k) check(close(g[k], grad[k], (2 + w) / batch), "gradient");
 
-    y[batch - 1] = classes;
+    y[batch - 1] = classes - 1;
     check(bad_row() == batch - 1, "target too large");
     y[0] = -1;
     check(bad_row() == 0, "target below 0");

@@ -55,7 +55,13 @@ def worker(port, kind, folder, rank):
     x, y = make_batches()[rank]
     loss(model(x).float(), y)
     loss.end_epoch()
-    torch.save({"model": state, "w": loss.w}, f"{folder}/{rank}.pt")
+    outliers = sm.VirtualOutlierLoss(3, 2, 4)
+    features = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + rank
+    labels = torch.tensor([0, 1 + rank])  # class 1 is seen by the first process alone, class 2 by the second
+    outliers(torch.zeros(2, 3), labels, features, torch.nn.Linear(2, 3))
+    outliers.end_epoch()
+    state_of_outliers = {"mean": outliers.mean, "seen": outliers.seen}
+    torch.save({"model": state, "w": loss.w, "outliers": state_of_outliers}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -71,6 +77,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         model = make_model()
         alone = train(model, model, kind, slice(0, 8))
         assert first["w"] == second["w"] > 0
+        for end in (first["outliers"], second["outliers"]):
+            assert end["seen"].all()
+            torch.testing.assert_close(end["mean"], torch.tensor([[1.5, 2.5], [3.0, 4.0], [4.0, 5.0]]))
         for name, tensor in alone.items():
             assert torch.equal(first["model"][name], second["model"][name])
             if tensor.is_floating_point():  # sums in another order: float64 rounding over 16 steps

@@ -41,6 +41,17 @@ def test_no_warm_up_starts_from_zero():
     assert run(loss, make_batches(), 4) == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
+@pytest.mark.parametrize("kind", [sm.UnknownAwareLoss, sm.AbstainingLoss])
+@pytest.mark.parametrize("epochs, warmup", [(1, 0), (2, 1), (4, 1), (5, 1), (10, 2), (20, 5), (200, 5)])
+def test_the_default_warm_up_fits_every_length(kind, epochs, warmup):
+    assert kind(3, epochs).warmup_epochs == warmup
+
+
+def test_the_weight_stays_at_its_end_if_training_goes_on():
+    loss = sm.UnknownAwareLoss(3, 4, final_weight=2.0, warmup_epochs=1)
+    assert run(loss, make_batches(), 7)[3:] == [2.0] * 4
+
+
 def test_the_loss_uses_the_present_weight():
     loss = sm.UnknownAwareLoss(3, 2, final_weight=3.0, warmup_epochs=1)
     logits, target = torch.randn(6, 4), torch.randint(0, 3, (6,))

@@ -86,6 +86,7 @@ def test_float16_is_computed_in_float32(shape):
 @pytest.mark.parametrize("shape", [(60, 5), (9, 1200), (2, 16500)])
 def test_first_of_equal_logits_is_predicted(shape):
     logits = torch.randint(0, 2, shape).float()
+    logits[:, -1] = -1.0  # which no label can be
     largest = logits == logits.amax(1, keepdim=True)
     first = torch.where(largest, torch.arange(shape[1]), shape[1]).amin(1)
     assert run(logits, first, 2.0)[2][2] == 0
@@ -108,12 +109,12 @@ def test_equal_logits_in_different_chunks():
 def test_extreme_logits_as_the_reference(outputs, w):
     """Large, -inf where the target is not and where it is, a row of -inf, +inf, NaN; a row a call: NaN would hide."""
     inf = float("inf")
-    rows = [[1e4, 0.0, -1e4], [0.0, 1e4, 1e4], [-1e4, 1e4, 1e4], [0.0, -inf, 1.0], [-inf, -inf, 2.0]]
+    rows = [[1e4, 0.0, -1e4], [0.0, 1e4, 1e4], [-1e4, 1e4, 1e4], [0.0, -inf, 1.0], [-inf, 2.0, -inf]]
     rows += [[-inf, 0.5, 1.0], [-inf, 0.0, -1e4], [-inf, -inf, -inf], [inf, 0.0, 1.0], [0.0, NAN, 1.0]]
-    for y, row in zip([1, 0, 0, 0, 2, 0, 0, 0, 1, 0], rows, strict=True):
+    for y, row in zip([1, 0, 0, 0, 1, 0, 0, 0, 1, 0], rows, strict=True):
         # the rest is between them and the unknown unit, so that chunks consist of -inf alone
         logits = torch.cat([torch.tensor(row[:2]), torch.full((outputs - 3,), -inf), torch.tensor(row[2:])])[None]
-        target = torch.tensor([y if y < 2 else outputs - 1])
+        target = torch.tensor([y])
         kernel, reference = run(logits, target, w), _forward(logits, target, torch.tensor(w))
         for ours, theirs in zip(kernel[:2], reference[:2], strict=True):
             torch.testing.assert_close(ours, theirs, equal_nan=True)
@@ -126,11 +127,11 @@ def test_extreme_logits_as_the_reference(outputs, w):
 def test_impossible_targets_make_their_rows_nan(outputs):
     logits, target = make(5, outputs)
     bad = target.clone()
-    bad[[1, 2, 3]] = torch.tensor([-1, outputs, 2**40])
+    bad[[1, 2, 3]] = torch.tensor([-1, outputs - 1, 2**40])
     loss, grad, statistics = run(logits, bad, 1.0)
     assert loss.isnan() and grad[1:4].isnan().all() and statistics[0].isnan()
     good = run(logits, target, 1.0)
-    assert torch.equal(grad[[0, 4]], good[1][[0, 4]]) and statistics[1] == good[2][1] and statistics[2] >= 3
+    assert torch.equal(grad[[0, 4]], good[1][[0, 4]]) and statistics[1] == good[2][1] and statistics[2].isnan()
 
 
 @pytest.mark.parametrize("outputs", [11, 9000])

@@ -117,7 +117,7 @@ int64_t unknown_aware_loss(const T* logits, const int64_t* target, double w, int
                            T* grad, T* statistics, int threads) {
     static_assert(std::is_floating_point_v<T>, "16-bit logits are computed in float");
     for (int64_t row = 0; row < batch; ++row) {
-        if (target[row] < 0 || target[row] >= classes) return row;
+        if (target[row] < 0 || target[row] >= classes - 1) return row;
     }
     const T weight = static_cast<T>(w), share = T{1} / static_cast<T>(batch);
     std::vector<RowTerms> terms(batch);

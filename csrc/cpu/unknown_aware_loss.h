@@ -11,7 +11,7 @@ namespace sparse_moon {
 // double, in order of the rows whatever the number of threads.
 //
 //   logits  [batch * classes]   B rows of K + 1, the last is the unknown unit
-//   target  [batch]             in [0, K + 1)
+//   target  [batch]             in [0, K): "unknown" is no label
 //   w                           weight, at least 0
 //   loss    [1]                 out
 //   grad    [batch * classes]   out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.choice import kernel_runs
+from sparse_moon.ops.labels import check_target, known_labels_reference, refuse_label, usable_labels
 from sparse_moon.ops.library import define, differentiable_gradients, implement, register_autograd
 from sparse_moon.ops.native import has_triton, native
 
@@ -22,21 +23,23 @@ class LossStatistics(NamedTuple):
     mean_u: Tensor
     """Batch mean of the unknown unit's probability."""
     errors: Tensor
-    """How many samples are predicted wrongly, over K+1 outputs."""
+    """How many samples are predicted wrongly, over K+1 outputs; NaN where a target is outside [0, K)."""
 
 
 def _terms(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     z = logits.double() if logits.dtype == torch.float64 else logits.float()
+    label, factor = usable_labels(target, (target >= 0) & (target < z.shape[1] - 1))
+    factor, w = factor.to(z.dtype), w.to(z.dtype)
     log_p = z.log_softmax(1)
-    ce = -log_p.gather(1, target[:, None])[:, 0]
+    ce = -log_p.gather(1, label[:, None])[:, 0] * factor
     u = log_p[:, -1].exp()
-    wrong = (z.argmax(1) != target).to(z.dtype)
-    return log_p, ce, u, wrong, wrong * w.to(z.dtype) / (1 + w.to(z.dtype) * u)
+    wrong = (z.argmax(1) != target) * factor
+    return label, log_p, ce, u, wrong, wrong * w / (1 + w * u)
 
 
 def unknown_aware_loss_reference(logits: Tensor, target: Tensor, w: Tensor) -> Tensor:
-    """The specification; differentiable."""
-    _, ce, _, _, extra = _terms(logits, target, w)
+    """The specification; differentiable as often as one likes. NaN where a target is outside [0, K)."""
+    _, _, ce, _, _, extra = _terms(logits, target, w)
     return (ce * (1 + extra)).mean()
 
 
@@ -47,12 +50,13 @@ def _differentiable(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, 
 
 
 def _forward(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    log_p, ce, u, wrong, extra = _terms(logits, target, w)
+    known_labels_reference(target, logits.shape[1] - 1)
+    label, log_p, ce, u, wrong, extra = _terms(logits, target, w)
     p = log_p.exp()
     # d ce / dz = p - onehot(y); d extra / dz = -(extra^2 where wrong) du/dz, with du/dz = u (onehot(K+1) - p)
     slope = ce * extra.square() * u
     grad = (1 + extra + slope)[:, None] * p
-    grad.scatter_add_(1, target[:, None], -(1 + extra)[:, None])
+    grad.scatter_add_(1, label[:, None], -(1 + extra)[:, None])
     grad[:, -1] -= slope
     statistics = torch.stack([((1 - u) * ce).mean(), u.mean(), wrong.sum()])
     return (ce * (1 + extra)).mean(), grad / logits.shape[0], statistics
@@ -78,7 +82,7 @@ def _cpu(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Ten
         torch.get_num_threads(),
     )  # fmt: skip
     if bad_row >= 0:
-        raise ValueError(f"target must be in [0, {z.shape[1]}), got {target[bad_row].item()} in row {bad_row}")
+        raise refuse_label(target, bad_row, z.shape[1] - 1)
     return outputs
 
 
@@ -131,21 +135,26 @@ def unknown_aware_loss(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tenso
 
     Args:
         logits: (B, K+1) floating point; 16-bit logits are computed in float32. The last output is the unknown unit.
-        target: (B,) int64 in [0, K). The GPU kernel cannot raise for another one, which would wait for the device: it
-            makes the loss and the gradient of that row NaN.
+        target: (B,) int64 in [0, K); the unknown unit is no label, and none means "ignore this row". On a GPU raising
+            would wait for the device: there another one makes the loss, the gradient of its row and ``errors`` NaN.
         w: 0-d floating point tensor on the device of the logits, at least 0; held constant (no gradient).
 
     Returns:
         The mean loss (0-d, float32, or float64 for float64 logits) and the batch's :class:`LossStatistics`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, a w that wants a gradient; on the CPU, a target outside
+            [0, K).
     """
     if logits.dim() != 2 or logits.shape[0] == 0 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point (B, K+1), got {logits.dtype} {tuple(logits.shape)}")
-    if target.shape != logits.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(f"target must be int64 ({logits.shape[0]},), got {target.dtype} {tuple(target.shape)}")
-    if w.dim() != 0:
-        raise ValueError(f"w must be a 0-d tensor, got shape {tuple(w.shape)}")
+    check_target(target, logits)
+    if w.dim() != 0 or not w.is_floating_point() or w.requires_grad:
+        raise ValueError(
+            f"w must be a 0-d tensor, floating point and without gradient, got {w.dtype}, shape {tuple(w.shape)}, "
+            f"requires_grad={w.requires_grad}"
+        )
+    if w.device != logits.device:
+        raise ValueError(f"w must be on {logits.device}, got one on {w.device}")
     loss, _, statistics = _unknown_aware_loss(logits, target, w)
     return loss, LossStatistics(*statistics.unbind())
