@@ -23,6 +23,7 @@ from sparse_moon.nn import (
     sparse_layers,
     sparsify,
 )
+from sparse_moon.param_groups import param_groups
 from sparse_moon.random_mask import RandomMask
 from sparse_moon.schedules import Constant, Cosine, Cubic, Linear
 from sparse_moon.topology import Topology
@@ -67,6 +68,7 @@ __all__ = [
     "mixup",
     "ops",
     "overall_sparsity",
+    "param_groups",
     "refresh_batch_norm",
     "sparse_layers",
     "sparsify",
