@@ -1,6 +1,6 @@
 """Sparse training that is really faster, for models that know what they do not know."""
 
-from sparse_moon import memory, ops
+from sparse_moon import memory, ops, schedules
 from sparse_moon.algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from sparse_moon.allocation import allocate
 from sparse_moon.averaging import (
@@ -25,7 +25,7 @@ from sparse_moon.nn import (
 )
 from sparse_moon.param_groups import param_groups
 from sparse_moon.random_mask import RandomMask
-from sparse_moon.schedules import Constant, Cosine, Cubic, Linear
+from sparse_moon.schedules import Constant, Cosine, Cubic
 from sparse_moon.topology import Topology
 from sparse_moon.tuning import tune
 
@@ -42,7 +42,6 @@ __all__ = [
     "Dense",
     "DynamicMethod",
     "GraNet",
-    "Linear",
     "LogitNormLoss",
     "Method",
     "PredictionAverage",
@@ -70,6 +69,7 @@ __all__ = [
     "overall_sparsity",
     "param_groups",
     "refresh_batch_norm",
+    "schedules",
     "sparse_layers",
     "sparsify",
     "tune",

@@ -1,8 +1,10 @@
 import dataclasses
 
 import pytest
+import torch
 
-from sparse_moon.schedules import Constant, Cosine, Cubic, Linear
+import sparse_moon as sm
+from sparse_moon.schedules import Constant, Cosine, Cubic, Linear, Step
 
 
 def test_values():
@@ -21,3 +23,59 @@ def test_frozen_and_checked():
         Linear(0.0, 1.0, 2).steps = 3
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Cosine(0.3, 0.0, 0)
+
+
+def test_steps_are_those_of_torch():
+    schedule = Step(0.4, (3, 5, 9), gamma=0.5)
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=0.4)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5, 9], 0.5)
+    expected = []
+    for _ in range(12):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert [schedule(t) for t in range(12)] == pytest.approx(expected)
+    assert schedule(-3) == 0.4 and Step(0.4, ())(10**9) == 0.4
+
+
+def test_warm_up_reaches_the_start_and_is_never_zero():
+    schedule = Step(0.4, [4, 6], warmup=4)
+    assert [schedule(t) for t in range(-1, 8)] == pytest.approx([0.1, 0.1, 0.2, 0.3, 0.4, 0.04, 0.04, 0.004, 0.004])
+    assert schedule == Step(0.4, (4, 6), warmup=4) and hash(schedule) == hash(Step(0.4, (4, 6), warmup=4))
+    assert Step(0.4, (), warmup=2)(0) == 0.2
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Constant(NAN), "Constant: value must be finite, got nan"),
+        (lambda: Linear(0.0, INF, 3), "Linear: end must be finite, got inf"),
+        (lambda: Linear(0.0, 1.0, -2), "Linear: steps must be at least 1, got -2"),
+        (lambda: Cubic(NAN, 1.0, 3), "Cubic: start must be finite"),
+        (lambda: Cosine(0.3, 0.0, NAN), "Cosine: steps must be finite"),
+        (lambda: Step(0.1, (5, 5)), r"milestones must ascend from at least 1, got \(5, 5\)"),
+        (lambda: Step(0.1, (5, 3)), "milestones must ascend"),
+        (lambda: Step(0.1, (0, 3)), "milestones must ascend"),
+        (lambda: Step(0.1, (NAN,)), "milestones must ascend"),
+        (lambda: Step(0.1, (3,), gamma=0.0), "gamma must be positive, got 0.0"),
+        (lambda: Step(NAN, (3,)), "start must be finite"),
+        (lambda: Step(0.1, (3,), warmup=4), r"warmup must be in \[0, 3\], up to the first milestone, got 4"),
+        (lambda: Step(0.1, (3,), warmup=-1), "warmup must be in"),
+    ],
+)
+def test_impossible_numbers_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_public_names_are_not_those_of_layers_functions_and_optimizers():
+    """Who writes ``sm.Linear`` beside ``sm.SparseLinear`` means a layer."""
+    F = torch.nn.functional
+    taken = {name for module in (torch.nn, F, torch.optim, torch.optim.lr_scheduler) for name in dir(module)}
+    assert not taken & set(sm.__all__)
+    assert not hasattr(sm, "Linear") and not hasattr(sm, "Step")
+    assert sm.Cosine is sm.schedules.Cosine and sm.schedules.Linear is Linear
