@@ -1,5 +1,6 @@
 """Sparse training that is really faster, for models that know what they do not know."""
 
+import sparse_moon.source_tree  # noqa: F401  # first: decides where all other modules come from
 from sparse_moon import memory, ops, schedules
 from sparse_moon.algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from sparse_moon.allocation import allocate

@@ -9,6 +9,14 @@ from types import ModuleType
 
 import torch
 
+from sparse_moon.source_tree import PACKAGE, is_source_tree
+
+
+def _how_to_build(tool: str) -> str:
+    if is_source_tree():
+        return f"It is imported from its source tree: run `pip install -e .` in {PACKAGE.parent}, with {tool} at hand."
+    return f"Get {tool} and reinstall to build them."
+
 
 def _load() -> ModuleType | None:
     try:
@@ -16,7 +24,7 @@ def _load() -> ModuleType | None:
     except ImportError as error:
         warnings.warn(
             f"sparse_moon runs without its compiled CPU kernels ({error}); everything works on the slower reference "
-            "path. Install a C++17 compiler and reinstall to build them.",
+            f"path. {_how_to_build('a C++17 compiler')}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -43,15 +51,18 @@ def require_cuda() -> ModuleType:
     """
     if native_cuda is None:
         raise RuntimeError(
-            "sparse_moon was installed without its CUDA kernels; put nvcc on the path or set CUDA_HOME, and reinstall"
+            f"sparse_moon runs without its CUDA kernels. {_how_to_build('nvcc (on the path, or in CUDA_HOME)')}"
         )
     return native_cuda
 
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed; it is not on every platform, and slow to import before it is used."""
-    return find_spec("triton") is not None
+    """Whether Triton and its kernels are there: it is not on every platform, they are not in a bare source tree.
+
+    Triton is slow to import before it is used.
+    """
+    return find_spec("triton") is not None and find_spec("sparse_moon.kernels") is not None
 
 
 def current_stream() -> int:
