@@ -46,6 +46,12 @@ def test_gradient_against_finite_differences():
     assert torch.autograd.gradcheck(lambda z: ops.unknown_aware_loss(z, target, w)[0], logits)
 
 
+def test_the_reference_has_second_derivatives():
+    target, w = torch.tensor([0, 1, 2, 0]), torch.tensor(2.0, dtype=torch.float64)
+    logits = (4 * torch.randn(4, 4, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda z: unknown_aware_loss_reference(z, target, w), logits)
+
+
 def test_without_weight_it_is_the_cross_entropy():
     logits, target = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
     loss, _ = ops.unknown_aware_loss(logits, target, torch.tensor(0.0))
