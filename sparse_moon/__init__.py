@@ -14,11 +14,14 @@ from sparse_moon.averaging import (
 )
 from sparse_moon.fusion import BatchNormReLU2d, fuse
 from sparse_moon.losses import AbstainingLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
+from sparse_moon.model_summary import summary
 from sparse_moon.nn import (
     SparseConv2d,
     SparseLinear,
     densify,
+    layer_densities,
     layer_sparsities,
+    linear_conv2d_sparsity,
     live_outputs,
     overall_sparsity,
     sparse_layers,
@@ -62,7 +65,9 @@ __all__ = [
     "allocate",
     "densify",
     "fuse",
+    "layer_densities",
     "layer_sparsities",
+    "linear_conv2d_sparsity",
     "live_outputs",
     "memory",
     "mixup",
@@ -73,5 +78,6 @@ __all__ = [
     "schedules",
     "sparse_layers",
     "sparsify",
+    "summary",
     "tune",
 ]

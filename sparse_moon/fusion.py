@@ -4,13 +4,15 @@ import copy
 import operator
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparse_moon.nn import SparseLayer, evaluation_mode
+from sparse_moon.inspect import evaluation_mode
+from sparse_moon.nn import SparseLayer
 from sparse_moon.ops.batch_norm_relu import batch_norm_relu
 
 
@@ -57,6 +59,14 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         )  # fmt: skip
         self._parameters, self._buffers = bn._parameters.copy(), bn._buffers.copy()
         return self.train(bn.training)
+
+    def to_batch_norm(self) -> nn.BatchNorm2d:
+        """The batch norm alone: it shares parameters and running statistics with this module."""
+        batch_norm = nn.BatchNorm2d(
+            self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, "meta"
+        )
+        batch_norm._parameters, batch_norm._buffers = self._parameters.copy(), self._buffers.copy()
+        return batch_norm.train(self.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
@@ -131,6 +141,23 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
+class _Shell(nn.Module):
+    """In place of a container of the model: its modules, parameters and buffers, and no code.
+
+    Attributes:
+        emptied: a copy of the container that has none of them, from which :func:`unfuse` makes it again.
+    """
+
+    def __init__(self, container: nn.Module) -> None:
+        super().__init__()
+        self.train(container.training)
+        self._parameters, self._buffers = container._parameters.copy(), container._buffers.copy()
+        self._non_persistent_buffers_set = container._non_persistent_buffers_set.copy()
+        emptied = copy.copy(container)
+        emptied._modules, emptied._parameters, emptied._buffers = {}, {}, {}
+        self.__dict__["emptied"] = emptied  # no module of the model
+
+
 class _FusedModel(fx.GraphModule):
     """A graph with all modules of the model it was made of, in their order, also in copies.
 
@@ -140,11 +167,14 @@ class _FusedModel(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_FusedModel":
         result = cast(_FusedModel, super().__deepcopy__(memo))
-        result._hold(*copy.deepcopy((self._modules, self._parameters, self._buffers), memo))
+        result._hold(copy.deepcopy({name: self.__dict__[name] for name in _HELD}, memo))
         return result
 
-    def _hold(self, modules: dict[str, Any], parameters: dict[str, Any], buffers: dict[str, Any]) -> None:
-        self._modules, self._parameters, self._buffers = modules, parameters, buffers
+    def _hold(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update((name, state[name]) for name in _HELD)
+
+
+_HELD = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "emptied")
 
 
 def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
@@ -175,9 +205,90 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     if not fused:
         return model
     rebuilt = _rebuild(model, fused)
+    lost = [
+        name or "(model)"
+        for name, module in model.named_modules()
+        if (module in fused or isinstance(rebuilt.get_submodule(name), _Shell))
+        and (module._forward_hooks or module._forward_pre_hooks)
+    ]
+    if lost:
+        warnings.warn(f"hooks on these modules are not called in the fused model: {', '.join(lost)}", stacklevel=2)
     result = _FusedModel(rebuilt, graph, type(model).__name__)
-    result._hold(rebuilt._modules, rebuilt._parameters, rebuilt._buffers)
+    result._hold(rebuilt.__dict__)
     return result
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Take back what :func:`fuse` did to the model or to modules in it: its own classes and its batch norms again.
+
+    Returns:
+        The model itself, changed in place, where it is not itself the result of ``fuse``. What it returns has the
+        modules, parameters and buffers that the fused model has now.
+    """
+    whole: dict[nn.Module, nn.Module] = {}
+
+    def restore(module: nn.Module) -> nn.Module:
+        if module in whole:
+            return whole[module]
+        if isinstance(module, BatchNormReLU2d):
+            whole[module] = module.to_batch_norm()
+        elif isinstance(module, _Shell | _FusedModel):
+            container = whole[module] = copy.copy(cast(nn.Module, module.emptied))
+            container.training = module.training
+            container._parameters, container._buffers = module._parameters.copy(), module._buffers.copy()
+            container._modules = {
+                name: None if child is None else restore(child) for name, child in module._modules.items()
+            }
+        else:
+            whole[module] = module
+        return whole[module]
+
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, _FusedModel):
+            if name == "":
+                return restore(module)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, restore(module))
+    return model
+
+
+def fusions(model: nn.Module) -> dict[str, str]:
+    """Whether each 2-d batch norm is fused, and if not why; the model is traced for that, and not changed."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    found = {name: "fused" for name, module in norms.items() if isinstance(module, BatchNormReLU2d)}
+    if len(found) == len(norms):
+        return found
+    modules = dict(model.named_modules(remove_duplicate=False))
+    try:
+        nodes = [node for node in _trace(model).nodes if node.op == "call_module"]
+    except Exception:  # whatever the model's code does with a placeholder
+        return {name: found.get(name, "not fused: torch.fx cannot trace the model") for name in norms}
+    calls: dict[nn.Module, list[fx.Node]] = {}
+    for node in nodes:
+        calls.setdefault(modules[str(node.target)], []).append(node)
+    return {
+        name: found.get(name) or f"not fused: {_not_fused(norm, calls.get(norm, []), modules)}"
+        for name, norm in norms.items()
+    }
+
+
+def _not_fused(norm: nn.Module, calls: list[fx.Node], modules: dict[str, nn.Module]) -> str:
+    """Why a batch norm is not fused, from its calls in the graph."""
+    if type(norm) is not nn.BatchNorm2d:
+        return f"{type(norm).__name__} is a kind of BatchNorm2d"
+    if len(calls) != 1:
+        return f"called {len(calls)} times"
+    last = calls[0] if _residual(calls[0], modules) is None else next(iter(calls[0].users))
+    if _rectifier(last, modules) is not None:
+        return "fuse(model) would"
+    sum_ = "a sum and " if last is not calls[0] else ""
+    if len(last.users) != 1:
+        return f"{sum_ or 'its output '}used {len(last.users)} times"
+    user = next(iter(last.users))
+    if user.op == "call_module":
+        return f"followed by {sum_}{type(modules[str(user.target)]).__name__}"
+    what = user.op if user.op == "output" else getattr(user.target, "__name__", user.target)
+    return f"followed by {sum_}{str(what).strip('_')}"
 
 
 def _trace(model: nn.Module) -> fx.Graph:
@@ -203,8 +314,8 @@ def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module], recompute: bool) ->
             continue
         residual = _residual(node, modules)
         chain = [node] if residual is None else [node, next(iter(node.users))]
-        relu = _only_user(chain[-1])
-        if relu is None or not _is_relu(relu, modules):
+        relu = _rectifier(chain[-1], modules)
+        if relu is None:
             continue
         with graph.inserting_before(relu):
             # The keyword always: another module put in this place must not pass for one that has a rectifier.
@@ -239,10 +350,14 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_relu(user: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _rectifier(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The only user of a node, if that is a rectifier."""
+    user = _only_user(node)
+    if user is None:
+        return None
     if user.op == "call_module":
-        return type(modules[str(user.target)]) is nn.ReLU
-    return user.op in ("call_function", "call_method") and user.target in _RELUS
+        return user if type(modules[str(user.target)]) is nn.ReLU else None
+    return user if user.op in ("call_function", "call_method") and user.target in _RELUS else None
 
 
 def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -262,9 +377,7 @@ def _rebuild(model: nn.Module, fused: dict[nn.Module, BatchNormReLU2d]) -> nn.Mo
 
     def rebuild(module: nn.Module) -> nn.Module:
         if module not in rebuilt and any(child in fused for child in module.modules()):
-            new = rebuilt[module] = nn.Module().train(module.training)
-            new._parameters, new._buffers = module._parameters.copy(), module._buffers.copy()
-            new._non_persistent_buffers_set = module._non_persistent_buffers_set.copy()
+            new = rebuilt[module] = _Shell(module)
             for name, child in module._modules.items():
                 new.register_module(name, None if child is None else rebuild(child))
         return rebuilt.get(module, module)

@@ -1,12 +1,8 @@
-"""Drop-in sparse layers and the conversion of whole models."""
+"""Drop-in sparse layers; and, by the same names, what is done with whole models of them."""
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any, Literal, Self, cast, get_args
 
 import torch
@@ -14,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_moon import ops
-from sparse_moon.allocation import Allocation, allocate, check_sparsity
+from sparse_moon.allocation import check_sparsity
 from sparse_moon.topology import (
     Index,
     Topology,
@@ -465,275 +461,33 @@ def _check_block(weight_shape: tuple[int, ...], block: tuple[int, int]) -> None:
     block_grid((weight_shape[0], weight_shape[1]), block)
 
 
-def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The model's sparse layers by name; layers that share their weight are listed once, under the first name."""
-    seen: set[int] = set()
-    layers: dict[str, SparseLayer] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLayer) and id(module.values) not in seen:
-            seen.add(id(module.values))
-            layers[name] = module
-    return layers
+# These need the classes above.
+from sparse_moon.convert import densify, layer_densities, sparsify  # noqa: E402
+from sparse_moon.inspect import (  # noqa: E402
+    evaluation_mode,
+    layer_sparsities,
+    linear_conv2d_sparsity,
+    live_outputs,
+    overall_sparsity,
+    sparse_layers,
+    weight_layers,
+)
 
-
-def weight_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d | SparseLayer]:
-    """Every linear and convolution layer, sparse or dense, by name; layers that share their weight are listed once."""
-    seen: set[int] = set()
-    layers: dict[str, nn.Linear | nn.Conv2d | SparseLayer] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | SparseLayer):
-            weight = module.values if isinstance(module, SparseLayer) else module.weight
-            if id(weight) not in seen:
-                seen.add(id(weight))
-                layers[name] = module
-    return layers
-
-
-def layer_sparsities(model: nn.Module) -> dict[str, float]:
-    """Sparsity of every linear and convolution layer, 0 for dense ones."""
-    return {n: m.sparsity if isinstance(m, SparseLayer) else 0.0 for n, m in weight_layers(model).items()}
-
-
-def live_outputs(model: nn.Module) -> dict[str, float]:
-    """Share of the outputs (channels or features) of every linear and convolution layer that have a weight at all.
-
-    An output without weights is a constant: at high sparsity some methods leave a layer few channels (see
-    docs/topology-methods.md, RigL). 1 for dense layers.
-    """
-    return {
-        name: (module.topology.row_ptr.diff() > 0).float().mean().item() if isinstance(module, SparseLayer) else 1.0
-        for name, module in weight_layers(model).items()
-    }
-
-
-def overall_sparsity(model: nn.Module) -> float:
-    """Share of weights of all linear and convolution layers that do not exist (biases and norms do not count)."""
-    present = total = 0
-    for module in weight_layers(model).values():
-        if isinstance(module, SparseLayer):
-            present, total = present + module.topology.nnz, total + module.topology.numel
-        else:
-            present, total = present + module.weight.numel(), total + module.weight.numel()
-    return 1.0 - present / total if total else 0.0
-
-
-def sparsify(
-    model: nn.Module,
-    sparsity: float,
-    allocation: Allocation = "erk",
-    *,
-    pattern: Pattern = "unstructured",
-    exclude: Iterable[Exclude] | Exclude = (),
-    selection: Selection = "random",
-    start_sparsity: float | None = None,
-    first_dense: bool = True,
-    input_size: tuple[int, ...] | None = None,
-    fuse: bool = False,
-    recompute: bool = False,
-) -> nn.Module:
-    """Replace the linear and 2-d convolution layers of a model by sparse ones, in place.
-
-    Layers to which the allocation gives density 1 stay dense modules, and so do layers that the block does not divide
-    (with one warning that names them), subclasses of ``nn.Linear`` and ``nn.Conv2d`` (their code may read ``weight``),
-    and weights shared with another kind of module. Two layers that share a weight share ``values`` and topology
-    afterwards. Layers that are sparse already are left as they are and take no part.
-
-    Args:
-        model: any module; changed in place. Build the optimizer afterwards.
-        sparsity: overall share to leave out of the layers that take part, in [0, 1).
-        allocation: ``"erk"``, ``"er"`` or ``"uniform"``; see :func:`sparse_moon.allocation.allocate`.
-        pattern: as in :class:`SparseLinear`.
-        exclude: layers to keep dense: names (with ``*`` and ``?``), module types, or predicates
-            ``(name, module) -> bool``.
-        selection: ``"random"`` places, ``"magnitude"`` to keep the largest weights of a trained model, or
-            ``"constant_fan_in"``: random, with the same number in every (block) row.
-        start_sparsity: where training is to reach ``sparsity`` by pruning, the overall sparsity at the start, allocated
-            in the same way; 0 starts dense. The layers that end with density 1 are dense modules from the start.
-        first_dense: with ``"uniform"``, whether the first layer stays dense.
-        input_size: shape of one example without the batch dimension; when given, layers are ordered by their first
-            use in one forward pass instead of by definition, which matters for what "first" is.
-        fuse: also run batch norm, ReLU and the residual addition between them as one operation; see
-            :func:`sparse_moon.fusion.fuse`. It pays in training on the CPU.
-        recompute: with ``fuse``, less memory for more time: what batch norm and ReLU make for a sparse convolution is
-            not kept for the backward pass; see :class:`sparse_moon.BatchNormReLU2d`.
-
-    Returns:
-        The model itself (or, where the model is itself such a layer, its replacement); with ``fuse`` a traced module
-        of the same parameters and state.
-
-    Raises:
-        ValueError: a bad argument, no layer to convert, or a sparsity that cannot be reached.
-    """
-    if recompute and not fuse:
-        raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")
-    plan = _plan(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
-    start = plan.densities
-    if start_sparsity is not None:
-        if start_sparsity > sparsity:
-            raise ValueError(f"start_sparsity must be at most the sparsity {sparsity}, got {start_sparsity}")
-        start = allocate(plan.shapes, start_sparsity, allocation, first_dense=first_dense)
-    done: dict[str, SparseLayer] = {}
-    for module, names in plan.places.items():
-        owner = plan.owners[id(module.weight)]
-        if plan.densities[owner] >= 1.0:
-            continue
-        kind = SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
-        if owner in done:  # tied to a layer converted before
-            sparse = kind.from_dense(module, mask=done[owner].mask(), pattern=pattern)  # type: ignore[arg-type]
-            sparse.values, sparse.topology = done[owner].values, done[owner].topology
-        else:
-            sparse = kind.from_dense(
-                module, sparsity=1.0 - start[owner], pattern=pattern, selection=selection  # type: ignore[arg-type]
-            )  # fmt: skip
-            done[owner] = sparse
-        if names[0] == "":
-            return sparse
-        for name in names:
-            _replace(model, name, sparse)
-    if fuse:
-        from sparse_moon import fusion  # which imports this module
-
-        return fusion.fuse(model, recompute=recompute)
-    return model
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """Replace every sparse layer by its dense equivalent, in place; shared weights stay shared.
-
-    Returns:
-        The model itself (or, where the model is itself a sparse layer, its replacement): plain torch modules.
-    """
-    weights: dict[int, nn.Parameter] = {}
-    replaced: dict[int, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, SparseLinear | SparseConv2d):
-            continue
-        if id(module) not in replaced:
-            dense = module.to_dense()
-            dense.weight = weights.setdefault(id(module.values), cast(nn.Parameter, dense.weight))
-            replaced[id(module)] = dense
-        if name == "":
-            return replaced[id(module)]
-        _replace(model, name, replaced[id(module)])
-    return model
-
-
-def layer_densities(
-    model: nn.Module,
-    sparsity: float,
-    allocation: Allocation = "erk",
-    *,
-    pattern: Pattern = "unstructured",
-    exclude: Iterable[Exclude] | Exclude = (),
-    first_dense: bool = True,
-    input_size: tuple[int, ...] | None = None,
-) -> dict[str, float]:
-    """Density, by name, that :func:`sparsify` with these arguments would give each layer; the model is not changed.
-
-    A layer with several names is listed under its first; layers that take no part are not listed.
-    """
-    plan = _plan(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
-    return {names[0]: plan.densities[plan.owners[id(layer.weight)]] for layer, names in plan.places.items()}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    places: dict[nn.Linear | nn.Conv2d, list[str]]  # layers to convert, each with all its names
-    owners: dict[int, str]  # id of a weight -> name of the first layer that has it
-    shapes: dict[str, tuple[int, ...]]  # by the owner's name
-    densities: dict[str, float]
-
-
-def _plan(
-    model: nn.Module,
-    sparsity: float,
-    allocation: Allocation,
-    block: tuple[int, int],
-    exclude: Iterable[Exclude] | Exclude,
-    first_dense: bool,
-    input_size: tuple[int, ...] | None,
-) -> _Plan:
-    check_sparsity(sparsity)
-    rules = (exclude,) if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
-    places = _convertible(model, rules)
-    if input_size is not None:
-        places = _in_order_of_use(model, places, input_size)
-    indivisible = [names[0] for module, names in places.items() if not _divides(module, block)]
-    if indivisible:
-        warnings.warn(f"block {block} does not divide these layers, they stay dense: {indivisible}", stacklevel=3)
-        places = {module: names for module, names in places.items() if names[0] not in indivisible}
-    if not places:
-        raise ValueError("the model has no linear or 2-d convolution layer to make sparse")
-    shapes: dict[str, tuple[int, ...]] = {}
-    owners: dict[int, str] = {}
-    for module, names in places.items():
-        if owners.setdefault(id(module.weight), names[0]) == names[0]:
-            shapes[names[0]] = tuple(module.weight.shape)
-    return _Plan(places, owners, shapes, allocate(shapes, sparsity, allocation, first_dense=first_dense))
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; then every module has its own former mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _convertible(model: nn.Module, rules: tuple[Exclude, ...]) -> dict[nn.Linear | nn.Conv2d, list[str]]:
-    """Layers that may become sparse, each with all its names, in definition order."""
-    users: dict[int, set[type]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), set()).add(type(module))
-    places: dict[nn.Linear | nn.Conv2d, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        plain = type(module) is nn.Linear or type(module) is nn.Conv2d
-        if not plain or any(_matches(rule, name, module) for rule in rules):
-            continue
-        layer = cast(nn.Linear | nn.Conv2d, module)
-        if isinstance(layer._parameters.get("weight"), nn.Parameter) and users[id(layer.weight)] == {type(layer)}:
-            places.setdefault(layer, []).append(name)
-    return places
-
-
-def _matches(rule: Exclude, name: str, module: nn.Module) -> bool:
-    if isinstance(rule, str):
-        return fnmatchcase(name, rule)
-    if isinstance(rule, type):
-        return isinstance(module, rule)
-    return rule(name, module)
-
-
-def _divides(module: nn.Linear | nn.Conv2d, block: tuple[int, int]) -> bool:
-    return module.weight.shape[0] % block[0] == 0 and module.weight.shape[1] % block[1] == 0
-
-
-def _in_order_of_use(
-    model: nn.Module, places: dict[nn.Linear | nn.Conv2d, list[str]], input_size: tuple[int, ...]
-) -> dict[nn.Linear | nn.Conv2d, list[str]]:
-    """The same layers, those that one forward pass over zeros uses first, then the others."""
-    used: dict[nn.Linear | nn.Conv2d, list[str]] = {}
-
-    def note(module: nn.Module, _: Any) -> None:
-        layer = cast(nn.Linear | nn.Conv2d, module)
-        used.setdefault(layer, places[layer])
-
-    handles = [module.register_forward_pre_hook(note) for module in places]
-    example = next(iter(places)).weight if places else torch.empty(0)
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            model(example.new_zeros(1, *input_size))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return used | places
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+__all__ = [
+    "Exclude",
+    "Pattern",
+    "Selection",
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "densify",
+    "evaluation_mode",
+    "layer_densities",
+    "layer_sparsities",
+    "linear_conv2d_sparsity",
+    "live_outputs",
+    "overall_sparsity",
+    "sparse_layers",
+    "sparsify",
+    "weight_layers",
+]
