@@ -4,7 +4,7 @@ import copy
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -170,8 +170,21 @@ class _FusedModel(fx.GraphModule):
         result._hold(copy.deepcopy({name: self.__dict__[name] for name in _HELD}, memo))
         return result
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        load, arguments = super().__reduce__()[:2]
+        return _load_fused, (load, arguments, type(self).__name__, {name: self.__dict__[name] for name in _HELD})
+
     def _hold(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update((name, state[name]) for name in _HELD)
+
+
+def _load_fused(
+    load: Callable[..., fx.GraphModule], arguments: tuple[Any, ...], name: str, state: Mapping[str, Any]
+) -> _FusedModel:
+    module = load(*arguments)
+    result = _FusedModel(module, module.graph, name)
+    result._hold(state)
+    return result
 
 
 _HELD = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "emptied")
