@@ -25,6 +25,10 @@ _Dense = nn.Linear | nn.Conv2d
 _LARGEST_SHORTFALL = 0.01
 _LARGEST_EXCESS = 0.1
 
+# Outputs without a weight are said from this many and this share of a layer on: one of 128 is chance, and no news.
+_DEAD_OUTPUTS = 3
+_DEAD_SHARE = 0.01
+
 
 def sparsify(
     model: nn.Module,
@@ -59,7 +63,7 @@ def sparsify(
       ``first_dense`` keeps do not count, neither do biases and norms. Embeddings do: ``exclude=nn.Embedding`` says that
       they are meant to stay dense;
     - layers that the block does not divide;
-    - layers that end without any weight, or with outputs without one.
+    - layers that end without any weight, or of whose outputs at least 3 and 1 % have none.
 
     :func:`sparse_moon.summary` shows each layer.
 
@@ -397,8 +401,9 @@ def _empty(layers: Mapping[str, SparseLayer]) -> list[str]:
         outputs += rows
         if layer.topology.nnz == 0:
             without.append(name)
-        elif empty := int((row_ptr.diff() == 0).sum()):
-            dead[name] = (empty * layer.topology.block[0], rows)
+        empty = int((row_ptr.diff() == 0).sum()) * layer.topology.block[0]
+        if layer.topology.nnz and empty >= max(_DEAD_OUTPUTS, _DEAD_SHARE * rows):
+            dead[name] = (empty, rows)
     notes = []
     if without:
         notes.append(f"no weight is left in {_some(without)}")

@@ -6,117 +6,32 @@ are left out, as in RigL (Evci et al. 2020); what the reliability methods add is
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_moon.allocation import Allocation
-from sparse_moon.nn import (
-    Exclude,
-    Pattern,
-    SparseLayer,
-    SparseLinear,
-    evaluation_mode,
-    layer_densities,
-    sparse_layers,
-    weight_layers,
-)
+from sparse_moon.inspect import Inputs, weights
+from sparse_moon.layer_costs import LayerCost, layer_costs
+from sparse_moon.nn import Exclude, Pattern, layer_densities, sparse_layers
+
+__all__ = [
+    "LayerCost",
+    "Refresh",
+    "TrainingMethod",
+    "cigl_overhead",
+    "flops_report",
+    "format_report",
+    "layer_costs",
+    "memory_report",
+    "moon_overhead",
+    "training_flops_ratio",
+]
 
 TrainingMethod = Literal["dense", "static", "set", "rigl", "mest", "srigl", "gmp", "granet", "top-kast"]
 Refresh = Literal["final", "epoch"]
-_Layer = nn.Linear | nn.Conv2d | SparseLayer
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """Cost of one layer's forward pass.
-
-    Attributes:
-        name: of the module in the model.
-        kind: ``"linear"`` or ``"conv2d"``.
-        weight_shape: of the dense weight, (out, in) or (out, in / groups, kh, kw).
-        density: share of its weights that exist, in [0, 1].
-        forward_dense, forward_sparse: FLOPs an example, all calls together, at density 1 and at ``density``.
-    """
-
-    name: str
-    kind: str
-    weight_shape: tuple[int, ...]
-    density: float
-    forward_dense: int
-    forward_sparse: float
-
-
-def layer_costs(
-    model: nn.Module, input_size: tuple[int, ...], densities: Mapping[str, float] | None = None
-) -> list[LayerCost]:
-    """Forward cost of every linear and 2-d convolution layer, dense or sparse, by one pass over one example of zeros.
-
-    A convolution costs ``2 kh kw (in / groups) out Ho Wo density``, a linear layer ``2 in out tokens density``, where
-    tokens are all leading dimensions. A layer that is called several times costs each call, one that is not called
-    costs 0; only calls of these modules count (``nn.MultiheadAttention`` uses its projections without calling them).
-
-    The pass is in evaluation mode and without gradients; the model is left as it was. A model on the ``meta`` device
-    costs neither time nor memory.
-
-    Args:
-        model: takes a batch ``(1, *input_size)`` in the dtype and on the device of its first such layer.
-        input_size: shape of one example without the batch dimension.
-        densities: density by layer name, for layers that are not sparse modules; those not named have density 1. A
-            sparse module has the density of its topology.
-
-    Raises:
-        ValueError: no such layer, a density outside [0, 1], or one for a name that is no dense layer.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _Layer)}
-    if not layers:
-        raise ValueError("the model has no linear or 2-d convolution layer")
-    densities = {} if densities is None else densities
-    for name, density in densities.items():
-        if name not in layers or isinstance(layers[name], SparseLayer):
-            raise ValueError(f"densities name {name!r}, which is not a dense linear or convolution layer of the model")
-        if not 0.0 <= density <= 1.0:
-            raise ValueError(f"the density of {name!r} must be in [0, 1], got {density}")
-
-    outputs = _count_outputs(model, layers, input_size)
-    costs = []
-    for name, layer in layers.items():
-        shape = _weight_shape(layer)
-        density = densities.get(name, 1.0)
-        if isinstance(layer, SparseLayer):
-            density = layer.topology.nnz / layer.topology.numel
-        # Each output number takes one multiplication and one addition for every weight of its row.
-        forward = 2 * math.prod(shape[1:]) * outputs[name]
-        kind = "linear" if isinstance(layer, nn.Linear | SparseLinear) else "conv2d"
-        costs.append(LayerCost(name, kind, shape, density, forward, forward * density))
-    return costs
-
-
-def _weight_shape(layer: _Layer) -> tuple[int, ...]:
-    return layer.weight_shape if isinstance(layer, SparseLayer) else tuple(layer.weight.shape)
-
-
-def _count_outputs(model: nn.Module, layers: Mapping[str, _Layer], input_size: tuple[int, ...]) -> dict[str, int]:
-    """How many numbers each layer puts out in a forward pass over one example, all its calls together."""
-    first = next(iter(layers.values()))
-    weight = first.values if isinstance(first, SparseLayer) else first.weight
-    names = {module: name for name, module in layers.items()}
-    outputs = dict.fromkeys(layers, 0)
-
-    def note(module: nn.Module, _: Any, output: Tensor) -> None:
-        outputs[names[module]] += output.numel()  # type: ignore[index]
-
-    handles = [module.register_forward_hook(note) for module in names]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            model(weight.new_zeros(1, *input_size))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
 
 
 def training_flops_ratio(
@@ -296,7 +211,7 @@ def _with_total(parts: dict[str, float], training_flops: float) -> dict[str, flo
 
 def flops_report(
     model: nn.Module,
-    input_size: tuple[int, ...],
+    inputs: Inputs,
     *,
     sparsity: float | None = None,
     allocation: Allocation = "erk",
@@ -316,7 +231,7 @@ def flops_report(
     """What a model costs, as it is or as :func:`sparse_moon.nn.sparsify` would make it; the model is not changed.
 
     Args:
-        model, input_size: as :func:`layer_costs`.
+        model, inputs: as :func:`layer_costs`.
         sparsity: to give a dense model, with ``allocation``, ``pattern`` and ``exclude`` as in ``sparsify``; None takes
             the model as it is, sparse layers included. Of no meaning to method ``"dense"``.
         method, interval, update_fraction, growth: as :func:`training_flops_ratio`.
@@ -326,7 +241,7 @@ def flops_report(
             average over the last fifth of the epochs; by default CIFAR-10 with the paper's settings.
 
     Returns:
-        JSON-serialisable: ``method``, ``sparsity`` (of all linear and convolution weights), ``parameters`` (existing
+        JSON-serialisable: ``method``, ``sparsity`` (of all weights of the model), ``parameters`` (existing
         numbers, biases and norms included), ``forward_dense``, ``forward_sparse`` (FLOPs an example),
         ``forward_ratio``, ``train_ratio`` (to dense training), ``overhead`` ``{"moon": ..., "cigl": ...}`` and
         ``layers`` ``{name: {kind, weight_shape, density, forward_dense, forward_sparse}}``.
@@ -342,25 +257,24 @@ def flops_report(
                 f"sparsity {sparsity} is for a dense model, this one has sparse layers: leave sparsity out"
             )
         densities = layer_densities(model, sparsity, allocation, pattern=pattern, exclude=exclude)
-    costs = layer_costs(model, input_size, densities)
+    costs = layer_costs(model, inputs, densities)
     f_dense, f_sparse = sum(c.forward_dense for c in costs), sum(c.forward_sparse for c in costs)
     if f_dense == 0:
-        raise ValueError("none of the model's linear and convolution layers is called in a forward pass")
+        raise ValueError("none of the model's layers that cost FLOPs is called in a forward pass")
     f_start = None
     if built_sparsity is not None and densities:
         start = layer_densities(model, built_sparsity, allocation, pattern=pattern, exclude=exclude)
-        f_start = sum(c.forward_sparse for c in layer_costs(model, input_size, start))
+        f_start = sum(c.forward_sparse for c in layer_costs(model, inputs, start))
     train_ratio = training_flops_ratio(
         method, f_sparse, f_dense, interval=interval, update_fraction=update_fraction, f_start=f_start, growth=growth
     )
 
-    weights = weight_layers(model)
-    by_name = {c.name: c for c in costs}
-    numel = {name: math.prod(_weight_shape(layer)) for name, layer in weights.items()}
-    present = {name: numel[name] * by_name[name].density for name in weights}
+    found = weights(model)
+    present = {weight.name: weight.present * densities.get(weight.name, 1.0) for weight in found}
+    numel = sum(weight.numel for weight in found)
     stored = sum(p.numel() for p in model.parameters())
-    parameters = stored - sum(numel[name] - present[name] for name in densities if name in weights)
-    masked = sum(present[n] for n in weights if by_name[n].density < 1.0)
+    parameters = stored - sum(weight.present - present[weight.name] for weight in found)
+    masked = sum(present[weight.name] for weight in found if present[weight.name] < weight.numel)
 
     training_flops = 3.0 * f_dense * train_ratio * examples * epochs
     averaged_epochs = epochs - math.floor(0.8 * epochs)
@@ -378,7 +292,7 @@ def flops_report(
         del layers[cost.name]["name"]
     return {
         "method": method,
-        "sparsity": 1.0 - sum(present.values()) / sum(numel.values()),
+        "sparsity": 1.0 - sum(present.values()) / numel if numel else 0.0,
         "parameters": round(parameters),
         "forward_dense": f_dense,
         "forward_sparse": f_sparse,

@@ -111,7 +111,6 @@ def net_dense():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
 
 
-@pytest.mark.filterwarnings("ignore:1 of 8 outputs have no weight")
 @pytest.mark.parametrize("pattern", ["unstructured", "vector2"])
 def test_tickets_of_different_topologies(pattern):
     model = sm.sparsify(net_dense(), 0.75, exclude="3", pattern=pattern)

@@ -1,6 +1,7 @@
 """Operators: a file each, with its reference, its ``torch.library`` registration and its public function."""
 
 # imported for what they register
+import sparse_moon.flop_formulas
 import sparse_moon.ops.cpu
 import sparse_moon.ops.gpu
 import sparse_moon.ops.transpose_index  # noqa: F401
