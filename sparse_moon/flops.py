@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sparse_moon.allocation import Allocation
 from sparse_moon.inspect import Inputs, weights
 from sparse_moon.layer_costs import LayerCost, layer_costs
+from sparse_moon.names import TrainingMethod
 from sparse_moon.nn import Exclude, Pattern, layer_densities, sparse_layers
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "training_flops_ratio",
 ]
 
-TrainingMethod = Literal["dense", "static", "set", "rigl", "mest", "srigl", "gmp", "granet", "top-kast"]
 Refresh = Literal["final", "epoch"]
 
 

@@ -24,6 +24,7 @@ from sparse_moon.algorithms.optimizers import (
 from sparse_moon.distributed import check_same, launched_alone, world_size
 from sparse_moon.nn import SparseLayer, sparse_layers
 from sparse_moon.ops.drop_and_grow import Regrown
+from sparse_moon.weight_decay import check_weight_decay
 
 
 class Method:
@@ -75,6 +76,7 @@ class Method:
                 "its own",
                 stacklevel=3,
             )
+        check_weight_decay(model, optimizer)
         self.steps = 0
         self._check_processes("at the start")
 

@@ -1,7 +1,6 @@
 """Operators: a file each, with its reference, its ``torch.library`` registration and its public function."""
 
 # imported for what they register
-import sparse_moon.flop_formulas
 import sparse_moon.ops.cpu
 import sparse_moon.ops.gpu
 import sparse_moon.ops.transpose_index  # noqa: F401
@@ -10,6 +9,7 @@ from sparse_moon.ops.batch_norm_relu import batch_norm_relu
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask
 from sparse_moon.ops.choice import Backend, use_backend
 from sparse_moon.ops.drop_and_grow import drop_and_grow
+from sparse_moon.ops.flop_formulas import register as register_flop_formulas
 from sparse_moon.ops.sparse_conv2d import sparse_conv2d
 from sparse_moon.ops.sparse_linear import sparse_linear
 from sparse_moon.ops.unknown_aware_loss import LossStatistics, unknown_aware_loss
@@ -26,3 +26,5 @@ __all__ = [
     "unknown_aware_loss",
     "use_backend",
 ]
+
+register_flop_formulas()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparse_moon as sm
-from sparse_moon.param_groups import check_weight_decay
+from sparse_moon.weight_decay import check_weight_decay
 
 
 class Net(nn.Module):

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-import sparse_moon.ops  # noqa: F401 - defines the operators
-
 _FLOP_COUNTER = "torch.utils.flop_counter"
 _Shape = Sequence[int]
 
@@ -96,7 +94,9 @@ class _WhenImported:
         return spec
 
 
-if _FLOP_COUNTER in sys.modules:
-    _register(sys.modules[_FLOP_COUNTER])
-else:
-    sys.meta_path.insert(0, _WhenImported())
+def register() -> None:
+    """Tell torch's counter of the formulas, once it is there; the operators have to be defined."""
+    if _FLOP_COUNTER in sys.modules:
+        _register(sys.modules[_FLOP_COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenImported())

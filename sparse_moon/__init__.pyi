@@ -1,0 +1,109 @@
+# The public names: sparse_moon/__init__.py imports each of them when it is first used.
+from . import (
+    algorithms,
+    allocation,
+    averaging,
+    flops,
+    losses,
+    memory,
+    metrics,
+    models,
+    nn,
+    ood,
+    ops,
+    schedules,
+    topology,
+    tuning,
+)
+from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
+from .allocation import allocate
+from .averaging import (
+    EMA,
+    PredictionAverage,
+    StochasticPasses,
+    TicketAverage,
+    WeightAverage,
+    refresh_batch_norm,
+)
+from .fusion import BatchNormReLU2d, fuse
+from .losses import AbstainingLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
+from .model_summary import summary
+from .nn import (
+    SparseConv2d,
+    SparseLinear,
+    densify,
+    layer_densities,
+    layer_sparsities,
+    linear_conv2d_sparsity,
+    live_outputs,
+    overall_sparsity,
+    sparse_layers,
+    sparsify,
+)
+from .weight_decay import param_groups
+from .random_mask import RandomMask
+from .schedules import Constant, Cosine, Cubic
+from .topology import Topology
+from .tuning import tune
+
+__version__: str
+
+__all__ = [
+    "EMA",
+    "GMP",
+    "MEST",
+    "SET",
+    "AbstainingLoss",
+    "BatchNormReLU2d",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Dense",
+    "DynamicMethod",
+    "GraNet",
+    "LogitNormLoss",
+    "Method",
+    "PredictionAverage",
+    "RandomMask",
+    "RigL",
+    "SRigL",
+    "SparseConv2d",
+    "SparseLinear",
+    "Static",
+    "StochasticPasses",
+    "TicketAverage",
+    "TopKAST",
+    "Topology",
+    "UnknownAwareLoss",
+    "VirtualOutlierLoss",
+    "WeightAverage",
+    "algorithms",
+    "allocate",
+    "allocation",
+    "averaging",
+    "densify",
+    "flops",
+    "fuse",
+    "layer_densities",
+    "layer_sparsities",
+    "linear_conv2d_sparsity",
+    "live_outputs",
+    "losses",
+    "memory",
+    "metrics",
+    "mixup",
+    "models",
+    "nn",
+    "ood",
+    "ops",
+    "overall_sparsity",
+    "param_groups",
+    "refresh_batch_norm",
+    "schedules",
+    "sparse_layers",
+    "sparsify",
+    "summary",
+    "topology",
+    "tune",
+    "tuning",
+]

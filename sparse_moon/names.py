@@ -1,0 +1,17 @@
+"""Names that settings take, apart from what they name, which takes seconds to import."""
+
+from typing import Literal
+
+TrainingMethod = Literal["dense", "static", "set", "rigl", "mest", "srigl", "gmp", "granet", "top-kast"]
+
+Reliability = Literal[
+    "none", "moon", "cigl", "weight-dropout", "mc-dropout", "label-smoothing", "mixup", "logitnorm", "dac", "vos",
+    "generalized-odin", "sup-tickets",
+]  # fmt: skip
+
+ModelName = Literal["mlp", "small-resnet", "resnet18", "resnet50", "wrn-22-2"]
+
+Score = Literal[
+    "msp", "maxlogit", "energy", "odin", "knn", "unknown", "klm", "mahalanobis", "dice", "react", "vim", "ash",
+    "scale", "gen", "gradnorm", "godin",
+]  # fmt: skip
