@@ -17,7 +17,7 @@ from typing import Any
 
 from sparse_moon import figures, runs
 from sparse_moon.config import TrainConfig
-from sparse_moon.data import NEAR_OOD
+from sparse_moon.data import GROUPS, ood_group
 from sparse_moon.evaluation import evaluate_model, load_run
 from sparse_moon.inputs import load_ood_sets
 from sparse_moon.report import write_report
@@ -25,7 +25,7 @@ from sparse_moon.report import write_report
 TABLE, MARKDOWN, PLOT, LOG = "table.json", "table.md", "plot.png", "log.txt"
 
 # Settings that do not make two runs different experiments.
-_PLACE = ("seed", "device", "data_root", "download", "ood")
+_PLACE = ("seed", "device", "data_root", "download", "ood", "headline")
 # Settings with columns of their own.
 _SHOWN = ("method", "reliability", "without", "sparsity")
 _POLL_S = 0.05
@@ -161,15 +161,17 @@ def evaluate_again(
         ValueError: no finished run, or as :func:`sparse_moon.evaluation.evaluate_model`.
     """
     for path in _run_folders(folder):
-        run = load_run(path, device=device)
-        config = run.config if ood is None else replace(run.config, ood=ood)
-        new, arrays = evaluate_model(run.predictor, config, run.dataset, load_ood_sets(config, run.dataset), scores)
-        results = runs.read_json(path / runs.RESULTS)
-        for name, by_score in new["ood"].items():
-            results["ood"].setdefault(name, {}).update(by_score)
-        runs.write_scores(path, {**runs.read_scores(path), **arrays})
-        runs.write_json(path / runs.RESULTS, {**results, **{k: v for k, v in new.items() if k != "ood"}})
-        write_report(path)
+        with runs.only_writer(path):
+            run = load_run(path, device=device)
+            config = run.config if ood is None else replace(run.config, ood=ood)
+            sets = load_ood_sets(config, run.dataset)
+            new, arrays = evaluate_model(run.predictor, config, run.dataset, sets, scores)
+            results = runs.read_json(path / runs.RESULTS)
+            for name, by_score in new["ood"].items():
+                results["ood"].setdefault(name, {}).update(by_score)
+            runs.write_scores(path, {**runs.read_scores(path), **arrays})
+            runs.write_json(path / runs.RESULTS, {**results, **{k: v for k, v in new.items() if k != "ood"}})
+            write_report(path)
         print(f"{path.name}: evaluated on {', '.join(new['ood'])}", flush=True)
 
 
@@ -185,6 +187,7 @@ class _Run:
     config: dict[str, Any]
     results: dict[str, Any]
     epoch_s: float
+    headline: str
 
 
 def write_table(folder: Path, relative_times: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -197,17 +200,23 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
             the runs took themselves, which depends on what else their machine did.
 
     Returns:
-        What ``table.json`` holds: ``rows``, each with ``settings``, ``label``, ``runs`` and ``figures``
-        ``{name: {"mean", "std"}}``; std is that of a sample, None for a single run. Shares are in [0, 1].
+        What ``table.json`` holds: ``near``, ``far`` and ``ungrouped``, the names of the OOD sets by group;
+        ``headline``, the score of the first run's settings; ``rows``, each with ``settings``, ``label``, ``runs`` and
+        ``figures`` ``{name: {"mean", "std"}}``; std is that of a sample, None for a single run. Shares are in [0, 1].
 
     Raises:
         ValueError: no finished run.
     """
     groups: dict[str, list[_Run]] = {}
     for path in _run_folders(folder):
-        settings = _experiment(TrainConfig.from_dict(runs.read_json(path / runs.CONFIG)))
-        epochs = [json.loads(line)["time_s"] for line in (path / runs.METRICS).read_text("utf-8").splitlines()]
-        run = _Run(settings, runs.read_json(path / runs.RESULTS), statistics.median(epochs))
+        config = TrainConfig.from_dict(runs.read_json(path / runs.CONFIG))
+        results = runs.read_json(path / runs.RESULTS)
+        try:
+            epochs = [row["time_s"] for row in runs.read_metrics(path, results.get("epochs"))]
+            run = _Run(_experiment(config), results, statistics.median(epochs), config.headline)
+            _figures(run)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the results in {path} are incomplete: {error!r}") from None
         groups.setdefault(json.dumps(run.config, sort_keys=True), []).append(run)
     members = list(groups.values())
     varying = [
@@ -217,16 +226,16 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
     base = {_base_key(g[0].config): _seconds(g) for g in members if _is_base(g[0].config)}
     rows: list[dict[str, Any]] = []
     for group in members:
-        config = group[0].config
+        settings = group[0].config
         seconds = _seconds(group)
-        reference = base.get(_base_key(config))
+        reference = base.get(_base_key(settings))
         gathered: dict[str, list[float]] = {}
         for run in group:
             for name, value in _figures(run).items():
                 gathered.setdefault(name, []).append(value)
         row_figures = {name: _mean_and_std(values) for name, values in gathered.items()}
-        shown = {key: config[key] for key in (*_SHOWN, *varying)}
-        label = row_label(TrainConfig.from_dict(config), varying)
+        shown = {key: settings[key] for key in (*_SHOWN, *varying)}
+        label = row_label(TrainConfig.from_dict(settings), varying)
         if relative_times is not None:
             if label in relative_times:
                 row_figures["relative_epoch_time"] = {"mean": relative_times[label], "std": None}
@@ -235,11 +244,12 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
         rows.append({"label": label, "settings": shown, "runs": len(group), "epoch_s": seconds,
                      "figures": row_figures})  # fmt: skip
     rows.sort(key=lambda row: (row["settings"]["sparsity"], row["settings"]["method"], row["label"]))
-    table = {"near": _near(members[0][0]), "rows": rows}
+    headline = members[0][0].headline
+    table: dict[str, Any] = {**_groups(members[0][0]), "headline": headline, "rows": rows}
     runs.write_json(folder / TABLE, table)
     runs.write_text(folder / MARKDOWN, format_markdown(table))
     with runs.replacing(folder / PLOT) as temporary:
-        figures.comparison(rows, _plotted_scores(rows)).savefig(temporary, dpi=150)
+        figures.comparison(rows, [headline]).savefig(temporary, dpi=150)
     return table
 
 
@@ -255,13 +265,17 @@ def _seconds(group: Iterable[_Run]) -> float:
     return statistics.mean(run.epoch_s for run in group)
 
 
-def _near(run: _Run) -> list[str]:
-    return [name for name in run.results["ood"] if name in NEAR_OOD.get(Path(run.config["dataset"]).stem, ())]
+def _groups(run: _Run) -> dict[str, list[str]]:
+    """Names of the OOD sets by group."""
+    by_group: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name in run.results["ood"]:
+        by_group[ood_group(run.config["dataset"], name)].append(name)
+    return by_group
 
 
 def _figures(run: _Run) -> dict[str, float]:
-    """A run's figures by name; AUROC and FPR95 as means over the near and over the far OOD sets."""
-    results, near = run.results, _near(run)
+    """A run's figures by name; AUROC and FPR95 as means over the OOD sets of each group."""
+    results, by_group = run.results, _groups(run)
     found = {key: results["id"][key] for key in ("accuracy", "ece", "nll")}
     if "calibration" in results:
         found["ece_scaled"] = results["calibration"]["ece_after"]
@@ -270,9 +284,8 @@ def _figures(run: _Run) -> dict[str, float]:
     found["training_flops"] = counts["train_ratio"]
     scores = dict.fromkeys(score for by_score in results["ood"].values() for score in by_score)
     for score in scores:
-        for kind in ("near", "far"):
-            sets = [by_score[score] for name, by_score in results["ood"].items()
-                    if (name in near) == (kind == "near") and score in by_score]  # fmt: skip
+        for kind, names in by_group.items():
+            sets = [results["ood"][name][score] for name in names if score in results["ood"][name]]
             for metric in ("auroc", "fpr95") if sets else ():
                 found[f"{metric}/{kind}/{score}"] = statistics.mean(metrics[metric] for metrics in sets)
     return found
@@ -282,30 +295,15 @@ def _mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def _plotted_scores(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """MSP, which papers start from, and of the scores that all rows have the one with the highest mean AUROC.
-
-    Near and far count the same.
-    """
-    totals: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row["figures"].items():
-            if name.startswith("auroc/"):
-                totals.setdefault(name.split("/", 2)[2], []).append(value["mean"])
-    most = max(map(len, totals.values()), default=0)
-    complete = [score for score, values in totals.items() if len(values) == most]
-    best = sorted(complete, key=lambda score: statistics.mean(totals[score]))[-1:]
-    return list(dict.fromkeys([*(["msp"] if "msp" in totals else []), *best]))
-
-
 def format_markdown(table: Mapping[str, Any]) -> str:
-    """The table as Markdown: first what every run has, then AUROC and FPR95 by score."""
-    rows = table["rows"]
+    """The table as Markdown: first what every run has and the headline score, then AUROC and FPR95 by score."""
+    rows, headline = table["rows"], table.get("headline", TrainConfig.headline)
     columns = [
         ("accuracy", "accuracy %", 100.0, 2), ("ece", "ECE", 1.0, 4), ("ece_scaled", "ECE after temperature", 1.0, 4),
         ("nll", "NLL", 1.0, 4), ("forward_flops", "forward FLOPs / dense", 1.0, 3),
         ("training_flops", "training FLOPs / dense", 1.0, 3),
         ("relative_epoch_time", "time an epoch / rigl none", 1.0, 3),
+        *((f"auroc/{group}/{headline}", f"AUROC % {group}, {headline}", 100.0, 2) for group in GROUPS),
     ]  # fmt: skip
     columns = [column for column in columns if any(column[0] in row["figures"] for row in rows)]
     lines = ["# Comparison", "", "Mean ± standard deviation over the seeds.", ""]
@@ -313,13 +311,11 @@ def format_markdown(table: Mapping[str, Any]) -> str:
         [row["label"], str(row["runs"]), *(_cell(row, name, scale, digits) for name, _, scale, digits in columns)]
         for row in rows
     ])  # fmt: skip
-    near = ", ".join(table["near"]) or "none"
-    lines += [
-        "",
-        f"Near OOD sets: {near}; the others are far. AUROC and FPR95 (ID positive) in %, means over the sets.",
-    ]
+    sets = "; ".join(f"{group}: {', '.join(table.get(group, ())) or 'none'}" for group in GROUPS)
+    lines += ["", f"OOD sets, {sets}. AUROC and FPR95 (ID positive) in %, means over the sets of a group.",
+              f"The score of the first table, {headline}, is the settings' `headline`, not the best here."]  # fmt: skip
     scores = dict.fromkeys(name.split("/", 2)[2] for row in rows for name in row["figures"] if name.startswith("auroc"))
-    for kind in ("near", "far"):
+    for kind in GROUPS:
         for metric, heading in (("auroc", "AUROC"), ("fpr95", "FPR95")):
             if any(f"{metric}/{kind}/{score}" in row["figures"] for row in rows for score in scores):
                 lines += ["", f"## {heading}, {kind} OOD", ""]

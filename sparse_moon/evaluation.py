@@ -1,6 +1,7 @@
 """From a run's settings to its network, and from a trained network to its figures."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,17 +141,26 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
     dataset = load_dataset(config)
     try:
         model = build_model(config, dataset)
+        check_dtypes(model, state["model"])
         model.load_state_dict(state["model"])
         model = model.to(config.device).eval()
         whole = predictor(config, dataset, model, state.get("members", []))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint in {folder} does not fit its settings: {error}") from None
     return FinishedRun(config, dataset, model, whole)
 
 
-def scores_for(model: nn.Module, config: TrainConfig) -> list[str]:
-    """Names of all scores that fit a run's predictor."""
-    linear = config.reliability != "generalized-odin" and not isinstance(model, PredictionAverage | StochasticPasses)
+def check_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for tensors of other types than the model's, which loading would convert without a word."""
+    for name, tensor in model.state_dict().items():
+        if name in state and state[name].dtype != tensor.dtype:
+            raise ValueError(f"expected {name} to be {tensor.dtype}, got {state[name].dtype}")
+
+
+def scores_for(config: TrainConfig) -> list[str]:
+    """Names of all scores that fit what a run predicts with."""
+    several = config.averages_predictions or config.reliability == "mc-dropout"
+    linear = config.reliability != "generalized-odin" and not several
     fitting = []
     for name, make in SCORES.items():
         kind = type(make(2))
@@ -177,17 +187,25 @@ def evaluate_model(
     Where the run holds training images out, they choose DICE's p and a temperature, too.
 
     Args:
-        scores: names in ``SCORES``; by default all that fit the model.
+        scores: names in ``SCORES``; by default all that fit the model. Those among these that cannot be computed for
+            this data, such as KNN with fewer training images than neighbours, are left out with a warning.
 
     Returns:
-        The ``id``, ``ood`` and, with held-out images, ``calibration`` and ``dice`` parts of ``results.json``, and the
-        arrays of ``scores.npz``.
+        The ``id``, ``ood`` and, with held-out images, ``calibration`` and ``dice`` parts of ``results.json``, with
+        ``left_out`` the reasons of scores that were left out, and the arrays of ``scores.npz``.
 
     Raises:
         ValueError: an unknown score, or one that does not fit the model.
     """
-    names = scores_for(model, config) if scores is None else list(dict.fromkeys(scores))
-    detectors = [_detector(name, model, config, dataset) for name in names]
+    left_out: dict[str, str] = {}
+    detectors = []
+    for name in scores_for(config) if scores is None else dict.fromkeys(scores):
+        try:
+            detectors.append(_detector(name, model, config, dataset))
+        except ValueError as error:
+            if scores is not None:
+                raise
+            left_out[name] = str(error)
     evaluation = evaluate(
         model,
         detectors,
@@ -196,7 +214,11 @@ def evaluate_model(
         ood_batches={name: plain_batches(images, dataset, config) for name, images in ood_sets.items()},
         device=config.device,
         head=_head(model),
+        left_out=left_out if scores is None else None,
     )
+    if left_out:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        warnings.warn(f"scores left out, which this data does not allow: {reasons}", stacklevel=2)
     logits, labels = evaluation.id_outputs.logits, cast(Tensor, evaluation.id_outputs.labels)
     confidence, predicted = class_probabilities(logits, dataset.num_classes).max(1)
     correct = predicted == labels
@@ -208,6 +230,8 @@ def evaluate_model(
         for score, metrics in by_score.items():
             metrics["oscr"] = open_set_classification_rate(scores_of["id"][score], correct, scores_of[set_name][score])
     figures: dict[str, Any] = {"id": _identity(logits, labels, dataset.num_classes), "ood": ood}
+    if left_out:
+        figures["left_out"] = left_out
     if dataset.holdout is not None:
         held_batches = plain_batches(dataset.holdout, dataset, config)
         held = collect(model, held_batches, device=config.device, head=_head(model))

@@ -115,7 +115,14 @@ def _legend_above(axes: Axes) -> None:
 def score_histogram(
     id_scores: np.ndarray, ood_scores: np.ndarray, name: str, score: str, *, number: int, height: int
 ) -> str:
-    """Distributions of a score on ID and on one OOD set; the set's ``number`` gives it its colour."""
+    """Distributions of a score on ID and on one OOD set; the set's ``number`` gives it its colour.
+
+    ``unknown`` is 1 - u with a u that is mostly tiny: drawn is the logarithm of u.
+    """
+    label_x = score
+    if score == "unknown":
+        id_scores, ood_scores = (np.log10((1 - s).clip(np.finfo(np.float64).eps)) for s in (id_scores, ood_scores))
+        label_x = "log₁₀ u"
     pooled = np.concatenate([id_scores, ood_scores])
     low, high = np.quantile(pooled[np.isfinite(pooled)], [0.002, 0.998]) if np.isfinite(pooled).any() else (0.0, 1.0)
     if low == high:
@@ -129,8 +136,9 @@ def score_histogram(
         highest = max(highest, share.max())
         axes.stairs(share, bins, fill=True, color=colour, alpha=0.3)
         axes.stairs(share, bins, color=colour, linewidth=1.5, label=_short(label))
-    axes.set(xlim=(low, high), xlabel=score, ylabel="share of images")
+    axes.set(xlim=(low, high), xlabel=label_x, ylabel="share of images")
     axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.ticklabel_format(axis="x", useOffset=False)
     if highest > 0.4:  # all in one place, as probabilities often are: the rest would not be seen
         _log_scale(axes)
     else:

@@ -44,7 +44,7 @@ def load_dataset(config: TrainConfig) -> RunData:
     """The run's in-distribution data, the held-out part drawn by its seed.
 
     Raises:
-        ValueError: data that is damaged, or a holdout that leaves no image on one of both sides.
+        ValueError: data that is damaged, or a holdout that leaves no image on one of both sides, or of a class.
         FileNotFoundError: it is not there.
     """
     root = None if config.data_root is None else Path(config.data_root)
@@ -59,6 +59,13 @@ def load_dataset(config: TrainConfig) -> RunData:
     seed = np.random.SeedSequence((config.seed, 0, _HOLDOUT_STREAM)).generate_state(1)[0]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(int(seed)))
     held, kept = order[:count].sort().values, order[count:].sort().values
+    if whole.train.labels is not None:
+        images = torch.bincount(whole.train.labels[kept], minlength=whole.num_classes)
+        if not images.all():
+            raise ValueError(
+                f"holdout {config.holdout} leaves no training image of class {images.argmin().item()}: "
+                "lower holdout, or choose another seed"
+            )
     return RunData(**{**content, "train": _Part(whole.train, kept)}, holdout=_Part(whole.train, held))
 
 
@@ -66,15 +73,21 @@ def load_ood_sets(config: TrainConfig, dataset: data.DataSet) -> dict[str, data.
     """The run's out-of-distribution sets by name, in the shape of its data.
 
     Raises:
-        ValueError: a set that cannot be read, or two of one name.
+        ValueError: a set that cannot be read, two of one name, or a name that cannot stand in the results.
     """
     root = None if config.data_root is None else Path(config.data_root)
     specs = data.default_ood(config.dataset) if config.ood is None else config.ood
+    names = [spec.partition("=")[0] for spec in specs]
+    for i, name in enumerate(names):
+        if name == "id":
+            raise ValueError("an OOD set cannot be called 'id', which stands for the in-distribution set")
+        if not name.isprintable():
+            raise ValueError(f"the name of an OOD set must be printable text, got {name!r}")
+        if name in names[:i]:
+            raise ValueError(f"two OOD sets are called {name!r}")
     sets: dict[str, data.Images] = {}
     for spec in specs:
-        name, images = data.load_ood(spec, dataset, root, seed=config.seed)
-        if name in sets:
-            raise ValueError(f"two OOD sets are called {name!r}")
+        name, images = data.load_ood(spec, dataset, root, seed=config.seed, download=config.download)
         sets[name] = images
     return sets
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from sparse_moon import figures, runs
+from sparse_moon.config import TrainConfig
+from sparse_moon.data import GROUPS, ood_group
 from sparse_moon.metrics import CalibrationBins, calibration_bins
 
 _METRICS = {  # key: heading, which class is positive, whether more is better
@@ -52,6 +54,8 @@ class _Run:
     flops: dict[str, float]
     memory: dict[str, float]
     time_s: float
+    environment: dict[str, str]  # empty for older runs
+    left_out: dict[str, str]  # reasons, by score
     bins: CalibrationBins
     scores: dict[str, dict[str, np.ndarray]]  # set or "id", score
 
@@ -63,8 +67,8 @@ def write_report(run_dir: Path, *, score: str | None = None) -> Path:
 
     Args:
         run_dir: the run's folder.
-        score: the detection score whose histograms and ROC curves are drawn; by default the one with the highest
-            AUROC, averaged over the OOD sets.
+        score: the detection score whose histograms and ROC curves are drawn; by default the run's ``headline``, or the
+            first that all OOD sets have where they lack it.
 
     Returns:
         The path of the page.
@@ -73,18 +77,20 @@ def write_report(run_dir: Path, *, score: str | None = None) -> Path:
         ValueError: an input file that is missing, damaged or incomplete, by name; or an unknown score.
     """
     run = _read_run(run_dir)
-    chosen = _choose(run.ood, score)
+    chosen = _choose(run, score)
     sections = [
         _header(run, chosen),
         _section("In distribution", _in_distribution(run)),
-        _section("Out of distribution", _out_of_distribution(run, chosen, asked=score is not None)),
+        _section("Out of distribution", _out_of_distribution(run, chosen)),
         _section("Training", _training(run.history)),
         _section("Network", _network(run)),
         _section("Settings", _settings(run.config)),
+        *([_section("Made", _settings(run.environment))] if run.environment else []),
     ]
     title = escape(f"{run.config['model']} on {_dataset(run)} · sparse_moon")
     path = run_dir / runs.REPORT
-    runs.write_text(path, _PAGE.format(title=title, style=_STYLE, body="\n".join(sections)))
+    page = _PAGE.format(title=title, style=_STYLE, body="\n".join(sections))
+    runs.write_text(path, page, errors="backslashreplace")  # paths need not be text
     return path
 
 
@@ -96,6 +102,7 @@ def _read_run(folder: Path) -> _Run:
 
     path = folder / runs.RESULTS
     results = _mapping(runs.read_json(path), path)
+    epochs = results.get("epochs")
     part = {key: _mapping(results.get(key), path, key) for key in ("id", "ood", "sparsity", "flops", "memory")}
     ood: dict[str, dict[str, dict[str, float]]] = {}
     for name, by_score in part["ood"].items():
@@ -117,7 +124,7 @@ def _read_run(folder: Path) -> _Run:
         raise ValueError(f"{folder / runs.SCORES} is damaged: {error}") from None
     return _Run(
         config=config,
-        history=_read_metrics(folder / runs.METRICS),
+        history=_read_metrics(folder, epochs if isinstance(epochs, int) else None),
         identity=_numbers(part["id"], path, "id", _REQUIRED + tuple(set(_LATER) & part["id"].keys())),
         calibration=_numbers(calibration, path, "calibration", _CALIBRATION) if calibration else None,
         ood=ood,
@@ -126,6 +133,8 @@ def _read_run(folder: Path) -> _Run:
         flops=_numbers(part["flops"], path, "flops", ("forward_dense", "forward_sparse", "train_ratio")),
         memory=_numbers(part["memory"], path, "memory", memory_keys),
         time_s=_numbers(results, path, "it", ("time_s",))["time_s"],
+        environment=_texts(results.get("environment", {}), path, "environment"),
+        left_out=_texts(results.get("left_out", {}), path, "left_out"),
         bins=bins,
         scores={name: {score: arrays[f"{name}/{score}"] for score in wanted[name]} for name in wanted},
     )
@@ -135,6 +144,11 @@ def _mapping(content: Any, path: Path, where: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: {where or 'it'} should be an object, got {repr(content)[:60]}")
     return content
+
+
+def _texts(content: Any, path: Path, where: str) -> dict[str, str]:
+    content = _mapping(content, path, where)
+    return {key: str(value) for key, value in content.items()}
 
 
 def _numbers(content: Any, path: Path, where: str, keys: Iterable[str]) -> dict[str, float]:
@@ -149,24 +163,16 @@ def _numbers(content: Any, path: Path, where: str, keys: Iterable[str]) -> dict[
     return numbers
 
 
-def _read_metrics(path: Path) -> dict[str, np.ndarray]:
+def _read_metrics(folder: Path, epochs: int | None) -> dict[str, np.ndarray]:
     """Columns of ``metrics.jsonl``."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    path = folder / runs.METRICS
     columns = ["epoch", *(column for _, series, _, _ in _CURVES for column in series.values())]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = _mapping(json.loads(line), path)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, is damaged: {error}") from None
-        rows.append(_numbers(dict.fromkeys(columns) | row, path, f"line {number}", columns))
-    if not rows or any(math.isnan(row["epoch"]) for row in rows):
-        raise ValueError(f"{path} holds no epochs" if not rows else f"{path} has lines without an epoch")
+    rows = [
+        _numbers(dict.fromkeys(columns) | row, path, f"line {number}", columns)
+        for number, row in enumerate(runs.read_metrics(folder, epochs), 1)
+    ]
+    if any(math.isnan(row["epoch"]) for row in rows):
+        raise ValueError(f"{path} has lines without an epoch")
     return {column: np.array([row[column] for row in rows]) for column in columns}
 
 
@@ -181,17 +187,32 @@ def _read_scores(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _choose(ood: Mapping[str, Mapping[str, Mapping[str, float]]], score: str | None) -> str | None:
-    """The score to draw: the one asked for, or of those that every set has the best; None if there is none."""
+def _choose(run: _Run, score: str | None) -> str | None:
+    """The score to lead with, of those that every set has: the one asked for, or the settings'; None if there is none.
+
+    It is not the best on these test sets, which would be chosen by what it is to be judged by.
+    """
+    ood = run.ood
     common = [name for name in next(iter(ood.values()), {}) if all(name in by_score for by_score in ood.values())]
     if score is not None and score not in common:
         raise ValueError(f"unknown score {score!r}, expected one of {common}")
-    return score or max(common, key=lambda name: _mean(s[name]["auroc"] for s in ood.values()), default=None)
+    headline = run.config.get("headline", TrainConfig.headline)
+    return score or (headline if headline in common else next(iter(common), None))
+
+
+def _grouped(run: _Run) -> dict[str, list[str]]:
+    """Names of the OOD sets by group, without empty groups."""
+    of = {name: ood_group(run.config["dataset"], name) for name in run.ood}
+    return {group: [name for name in of if of[name] == group] for group in GROUPS if group in of.values()}
 
 
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
+
+
+def _means(columns: Iterable[list[float]]) -> list[float]:
+    return [_mean(row) for row in zip(*columns, strict=True)]
 
 
 def _dataset(run: _Run) -> str:
@@ -207,9 +228,10 @@ def _header(run: _Run, chosen: str | None) -> str:
         ("ECE", _decimal(run.identity["ece"]), "calibration error, 15 bins"),
     ]
     if chosen is not None:
-        mean = _mean(by_score[chosen]["auroc"] for by_score in run.ood.values())
-        sets = next(iter(run.ood)) if len(run.ood) == 1 else f"mean of {len(run.ood)} OOD sets"
-        tiles.append(("AUROC", _percent(mean), f"score {chosen}, {sets}"))
+        for group, names in _grouped(run).items():
+            mean = _mean(run.ood[name][chosen]["auroc"] for name in names)
+            sets = names[0] if len(names) == 1 else f"mean of {len(names)} sets"
+            tiles.append((f"AUROC {group}", _percent(mean), f"score {chosen}, {sets}"))
     if run.sparsity:
         tiles += [
             ("Sparsity", _percent(run.sparsity), f"{_percent(1 - run.sparsity)} of weights exist"),
@@ -252,7 +274,8 @@ def _in_distribution(run: _Run) -> str:
     )
     count = int(run.bins.count.sum())
     ece = _decimal(run.bins.expected_calibration_error)
-    facts = f'<div class="card"><h3>{count:,} test images</h3><table class="facts">{body}</table></div>'
+    table = f'<div class="scroll"><table class="facts">{body}</table></div>'
+    facts = f'<div class="card"><h3>{count:,} test images</h3>{table}</div>'
     return (
         f'<div class="grid plots">{facts}'
         + _figure("Reliability diagram", f"15 bins, ECE {ece}", figures.reliability_diagram(run.bins))
@@ -261,13 +284,15 @@ def _in_distribution(run: _Run) -> str:
     )
 
 
-def _out_of_distribution(run: _Run, chosen: str | None, *, asked: bool) -> str:
+def _out_of_distribution(run: _Run, chosen: str | None) -> str:
     if not run.ood:
         return '<p class="card">This run was evaluated on no out-of-distribution set.</p>'
     content = (
         "<p>A higher score means in-distribution (ID). All values in %; the best of each column is in <b>bold</b>. "
-        f'AUPR depends on the sizes of the two sets.</p><div class="grid wide">{_ood_tables(run.ood)}</div>'
+        f'AUPR depends on the sizes of the two sets.</p><div class="grid wide">{_ood_tables(run)}</div>'
     )
+    for name, reason in run.left_out.items():
+        content += f'<p class="card">The score {escape(name)} was left out: {escape(reason)}.</p>'
     if chosen is None:  # the sets have no score in common
         return content
     ids = run.scores["id"][chosen]
@@ -279,13 +304,15 @@ def _out_of_distribution(run: _Run, chosen: str | None, *, asked: bool) -> str:
         note = f"{len(scores):,} images, AUROC {_percent(run.ood[name][chosen]['auroc'])}"
         svg = figures.score_histogram(ids, scores, name, chosen, number=i, height=height)
         plots.append(_figure(name, note, svg))
-    reason = "" if asked else " <small>the highest mean AUROC in this run</small>"
+    fixed = chosen == run.config.get("headline", TrainConfig.headline)
+    reason = " <small>the run's headline, fixed before it was tested</small>" if fixed else ""
     content += f'<h3 class="sub">Score <code>{escape(chosen)}</code>{reason}</h3>'
     return content + f'<div class="grid plots">{"".join(plots)}</div>'
 
 
-def _ood_tables(ood: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """A table for each metric with a column for each set and for their mean; for one set a table of its metrics."""
+def _ood_tables(run: _Run) -> str:
+    """A table for each metric with a column for each set and for means; for one set a table of its metrics."""
+    ood, grouped = run.ood, _grouped(run)
     scores = list(dict.fromkeys(score for by_score in ood.values() for score in by_score))
 
     def values(name: str, metric: str) -> list[float]:
@@ -299,9 +326,12 @@ def _ood_tables(ood: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         return _matrix(escape(name), meanings, scores, columns)
     tables = ""
     for metric, (heading, meaning, more_is_better) in _METRICS.items():
-        columns = [(name, values(name, metric), more_is_better) for name in ood]
-        means = [_mean(row) for row in zip(*(column for _, column, _ in columns), strict=True)]
-        columns.append(("mean", means, more_is_better))
+        columns = []
+        for group, names in grouped.items():
+            columns += [(f"{name} ({group})", values(name, metric), more_is_better) for name in names]
+            if 1 < len(names) < len(ood):
+                columns.append((f"{group} mean", _means(values(name, metric) for name in names), more_is_better))
+        columns.append(("mean", _means(values(name, metric) for name in ood), more_is_better))
         tables += _matrix(f"{heading} {arrow[metric]}", meaning, scores, columns)
     return tables
 

@@ -1,11 +1,12 @@
 """The training loop that the command line runs: sparse training, reliability, evaluation, and the run's folder."""
 
 import math
+import sys
 import time
 from bisect import bisect
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from sparse_moon.algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet,
 from sparse_moon.averaging import TicketAverage, WeightAverage, refresh_batch_norm
 from sparse_moon.config import TrainConfig
 from sparse_moon.distributed import mean_over_processes_, rank, world_size
-from sparse_moon.evaluation import build_model, evaluate_model, final_densities, predictor
+from sparse_moon.environment import environment
+from sparse_moon.evaluation import build_model, check_dtypes, evaluate_model, final_densities, predictor, scores_for
 from sparse_moon.inputs import RunData, load_dataset, load_ood_sets, plain_batches
 from sparse_moon.losses import (
     AbstainingLoss,
@@ -304,6 +306,7 @@ class Trainer:
             ValueError: a state that does not fit this run's model or method.
         """
         try:
+            check_dtypes(self.model, state["model"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["method"])
@@ -317,7 +320,9 @@ class Trainer:
             self.members = [{k: v.to(self.device) for k, v in member.items()} for member in state.get("members", [])]
             torch.set_rng_state(state["random_state"])
             self.epoch, self.history = state["epoch"], list(state["history"])
-        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            if not 0 <= self.epoch == len(self.history) <= self.config.epochs:
+                raise ValueError(f"{self.epoch} epochs, {len(self.history)} of them with metrics")
+        except Exception as error:  # what does not fit has no one kind of error
             raise ValueError(f"the checkpoint does not fit this run: {error}") from None
 
 
@@ -327,12 +332,13 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, progress: 
     Args:
         folder: where the run is written; it must not hold another run unless ``resume``.
         resume: continue from the folder's checkpoint (from the start if there is none yet); the end is the same, bit
-            for bit, as that of an uninterrupted run.
-        progress: show a progress bar.
+            for bit, as that of an uninterrupted run. A finished run stays as it is.
+        progress: show a progress bar on a terminal, and elsewhere print a line an epoch.
 
     Raises:
         ValueError: bad settings or data, a folder that holds a run or that another process writes to, a checkpoint
-            that cannot be read, a loss that is not finite. Earlier results stay intact.
+            that cannot be read or is of other settings, a loss that is not finite. Earlier results stay intact.
+        OSError: the folder cannot be written.
     """
     with runs.only_writer(folder) if rank() == 0 else nullcontext():
         return _train(config, folder, resume=resume, progress=progress)
@@ -342,8 +348,15 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -
     if not resume and (folder / runs.CONFIG).exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
     state = runs.read_checkpoint(folder) if resume and (folder / runs.CHECKPOINT).exists() else None
+    finished = state is not None and state["finished"]
+    if state is not None:
+        _check_settings(config, TrainConfig.from_dict(state["config"]))
+    if finished and all((folder / name).exists() for name in runs.FILES):
+        return runs.read_json(folder / runs.RESULTS)
     dataset = load_dataset(config)
     ood_sets = load_ood_sets(config, dataset)
+    if config.headline not in scores_for(config):
+        raise ValueError(f"headline must be a score that fits this run, {scores_for(config)}, got {config.headline!r}")
     trainer = Trainer(config, dataset)
     if state is not None:
         trainer.load_state_dict(state)
@@ -353,23 +366,48 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -
         runs.write_metrics(folder, trainer.history)
 
     done = trainer.epoch * len(trainer.batches)
-    with tqdm(total=trainer.total_steps, initial=done, unit="batch", disable=not (progress and main)) as bar:
+    shown = progress and main
+    on_terminal = shown and sys.stderr.isatty()
+    with tqdm(total=trainer.total_steps, initial=done, unit="batch", disable=not on_terminal) as bar:
         while trainer.epoch < config.epochs:
             trainer.run_epoch(bar)
             if main:
                 runs.write_checkpoint(folder, _checkpoint(trainer))
                 runs.write_metrics(folder, trainer.history)
-    model = trainer.finish()
-    return _results(trainer, model, ood_sets, folder) if main else {}
+            if shown and not on_terminal:
+                print(_line(trainer), file=sys.stderr, flush=True)
+    # a finished run is here again because files were removed since
+    model = predictor(config, dataset, trainer.model, trainer.members) if finished else trainer.finish()
+    return _results(trainer, model, ood_sets, folder, finished) if main else {}
+
+
+def _check_settings(config: TrainConfig, saved: TrainConfig) -> None:
+    """A run goes on with the settings that it began with; where it computes and finds its data may change."""
+    for field in fields(TrainConfig):
+        asked, kept = getattr(config, field.name), getattr(saved, field.name)
+        if asked != kept and field.name not in ("device", "data_root", "download", "ood", "headline"):
+            raise ValueError(f"the checkpoint does not fit this run: it has {field.name} {kept!r}, not {asked!r}")
+
+
+def _line(trainer: Trainer) -> str:
+    """The last epoch in a line of a log."""
+    row = trainer.history[-1]
+    return (
+        f"epoch {row['epoch']}/{trainer.config.epochs}: loss {row['loss']:.4f}, accuracy {row['train_accuracy']:.4f}, "
+        f"test accuracy {row['test_accuracy']:.4f}, {row['time_s']:.1f} s"
+    )
 
 
 def _checkpoint(trainer: Trainer, *, finished: bool = False) -> dict[str, Any]:
     return {"config": asdict(trainer.config), "finished": finished, **trainer.state_dict()}
 
 
-def _results(trainer: Trainer, model: nn.Module, ood_sets: Mapping[str, data.Images], folder: Path) -> dict[str, Any]:
-    """Evaluate the finished model and write everything that the folder lacks."""
+def _results(
+    trainer: Trainer, model: nn.Module, ood_sets: Mapping[str, data.Images], folder: Path, finished: bool
+) -> dict[str, Any]:
+    """Evaluate the finished model; write what is made from it, and its checkpoint unless that is there."""
     config, dataset = trainer.config, trainer.dataset
+    checkpoint = _checkpoint(trainer, finished=True)  # with the random state from which the model is evaluated
     figures, arrays = evaluate_model(model, config, dataset, ood_sets)
     results = {
         **figures,
@@ -381,13 +419,16 @@ def _results(trainer: Trainer, model: nn.Module, ood_sets: Mapping[str, data.Ima
         },
         "flops": _flops(trainer),
         "memory": flops.memory_report(trainer.model, trainer.optimizer),
+        "epochs": trainer.epoch,
         "time_s": sum(row["time_s"] for row in trainer.history),
+        "environment": environment(config.device),
     }
     runs.write_scores(folder, arrays)
     runs.write_json(folder / runs.RESULTS, results)
     write_report(folder)
     # last, because this checkpoint holds the finished model: a run killed before comes here again
-    runs.write_checkpoint(folder, _checkpoint(trainer, finished=True))
+    if not finished:
+        runs.write_checkpoint(folder, checkpoint)
     return results
 
 

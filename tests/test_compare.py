@@ -167,7 +167,7 @@ def test_the_table_by_hand(tmp_path):
     runs.write_json(unfinished / runs.CONFIG, {})
 
     table = compare.write_table(tmp_path)
-    assert table == json.loads((tmp_path / compare.TABLE).read_text()) and table["near"] == ["letters"]
+    assert table == runs.read_json(tmp_path / compare.TABLE) and table["near"] == ["letters"]
     rows = {row["label"]: row for row in table["rows"]}
     assert list(rows) == ["rigl moon:-voting 0.9", "rigl none 0.9", "rigl moon:-voting 0.95"]
     none = rows["rigl none 0.9"]["figures"]

@@ -195,13 +195,16 @@ def test_ood_table_marks_the_best_and_names_the_positive_class(page: Page, repor
     assert page.text.count("ID positive") >= 2 and "OOD positive" in page.text
 
 
-def test_draws_the_best_score_or_the_one_asked_for(page: Page, run: Path) -> None:
+def test_draws_the_score_fixed_beforehand_or_the_one_asked_for(page: Page, run: Path) -> None:
     # knn is made the better one
-    assert "Score knn" in page.text and "ROC curves of knn" in page.values("aria-label")
-    assert "the highest mean AUROC in this run" in page.text
-    page = page_of(run, score="msp")
-    assert "highest mean" not in page.text
     assert "Score msp" in page.text and "ROC curves of msp" in page.values("aria-label")
+    assert "the run's headline, fixed before it was tested" in page.text and "score msp, kmnist" in page.text
+    page = page_of(run, score="knn")
+    assert "headline" not in page.text
+    assert "Score knn" in page.text and "ROC curves of knn" in page.values("aria-label")
+    change(run, "config.json", lambda config: config.update(headline="knn"))
+    page = page_of(run)
+    assert "Score knn" in page.text and "the run's headline" in page.text
     with pytest.raises(ValueError, match=r"unknown score 'energy', expected one of \['msp', 'knn'\]"):
         write_report(run, score="energy")
 
@@ -211,9 +214,9 @@ def test_figures(page: Page) -> None:
     assert labels == [
         "Reliability diagram",
         "Histogram of confidence",
-        "ROC curves of knn",
-        "Histogram of knn on ID and kmnist",
-        "Histogram of knn on ID and fashion",
+        "ROC curves of msp",
+        "Histogram of msp on ID and kmnist",
+        "Histogram of msp on ID and fashion",
         "Training loss",
         "Accuracy",
         "Learning rate",
@@ -458,3 +461,44 @@ def test_later_figures_and_the_temperature(tmp_path: Path) -> None:
     assert page.row("Temperature")[1] == "1.500" and "ECE 0.0200 in place of 0.0600" in page.row("Temperature")[2]
     plain = Page(write_report(write_run(tmp_path / "plain")).read_text(encoding="utf-8"))
     assert "Temperature" not in plain.text and "AURC" not in plain.text
+
+
+def test_groups_of_sets(tmp_path: Path) -> None:
+    sets = {"kmnist": (50, 1.0), "letters": (50, 1.0), "noise": (50, 1.0), "mine": (50, 1.0)}
+    folder = write_run(tmp_path / "run", sets=sets)
+    page = page_of(folder)
+    ood = json.loads((folder / "results.json").read_text())["ood"]
+    columns = ["", "kmnist (near)", "letters (near)", "near mean", "noise (far)", "mine (ungrouped)", "mean"]
+    assert page.rows.count(columns) == 4
+    near = 50 * (ood["kmnist"]["msp"]["auroc"] + ood["letters"]["msp"]["auroc"])
+    assert f"{near:.2f}%" in page.text and "AUROC near" in page.text and "AUROC ungrouped" in page.text
+
+
+def test_the_report_says_when_with_what_and_where_it_was_made(run: Path) -> None:
+    made = {"date": "2026-11-28 10:00 UTC", "command": "sparse-moon train <x>", "sparse_moon": "0.1", "processor": "P"}
+    change(run, "results.json", lambda results: results.update(environment=made, left_out={"knn": "too few"}))
+    page = page_of(run)
+    assert all(value in page.text for value in made.values())
+    assert "The score knn was left out: too few." in page.text
+
+
+def test_tiny_unknown_probabilities_are_drawn_by_their_logarithm() -> None:
+    """Matplotlib wrote 1e-5 + 9.9999e-1."""
+    rng = np.random.default_rng(0)
+    svg = figures.score_histogram(1 - 10 ** rng.uniform(-9, -6, 99), 1 - 10 ** rng.uniform(-7, -5, 99), "x", "unknown",
+                                  number=0, height=300)  # fmt: skip
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert "log₁₀ u" in texts and "\u22128" in texts
+    svg = figures.score_histogram(rng.uniform(0.99995, 0.99999, 99), rng.uniform(0.99994, 0.99999, 99), "x", "msp",
+                                  number=0, height=300)  # fmt: skip
+    assert not any("e" in text and "+" in text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg))
+
+
+def test_tables_scroll_by_themselves(text: str) -> None:
+    """On a phone the page does not get wider than the screen."""
+    assert len(re.findall(r'<div class="scroll"><table', text)) == text.count("<table")
+
+
+def test_paths_that_are_no_text_do_not_stop_the_page(run: Path) -> None:
+    change(run, "config.json", lambda config: config.update(dataset="/data/\udcff.npz"))
+    assert "udcff" in write_report(run).read_text(encoding="utf-8")

@@ -41,8 +41,8 @@ def assert_same_end(a, b):
         assert [k for k in first[part] if not torch.equal(first[part][k], second[part][k])] == []
     strip = [[{k: v for k, v in row.items() if k != "time_s"} for row in s["history"]] for s in (first, second)]
     assert strip[0] == strip[1]
-    results = [json.loads((f / runs.RESULTS).read_text()) for f in (a, b)]
-    assert all(r.pop("time_s") > 0 for r in results) and results[0] == results[1]
+    results = [runs.read_json(f / runs.RESULTS) for f in (a, b)]
+    assert all(r.pop("time_s") > 0 and r.pop("environment") for r in results) and results[0] == results[1]
 
 
 def test_a_run_writes_its_folder(whole):
@@ -50,14 +50,14 @@ def test_a_run_writes_its_folder(whole):
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoint.pt", "results.json", "scores.npz", "report.html",
     }  # fmt: skip
-    assert json.loads((folder / runs.RESULTS).read_text()) == results
+    assert runs.read_json(folder / runs.RESULTS) == results
     rows = [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert sum(row["topology_updates"] for row in rows) > 3 and rows[0]["w"] == 0.0 and rows[-1]["w"] == 1.0
     assert all(row["density"] == rows[0]["density"] for row in rows)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
-    assert results.keys() == {"id", "ood", "sparsity", "flops", "memory", "time_s"}
+    assert results.keys() == {"id", "ood", "sparsity", "flops", "memory", "epochs", "time_s", "environment"}
     assert results["id"].keys() == {
         "accuracy", "ece", "nll", "brier", "classwise_ece", "adaptive_ece", "aurc",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """From a model and data sets to scores and figures."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -58,6 +59,7 @@ def fit_detectors(
     *,
     device: torch.device | str | None = None,
     head: str | nn.Module | None = None,
+    left_out: dict[str, str] | None = None,
 ) -> None:
     """Fit all detectors that learn, in one pass over the training data.
 
@@ -67,6 +69,7 @@ def fit_detectors(
         batches: ID training data with test transforms, (images, labels) for detectors that need labels.
         device: where the model is and the detectors compute; the device of its first parameter by default.
         head: as `collect`.
+        left_out: takes the reasons of detectors that cannot be fitted to this data, by name, in place of an error.
 
     Raises:
         ValueError: as `collect` and the detectors.
@@ -74,18 +77,33 @@ def fit_detectors(
     fitting = [detector for detector in detectors if detector.fits]
     if not fitting:
         return
-    for detector in fitting:
-        detector.start()
 
-    def update(batch: Outputs) -> None:
-        for detector in fitting:
-            if detector.linear_head:
-                linear_head(batch)
-            detector.update(batch)
+    def each(act: Callable[[Detector], object]) -> None:
+        for detector in list(fitting):
+            with _leaving_out(detector, left_out):
+                act(detector)
+            if detector.name in (left_out or ()):
+                fitting.remove(detector)
 
-    each_batch(model, batches, update, device=device, head=head)
-    for detector in fitting:
-        detector.finish()
+    def update(detector: Detector, batch: Outputs) -> None:
+        if detector.linear_head:
+            linear_head(batch)
+        detector.update(batch)
+
+    each(lambda detector: detector.start())
+    each_batch(model, batches, lambda batch: each(lambda one: update(one, batch)), device=device, head=head)
+    each(lambda detector: detector.finish())
+
+
+@contextmanager
+def _leaving_out(detector: Detector, left_out: dict[str, str] | None) -> Iterator[None]:
+    """The reason why the block fails goes into ``left_out``, where there is one."""
+    try:
+        yield
+    except ValueError as error:
+        if left_out is None:
+            raise
+        left_out[detector.name] = str(error)
 
 
 def evaluate(
@@ -97,6 +115,7 @@ def evaluate(
     train_batches: Batches | None = None,
     device: torch.device | str | None = None,
     head: str | nn.Module | None = None,
+    left_out: dict[str, str] | None = None,
 ) -> Evaluation:
     """Fit the detectors, score the ID test set and every OOD set, and compare.
 
@@ -110,6 +129,8 @@ def evaluate(
         train_batches: ID training data with test transforms; needed if a detector learns, not read otherwise.
         device: where the model is and the detectors compute; the device of its first parameter by default.
         head: the module whose input is the features, or its name; found by what it returns by default, see `collect`.
+        left_out: takes the reasons of detectors that cannot be fitted to this data or do not score all of it, by name,
+            in place of an error. They are missing in what is returned.
 
     Raises:
         ValueError: names that collide, no training data for a detector that learns, an iterator where a detector needs
@@ -147,21 +168,27 @@ def evaluate(
         there = clean.to(device)
         scores = {}
         for detector in detectors:
+            if detector.name in (left_out or ()):
+                continue
             outputs = there
-            if detector.perturbs:
-                outputs = collect(model, sets[name], device=device, perturb=detector.perturb, head=head).to(device)
-            scores[detector.name] = _checked(detector.score(outputs).cpu(), detector.name, name, len(clean.logits))
+            with _leaving_out(detector, left_out):
+                if detector.perturbs:
+                    outputs = collect(model, sets[name], device=device, perturb=detector.perturb, head=head).to(device)
+                scores[detector.name] = _checked(detector.score(outputs).cpu(), detector.name, name, len(clean.logits))
         return scores
 
     # First, so that a detector that does not fit the model is found before the training data is read.
     id_outputs = clean_pass(id_batches)
     if fitting:
-        fit_detectors(model, fitting, cast(Batches, train_batches), device=device, head=head)
+        fit_detectors(
+            model, fitting, cast(Batches, train_batches), device=device, head=head, left_out=left_out
+        )
     scores = {"id": score("id", id_outputs)}
-    metrics = {}
     for name, batches in ood_batches.items():
         scores[name] = score(name, clean_pass(batches))
-        metrics[name] = {d: ood_metrics(scores["id"][d], scores[name][d]) for d in names}
+    kept = [name for name in names if name not in (left_out or ())]
+    scores = {name: {d: by_detector[d] for d in kept} for name, by_detector in scores.items()}
+    metrics = {name: {d: ood_metrics(scores["id"][d], scores[name][d]) for d in kept} for name in ood_batches}
     return Evaluation(metrics, scores, id_outputs)
 
 

@@ -1,8 +1,6 @@
 """Detectors on disk, and the threshold that turns a score into a decision."""
 
 import math
-import pickle
-import zipfile
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -10,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_moon import runs
 from sparse_moon.metrics import check_scores
 from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.dice import DICE
 from sparse_moon.ood.features import KNN, GeneralizedODIN, GradNorm, Mahalanobis, ViM
 from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
 from sparse_moon.ood.shaping import ASH, SCALE, ReAct
-from sparse_moon.runs import replacing
 
 FORMAT = "sparse_moon detector 1"
 
@@ -68,10 +66,9 @@ def save_detector(path: Path | str, detector: Detector) -> None:
 
     Raises:
         ValueError: a detector that is not fitted, or not one of this package.
+        OSError: the file cannot be written.
     """
-    content = {"format": FORMAT, "detector": _to_dict(detector)}
-    with replacing(Path(path)) as temporary:
-        torch.save(content, temporary)
+    runs.write_archive(Path(path), {"format": FORMAT, "detector": _to_dict(detector)})
 
 
 def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detector:
@@ -80,18 +77,14 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detec
     Raises:
         ValueError: a file that is missing, damaged, or not a detector of this package.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or not a detector: {error}") from None
+    content = runs.read_archive(Path(path), "a detector")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a detector of this version of sparse_moon")
     try:
-        return _from_dict(content["detector"]).to(device)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        detector = _from_dict(content["detector"])
+    except Exception as error:  # what is wrong in a file has no one kind of error
         raise ValueError(f"{path} does not describe a detector: {error!r}") from None
+    return detector.to(device)
 
 
 def _to_dict(detector: Detector) -> dict[str, Any]:
@@ -114,7 +107,12 @@ def _from_dict(content: dict[str, Any]) -> Detector:
     # The constructors differ, and check what they get.
     make: Any = kind
     detector: Detector = make(**{k: _from_dict(v) if isinstance(v, dict) else v for k, v in arguments})
-    detector.name, detector.threshold = content["name"], content["threshold"]
-    for name in kind.learned:
-        setattr(detector, name, content["learned"][name])
+    name, limit, learned = content["name"], content["threshold"], content["learned"]
+    if not isinstance(name, str) or not isinstance(limit, int | float | None):
+        raise ValueError(f"expected a name and a threshold, got {name!r} and {limit!r}")
+    if set(learned) != set(kind.learned) or not all(isinstance(value, Tensor) for value in learned.values()):
+        raise ValueError(f"expected the tensors {sorted(kind.learned)}, got {sorted(learned)}")
+    detector.name, detector.threshold = name, limit
+    for name, value in learned.items():
+        setattr(detector, name, value)
     return detector
