@@ -131,6 +131,7 @@ setup(
     packages=[
         "sparse_moon",
         "sparse_moon.algorithms",
+        "sparse_moon.commands",
         "sparse_moon.ood",
         "sparse_moon.ops",
         "sparse_moon.kernels",

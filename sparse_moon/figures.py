@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
-from sklearn.metrics import roc_curve
 
 from sparse_moon.metrics import CalibrationBins
 
@@ -151,6 +150,8 @@ def score_histogram(
 @matplotlib.rc_context(_STYLE)
 def roc_curves(id_scores: np.ndarray, ood_scores: Mapping[str, np.ndarray], score: str, *, height: int) -> str:
     """ROC of one score, ID positive, a curve for each OOD set."""
+    from sklearn.metrics import roc_curve  # here, so that torch's OpenMP library is loaded before sklearn's
+
     figure, axes = _axes(340, height)
     axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.axhline(0.95, color=_MUTED, linewidth=0.8)

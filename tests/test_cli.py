@@ -104,7 +104,6 @@ def test_resume_takes_the_runs_settings(run, capsys):
         (["--dataset", "mnist"], "mnist"),
         (["--dataset", "missing.npz"], "missing.npz"),
         (["--config", "missing.yaml"], "missing.yaml"),
-        (["--resume"], "config.json does not exist"),
     ],
 )
 def test_wrong_arguments_end_with_a_message_and_code_2(tmp_path, capsys, options, message):

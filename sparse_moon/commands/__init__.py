@@ -1,0 +1,13 @@
+"""What the command line does: a module for each command, imported when it is asked for, with ``run(arguments)``."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from sparse_moon.config import TrainConfig
+
+
+def settings(arguments: Mapping[str, Any]) -> TrainConfig:
+    """The settings among a command's arguments."""
+    names = {field.name for field in fields(TrainConfig)}
+    return TrainConfig.from_dict({name: value for name, value in arguments.items() if name in names})

@@ -1,0 +1,42 @@
+"""``sparse-moon compare``."""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from sparse_moon import compare
+from sparse_moon.commands import settings
+from sparse_moon.config import TrainConfig, parse_label
+
+
+def run(arguments: Namespace) -> None:
+    """Train what is missing, or evaluate again, and write the table."""
+    folder = Path(arguments.out)
+    if arguments.evaluate:
+        compare.evaluate_again(folder, ood=arguments.ood, scores=arguments.score, device=arguments.device)
+    elif arguments.score:
+        raise ValueError("--score is for --evaluate")
+    failed: list[str] = []
+    if not (arguments.table_only or arguments.evaluate):
+        if arguments.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")
+        failed = compare.run_all(_combinations(arguments), folder, jobs=arguments.jobs)
+    table = compare.write_table(folder)
+    print(compare.format_markdown(table).partition("\n## ")[0])
+    print(f"AUROC and FPR95 by score: {folder / compare.MARKDOWN}")
+    if failed:
+        print(f"sparse-moon compare: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _combinations(arguments: Namespace) -> list[TrainConfig]:
+    configs = []
+    for method, label in product(arguments.method, arguments.reliability):
+        name, without = parse_label(label)
+        for sparsity, seed in product(arguments.sparsity, arguments.seed):
+            one = {"method": method, "reliability": name, "without": without, "seed": seed}
+            one["sparsity"] = 0.0 if method == "dense" else sparsity  # so that dense runs are not repeated
+            configs.append(settings({**vars(arguments), **one}))
+    return configs

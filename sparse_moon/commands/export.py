@@ -1,0 +1,36 @@
+"""``sparse-moon export``."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from sparse_moon import runs
+from sparse_moon.evaluation import load_run
+from sparse_moon.nn import densify
+
+
+def run(arguments: Namespace) -> None:
+    """Write a finished run's network as a plain dense state dict."""
+    target = Path(arguments.dense)
+    if not target.parent.is_dir():
+        raise ValueError(f"the folder {target.parent} does not exist")
+    finished = load_run(Path(arguments.run), device="cpu")
+    config, dataset = finished.config, finished.dataset
+    if config.averages_predictions or config.reliability == "generalized-odin":
+        what = "several networks" if config.averages_predictions else "a cosine head"
+        raise ValueError(f"a run with {config.label} ends with {what}, not with one plain {config.model}")
+    channels, size, _ = dataset.train.shape
+    content = {
+        "model": config.model,
+        "num_outputs": dataset.num_classes + config.unknown_unit,
+        "in_channels": channels,
+        "image_size": size,
+        "width": config.width,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "config": asdict(config),
+        "state_dict": densify(finished.network).state_dict(),
+    }
+    runs.write_archive(target, content)
+    print(f"wrote {target}: state_dict of a plain {config.model}, load it with torch.load(..., weights_only=True)")

@@ -1,0 +1,59 @@
+"""``sparse-moon train``."""
+
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from jsonargparse import Namespace
+
+from sparse_moon import runs
+from sparse_moon.commands import settings
+from sparse_moon.compare import run_name
+from sparse_moon.config import TrainConfig
+from sparse_moon.distributed import rank
+from sparse_moon.memory import keep_freed_memory
+from sparse_moon.tables import format_results
+from sparse_moon.train import train
+
+
+def run(arguments: Namespace) -> None:
+    """Train one run and print its figures."""
+    config = settings(vars(arguments))
+    default_out = f"runs/{Path(config.dataset).stem}-{config.model}-{run_name(config)}"
+    folder = Path(arguments.out or default_out)
+    if arguments.resume:
+        config = _resumed(config, folder)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        config = _join_processes(config)
+    if config.device == "cpu":
+        keep_freed_memory()
+    results = train(config, folder, resume=arguments.resume, progress=not arguments.quiet)
+    if rank() == 0:
+        print(format_results(results, config))
+        print(f"\nall scores, figures and curves are in the report: {folder / runs.REPORT}")
+    if dist.is_initialized():
+        dist.barrier()  # none leaves while another still needs it
+        dist.destroy_process_group()
+
+
+def _resumed(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The run's own settings, if there is one; what was asked for besides must not contradict them."""
+    if (folder / runs.CONFIG).exists():
+        saved = TrainConfig.from_dict(runs.read_json(folder / runs.CONFIG))
+    elif (folder / runs.CHECKPOINT).exists():
+        saved = TrainConfig.from_dict(runs.read_checkpoint(folder)["config"])
+    else:
+        return config
+    for field in fields(TrainConfig):
+        asked, kept = getattr(config, field.name), getattr(saved, field.name)
+        if asked not in (field.default, kept):
+            raise ValueError(f"the run in {folder} has {field.name} {kept!r}, it cannot be resumed with {asked!r}")
+    return saved
+
+
+def _join_processes(config: TrainConfig) -> TrainConfig:
+    """Join the process group that ``torchrun`` describes in the environment; the device of this process."""
+    cuda = config.device.startswith("cuda")
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return replace(config, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}") if cuda else config

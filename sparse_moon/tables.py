@@ -1,0 +1,91 @@
+"""A run's figures as a table in plain text."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from sparse_moon.config import TrainConfig
+from sparse_moon.data import GROUPS, ood_group
+
+_COLUMNS = {"auroc": ("AUROC", 8), "fpr95": ("FPR95", 8), "aupr_in": ("AUPR-in", 9), "aupr_out": ("AUPR-out", 10),
+            "oscr": ("OSCR", 8)}  # fmt: skip
+
+
+def format_results(results: Mapping[str, Any], config: TrainConfig, *, whole: bool = False) -> str:
+    """ID and OOD figures of ``results.json``, or the part of it that an evaluation gives.
+
+    Args:
+        whole: all scores. By default the headline's, which is fixed before the test sets are seen, and the name of the
+            score that happens to be the best on them.
+    """
+    figures = results["id"]
+    lines = [
+        "in distribution   accuracy {accuracy:.4f}   ECE {ece:.4f} (classwise {classwise_ece:.4f}, "
+        "adaptive {adaptive_ece:.4f})   NLL {nll:.4f}   Brier {brier:.4f}   AURC {aurc:.4f}".format(**figures)
+    ]
+    if "calibration" in results:
+        lines.append(
+            "temperature       {temperature:.3f} from held-out images: ECE {ece_before:.4f} -> {ece_after:.4f}   "
+            "NLL {nll_before:.4f} -> {nll_after:.4f}".format(**results["calibration"])
+        )
+    if "sparsity" in results:
+        memory, counts = results["memory"], results["flops"]
+        lines.append(
+            f"network           sparsity {results['sparsity']['actual']:.4f}   "
+            f"forward FLOPs {counts['forward_sparse'] / counts['forward_dense']:.3f} x dense   "
+            f"training FLOPs {counts['train_ratio']:.3f} x dense   "
+            f"training memory {memory['ratio']:.3f} x dense   time {results['time_s']:.1f} s"
+        )
+    return "\n".join([*lines, "", *_out_of_distribution(results["ood"], config, whole)])
+
+
+def _out_of_distribution(ood: Mapping[str, Any], config: TrainConfig, whole: bool) -> list[str]:
+    scores = list(dict.fromkeys(score for by_score in ood.values() for score in by_score))
+    if not scores:
+        return ["out of distribution: no sets, or no scores"]
+    shown = scores if whole or config.headline not in scores else [config.headline]
+    named = {group: [name for name in ood if ood_group(config.dataset, name) == group] for group in GROUPS}
+    rows: list[tuple[tuple[str, str, str], Mapping[str, float]]] = []
+    for group, names in named.items():
+        for score in shown:
+            members = [(name, ood[name][score]) for name in names if score in ood[name]]
+            rows += [((group, name, score), metrics) for name, metrics in members]
+            if len(members) > 1:
+                rows.append(((group, "mean", score), _mean([metrics for _, metrics in members])))
+    heads = ("", "set", "score")
+    wide = [max(len(words[i]) for words in [heads, *(words for words, _ in rows)]) + 2 for i in range(3)]
+    lines = [
+        "out of distribution, in %: AUROC; FPR95 = share of OOD taken for ID where 95 % of ID is kept; AUPR-in (ID",
+        "positive), AUPR-out (OOD positive); OSCR (ID classified correctly)",
+        "",
+        "".join(f"{head:<{space}}" for head, space in zip(heads, wide, strict=True))
+        + "".join(f"{heading:>{space}}" for heading, space in _COLUMNS.values()),
+    ]
+    for words, metrics in rows:
+        cells = "".join(f"{100 * metrics[key]:>{space}.2f}" for key, (_, space) in _COLUMNS.items())
+        lines.append("".join(f"{word:<{space}}" for word, space in zip(words, wide, strict=True)) + cells)
+    if len(shown) < len(scores):
+        lines += ["", *_best(ood, config.headline)]
+    return lines
+
+
+def _best(ood: Mapping[str, Any], headline: str) -> list[str]:
+    """What was found with the score that is the best afterwards, of those that all sets have."""
+    common = [score for score in next(iter(ood.values())) if all(score in by_score for by_score in ood.values())]
+    if headline not in common:
+        return []
+    means = {score: _mean([by_score[score] for by_score in ood.values()]) for score in common}
+    best = max(common, key=lambda score: means[score]["auroc"])
+    return [
+        f"{headline} is the headline, fixed before these sets were seen (--headline); on them the best of "
+        f"{len(common)} scores is {best}:",
+        *(
+            f"{score}: mean AUROC {100 * means[score]['auroc']:.2f}, FPR95 {100 * means[score]['fpr95']:.2f}"
+            for score in dict.fromkeys((headline, best))
+        ),
+        f"scores: {', '.join(common)}",
+    ]
+
+
+def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: fmean(one[key] for one in metrics) for key in _COLUMNS}
