@@ -138,7 +138,11 @@ setup(
         "sparse_moon.presets",
     ],
     package_dir={"sparse_moon.kernels": "kernels"},
-    package_data={"sparse_moon": ["py.typed", "*.pyi"], "sparse_moon.ops": ["*.json"], "sparse_moon.presets": ["*.yaml"]},
+    package_data={
+        "sparse_moon": ["py.typed", "*.pyi"],
+        "sparse_moon.ops": ["*.json"],
+        "sparse_moon.presets": ["*.yaml"],
+    },
     ext_modules=[
         Pybind11Extension(
             "sparse_moon._C",

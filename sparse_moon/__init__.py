@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import lazy_loader
 
-import sparse_moon.source_tree  # first: decides where all other modules come from
+import sparse_moon.source_tree  # noqa: F401 - first: decides where all other modules come from
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = version(__name__)

@@ -40,11 +40,11 @@ from .nn import (
     sparse_layers,
     sparsify,
 )
-from .weight_decay import param_groups
 from .random_mask import RandomMask
 from .schedules import Constant, Cosine, Cubic
 from .topology import Topology
 from .tuning import tune
+from .weight_decay import param_groups
 
 __version__: str
 

@@ -83,7 +83,7 @@ def check_weight_decay(model: nn.Module, optimizer: Optimizer) -> None:
         warnings.warn(
             f"the weights of {len(lost)} sparse layers ({shown}) have less weight decay than dense weights "
             f"(up to {max(dense)}): unstructured ones are 1-d, as biases are. "
-            "Build the optimizer with sparse_moon.weight_decay(model, weight_decay)",
+            "Build the optimizer with sm.param_groups(model, weight_decay)",
             stacklevel=3,
         )
 

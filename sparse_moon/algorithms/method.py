@@ -45,6 +45,8 @@ class Method:
     """
 
     name = "method"
+    weight_decay_matters = True
+    """Whether sparse weights are to have the weight decay that dense ones have."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -76,7 +78,9 @@ class Method:
                 "its own",
                 stacklevel=3,
             )
-        check_weight_decay(model, optimizer)
+        if self.weight_decay_matters:
+            for inner in inner_optimizers(optimizer)[:1]:
+                check_weight_decay(model, inner)
         self.steps = 0
         self._check_processes("at the start")
 

@@ -41,6 +41,7 @@ class TopKAST(SET):
     """
 
     name = "top-kast"
+    weight_decay_matters = False
     replaces_step = False
     resizes = True
 
