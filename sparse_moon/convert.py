@@ -2,28 +2,18 @@
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any, cast, get_args
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sparse_moon import fusion
-from sparse_moon.allocation import Allocation, allocate, check_sparsity
+from sparse_moon.allocation import Allocation, check_sparsity
 from sparse_moon.fusion import BatchNormReLU2d, unfuse
-from sparse_moon.inspect import Inputs, run_once, weights
+from sparse_moon.inspect import Inputs, weights
 from sparse_moon.nn import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
+from sparse_moon.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped
 from sparse_moon.topology import block_shape
-
-_Dense = nn.Linear | nn.Conv2d
-
-# A shortfall is said from 0.01 on, or from a tenth more weights than asked for: 0.001 at a sparsity of 0.99.
-_LARGEST_SHORTFALL = 0.01
-_LARGEST_EXCESS = 0.1
 
 # Outputs without a weight are said from this many and this share of a layer on: one of 128 is chance, and no news.
 _DEAD_OUTPUTS = 3
@@ -101,7 +91,7 @@ def sparsify(
         raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")
     if selection not in get_args(Selection):
         raise ValueError(f"selection must be one of {get_args(Selection)}, got {selection!r}")
-    plan = _Plan.of(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
+    plan = Plan.of(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
     start = plan.densities
     if start_sparsity is not None:
         if start_sparsity > sparsity:
@@ -110,9 +100,9 @@ def sparsify(
         start = plan.allocate(start_sparsity)
 
     done: dict[str, SparseLayer] = {}
-    made: dict[_Dense, SparseLayer] = {}
+    made: dict[Dense, SparseLayer] = {}
     for module in plan.places:
-        owner = plan.owners[_weight(module)]
+        owner = plan.owners[weight_of(module)]
         if plan.densities[owner] >= 1.0:
             continue
         kind: Any = SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
@@ -148,12 +138,12 @@ def densify(model: nn.Module) -> nn.Module:
         The model itself (or, where the model is itself a sparse layer or the result of ``fuse``, its replacement):
         the model's own classes with torch's layers.
     """
-    while (inner := _wrapped(model)) is not None:
+    while (inner := wrapped(model)) is not None:
         model = inner
     model = unfuse(model)
     called = [name for name, module in model.named_modules() if isinstance(module, BatchNormReLU2d)]
     if called:
-        _say([f"BatchNormReLU2d stays, the model's own code calls it: {_some(called)}"])
+        _say([f"BatchNormReLU2d stays, the model's own code calls it: {some(called)}"])
     dense_weights: dict[nn.Parameter, nn.Parameter] = {}
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -183,188 +173,14 @@ def layer_densities(
 
     A layer with several names is listed under its first; layers that take no part are not listed.
     """
-    plan = _Plan.of(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
+    plan = Plan.of(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
     _say(plan.notes)
-    return {names[0]: plan.densities[plan.owners[_weight(layer)]] for layer, names in plan.places.items()}
+    return {names[0]: plan.densities[plan.owners[weight_of(layer)]] for layer, names in plan.places.items()}
 
 
 def _say(notes: list[str]) -> None:
     if notes:
         warnings.warn("; ".join(notes), stacklevel=3)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    places: dict[_Dense, list[str]]  # layers to convert, each with all its names
-    owners: dict[nn.Parameter, str]  # weight -> name of the first layer that has it
-    shapes: dict[str, tuple[int, ...]]  # by the owner's name
-    sparse: list[SparseLayer]  # that are there already and count
-    sparsity: float
-    allocation: Allocation
-    first: str | None  # owner that stays dense in a uniform allocation
-    block: tuple[int, int]
-    kept: set[frozenset[int]]  # keys of weights that are meant to stay as they are
-    dense_because: dict[nn.Module, str]
-    notes: list[str]
-    densities: dict[str, float]
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        sparsity: float,
-        allocation: Allocation,
-        block: tuple[int, int],
-        exclude: Iterable[Exclude] | Exclude,
-        first_dense: bool,
-        inputs: Inputs | None,
-    ) -> "_Plan":
-        check_sparsity(sparsity)
-        if _wrapped(model) is not None:
-            raise ValueError(
-                f"make the model sparse before {type(model).__name__} wraps it: its parameters become others"
-            )
-        weights(model)  # raises for parameters without a shape
-        excluded = _excluded(model, exclude)
-        kept = {weight.key for module in excluded for weight in weights(module)}
-        inner = (module for outer in excluded for module in outer.modules() if module._parameters)
-        because: dict[nn.Module, str] = dict.fromkeys(inner, "excluded")
-        places = _convertible(model, kept)
-        sparse = {
-            layer.values: layer
-            for layer in model.modules()
-            if isinstance(layer, SparseLayer) and not any(weight.key in kept for weight in weights(layer))
-        }
-        order = _in_order_of_use(model, [*places, *sparse.values()], inputs)
-        places = {layer: places[layer] for layer in order if isinstance(layer, nn.Linear | nn.Conv2d)}
-
-        notes = []
-        indivisible = {layer: names[0] for layer, names in places.items() if not _divides(layer, block)}
-        if indivisible:
-            notes.append(f"block {block} does not divide these layers, they stay dense: {[*indivisible.values()]}")
-            because |= dict.fromkeys(indivisible, f"block {block} does not divide it")
-            places = {layer: names for layer, names in places.items() if layer not in indivisible}
-            order = [layer for layer in order if layer not in indivisible]
-        if not places and not sparse:
-            raise ValueError("the model has no linear or 2-d convolution layer to make sparse")
-        shapes: dict[str, tuple[int, ...]] = {}
-        owners: dict[nn.Parameter, str] = {}
-        for layer, names in places.items():
-            if owners.setdefault(_weight(layer), names[0]) == names[0]:
-                shapes[names[0]] = tuple(layer.weight.shape)
-
-        first = None
-        if allocation == "uniform" and first_dense and places and order[0] in places:
-            layer = next(iter(places))
-            first = owners[_weight(layer)]
-            kept.add(frozenset([id(layer.weight)]))
-        plan = cls(
-            places, owners, shapes, [*sparse.values()], sparsity, allocation, first, block, kept, because, notes, {}
-        )
-        plan.densities.update(plan.allocate(sparsity))
-        for layer in places:
-            if plan.densities[owners[_weight(layer)]] >= 1.0:
-                because[layer] = "first layer" if owners[_weight(layer)] == first else f"density 1 by {allocation!r}"
-        return plan
-
-    def allocate(self, sparsity: float) -> dict[str, float]:
-        """Densities with which the layers to convert and those that are sparse already have this sparsity together."""
-        if not self.sparse:
-            return allocate(self.shapes, sparsity, self.allocation, first_dense=self.first is not None)
-        shapes = {name: shape for name, shape in self.shapes.items() if name != self.first}
-        present = sum(layer.topology.nnz for layer in self.sparse)
-        there, numel = sum(layer.topology.numel for layer in self.sparse), sum(map(math.prod, shapes.values()))
-        keep = (1.0 - sparsity) * (there + numel) - present
-        tolerance = _tolerance(sparsity) * (there + numel) + 1.5 * len(self.sparse)
-        if sparsity == self.sparsity and not -tolerance <= keep <= numel + tolerance:
-            raise ValueError(
-                f"sparsity {sparsity} cannot be reached: the layers that are sparse already have {present} of their "
-                f"{there} weights and stay as they are, all layers together are to have "
-                f"{round((1.0 - sparsity) * (there + numel))} of {there + numel}; "
-                "densify the model first, or exclude those layers"
-            )
-        dense = dict.fromkeys(self.shapes, 1.0)
-        if keep >= numel - tolerance:
-            return dense
-        return dense | allocate(shapes, 1.0 - keep / numel, self.allocation, first_dense=False)
-
-
-def _tolerance(sparsity: float) -> float:
-    return min(_LARGEST_SHORTFALL, _LARGEST_EXCESS * (1.0 - sparsity))
-
-
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    """The model inside one that is compiled or wrapped for several processes or devices."""
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        return model.module
-    return model._modules.get("_orig_mod")  # torch.compile's; its class is not imported until somebody compiles
-
-
-def _excluded(model: nn.Module, exclude: Iterable[Exclude] | Exclude) -> list[nn.Module]:
-    """The modules that the rules match."""
-    rules = (exclude,) if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
-    named = list(model.named_modules(remove_duplicate=False))
-    found: list[nn.Module] = []
-    for rule in rules:
-        if isinstance(rule, str):
-            matching = [module for name, module in named if fnmatchcase(name, rule)]
-            if not matching:
-                close = get_close_matches(rule, [name for name, _ in named], cutoff=0.5)
-                hint = f", did you mean one of {close}?" if close else ""
-                raise ValueError(f"exclude {rule!r} matches no module of the model{hint}")
-        elif isinstance(rule, type):
-            matching = [module for _, module in named if isinstance(module, rule)]
-        else:
-            layers = ((n, m) for n, m in named if isinstance(m, nn.Linear | nn.Conv2d | SparseLayer))
-            matching = [module for name, module in layers if rule(name, module)]
-        found += matching
-    return list(dict.fromkeys(found))
-
-
-def _convertible(model: nn.Module, kept: set[frozenset[int]]) -> dict[_Dense, list[str]]:
-    """Layers that may become sparse, each with all its names, in definition order."""
-    users: dict[nn.Parameter, set[type]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(parameter, set()).add(type(module))
-    places: dict[_Dense, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Linear and type(module) is not nn.Conv2d:
-            continue
-        weight = module._parameters.get("weight")
-        if weight is not None and users[weight] == {type(module)} and frozenset([id(weight)]) not in kept:
-            places.setdefault(module, []).append(name)
-    return places
-
-
-def _weight(layer: _Dense) -> nn.Parameter:
-    return cast(nn.Parameter, layer.weight)
-
-
-def _divides(module: _Dense, block: tuple[int, int]) -> bool:
-    return module.weight.shape[0] % block[0] == 0 and module.weight.shape[1] % block[1] == 0
-
-
-def _in_order_of_use(
-    model: nn.Module, layers: list[_Dense | SparseLayer], inputs: Inputs | None
-) -> list[_Dense | SparseLayer]:
-    """The same layers: those that one forward pass uses first, then the others; in definition order without inputs."""
-    position = {module: i for i, module in enumerate(model.modules())}
-    layers = sorted(layers, key=position.__getitem__)
-    if inputs is None:
-        return layers
-    used: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, _: Any) -> None:
-        used.setdefault(module, len(used))
-
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        run_once(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sorted(layers, key=lambda layer: used.get(layer, len(used)))
 
 
 _HOOKS = (
@@ -406,7 +222,7 @@ def _empty(layers: Mapping[str, SparseLayer]) -> list[str]:
             dead[name] = (empty, rows)
     notes = []
     if without:
-        notes.append(f"no weight is left in {_some(without)}")
+        notes.append(f"no weight is left in {some(without)}")
     if dead:
         most = max(dead, key=lambda name: dead[name][0])
         notes.append(
@@ -416,12 +232,7 @@ def _empty(layers: Mapping[str, SparseLayer]) -> list[str]:
     return notes
 
 
-def _some(texts: Iterable[str], most: int = 4) -> str:
-    texts = list(texts)
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
-
-
-def _missed(model: nn.Module, plan: _Plan, made: Mapping[str, SparseLayer], *, pruned_later: bool) -> list[str]:
+def _missed(model: nn.Module, plan: Plan, made: Mapping[str, SparseLayer], *, pruned_later: bool) -> list[str]:
     """What to say about a sparsity that was not reached."""
     found = [weight for weight in weights(model) if weight.key not in plan.kept]
     total = sum(weight.numel for weight in found)
@@ -430,20 +241,18 @@ def _missed(model: nn.Module, plan: _Plan, made: Mapping[str, SparseLayer], *, p
     rounding = sum(layer.topology.nnz - planned[name] for name, layer in made.items())
     if pruned_later:  # to whole blocks of what is planned
         present, rounding = present - rounding, 0.0
-    allowed = _tolerance(plan.sparsity) * total + 1.5 * len(plan.shapes)
+    allowed = tolerance_of(plan.sparsity) * total + 1.5 * len(plan.shapes)
     if abs(present - (1.0 - plan.sparsity) * total) <= allowed:
         return []
     text = (
         f"a sparsity of {plan.sparsity:g} was asked for, {1.0 - present / total:.3f} of the "
         f"{'other ' if plan.kept else ''}weights are left out"
     )
-    dense: Counter[str] = Counter()
-    for weight in found:
-        if not isinstance(weight.module, SparseLayer) and weight.module not in plan.places:
-            dense[weight.kind] += weight.numel
-    shares = [f"{kind} ({numel / total:.1%})" for kind, numel in dense.most_common() if numel >= 0.001 * total]
+    shares = shares_of(
+        [w for w in found if not isinstance(w.module, SparseLayer) and w.module not in plan.places], total
+    )
     if shares:
-        text += f"; dense stay {_some(shares)}"
+        text += f"; dense stay {some(shares)}"
     if abs(rounding) > allowed / 2:
         text += "; the rest is rounding to whole blocks or rows"
     return [text + "; see sparse_moon.summary(model)"]

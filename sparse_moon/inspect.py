@@ -51,8 +51,10 @@ class Weight:
     def kind(self) -> str:
         """Type of the module, as users know it."""
         kind = type(self.module)
-        if kind in (nn.Linear, nn.Conv2d) and "weight" not in self.module._parameters:
-            return f"{kind.__name__} with a computed weight"
+        if kind in (nn.Linear, nn.Conv2d):
+            return kind.__name__ if "weight" in self.module._parameters else f"{kind.__name__} with a computed weight"
+        if kind.__name__ in ("Linear", "Conv2d"):  # a subclass of the same name
+            return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
         return "MultiheadAttention" if kind is NonDynamicallyQuantizableLinear else kind.__name__
 
 

@@ -312,3 +312,16 @@ def test_batch_norms_of_models_that_cannot_be_traced():
             return F.relu(self.bn(x)) if x.sum() > 0 else x
 
     assert sm.summary(Untraceable()).rows[0].fused == "not fused: torch.fx cannot trace the model"
+
+
+def test_a_model_without_layers_to_convert_is_refused_with_what_it_has():
+    with pytest.raises(ValueError, match=r"no linear or 2-d convolution layer.*its weights are in LSTM \(100\.0%\)"):
+        sm.sparsify(nn.LSTM(8, 8), 0.5)
+
+
+def test_a_subclass_of_the_same_name_is_told_apart():
+    class Linear(nn.Linear):
+        pass
+
+    _, text = said(sm.sparsify, nn.ModuleList([Linear(64, 64), nn.Linear(64, 64)]), 0.5)
+    assert f"{__name__.partition('.')[0]}.Linear (50.0%)" in text
