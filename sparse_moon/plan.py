@@ -143,7 +143,10 @@ def _excluded(model: nn.Module, exclude: Iterable[Exclude] | Exclude) -> list[nn
         if isinstance(rule, str):
             matching = [module for name, module in named if fnmatchcase(name, rule)]
             if not matching:
-                close = get_close_matches(rule, [name for name, _ in named], cutoff=0.5)
+                names = [name for name, _ in named]
+                close = get_close_matches(rule, names, cutoff=0.5)
+                if rule.rpartition(".")[0] in names[1:]:  # the name of a parameter
+                    close = [rule.rpartition(".")[0]]
                 hint = f", did you mean one of {close}?" if close else ""
                 raise ValueError(f"exclude {rule!r} matches no module of the model{hint}")
         elif isinstance(rule, type):

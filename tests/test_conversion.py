@@ -127,6 +127,8 @@ def test_an_exclude_that_matches_nothing_is_an_error_with_what_is_close():
             call(model, 0.5, exclude="heda")
         with pytest.raises(ValueError, match=r"'heda\*'"):
             call(model, 0.5, exclude=["body", "heda*"])
+        with pytest.raises(ValueError, match=r"'head\.weight'.*did you mean.*'head'"):
+            call(model, 0.5, exclude="head.weight")
         assert type(model.head) is nn.Linear
 
 
