@@ -94,28 +94,25 @@ def timm_models() -> Iterator[Architecture]:
     import timm
 
     plain = (
-        "resnet18", "resnet26", "nf_resnet26", "resnetv2_18", "regnetx_002", "regnety_002", "mobilenetv3_small_050",
-        "mobilenetv4_conv_small_035", "efficientnet_b0", "convnext_atto", "edgenext_xx_small", "ghostnet_050",
-        "repvgg_a0", "hrnet_w18_small", "poolformer_s12", "fastvit_t8", "mobileone_s0", "xcit_nano_12_p16_224",
+        "resnet10t", "nf_resnet26", "regnetx_002", "regnety_002", "mobilenetv3_small_050", "mobilenetv4_conv_small_035",
+        "efficientnet_b0", "convnext_atto", "edgenext_xx_small", "ghostnet_050", "repvgg_a0", "hrnet_w18_small",
+        "fastvit_t8", "mobileone_s0", "xcit_nano_12_p16_224",
     )  # fmt: skip
-    sized = (
-        "vit_tiny_patch16_224",
-        "deit_tiny_patch16_224",
-        "mixer_s32_224",
-        "swin_tiny_patch4_window7_224",
-        "levit_128s",
-    )
-    fast = {"resnet18", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050"}
-    for name in plain:
-        yield Architecture("timm", name, lambda n=name: timm.create_model(n, num_classes=10), image(64), name in fast)
-    for name in sized:
-        more: dict[str, Any] = {} if name == "levit_128s" else {"img_size": 64}
-        if "swin" in name:
-            more |= {"window_size": 2, "depths": (2, 2, 2, 2)}
-        size = 224 if name == "levit_128s" else 64
+    short = {"img_size": 64, "depth": 4}
+    options: dict[str, dict[str, Any]] = {
+        "vit_tiny_patch16_224": short, "deit_tiny_patch16_224": short,
+        "eva02_tiny_patch14_224": short | {"img_size": 56},
+        "swin_tiny_patch4_window7_224": {
+            "img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8),
+        },
+    }  # fmt: skip
+    compiled = {"resnet10t", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050"}
+    for name in (*plain, *options):
+        size = 56 if name.startswith("eva") else 64
         yield Architecture(
-            "timm", name, lambda n=name, o=more: timm.create_model(n, num_classes=10, **o), image(size), name in fast
-        )
+            "timm", name, lambda n=name: timm.create_model(n, num_classes=10, **options.get(n, {})), image(size),
+            name in compiled,
+        )  # fmt: skip
 
 
 def torchvision_models() -> Iterator[Architecture]:
@@ -221,9 +218,9 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def sparse_copy(architecture: Architecture, seed: int) -> nn.Module:
+def built(architecture: Architecture, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return sm.sparsify(architecture.build(), SPARSITY)
+    return architecture.build()
 
 
 def check_forward(model: nn.Module, inputs: Any, architecture: Architecture) -> None:
@@ -255,7 +252,7 @@ def check_saving(model: nn.Module, inputs: Any, architecture: Architecture) -> N
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    other = sparse_copy(architecture, seed=1)
+    other = sm.sparsify(built(architecture, seed=1), SPARSITY)
     other.load_state_dict(torch.load(file, weights_only=True))
     torch.testing.assert_close(run(other.eval(), inputs), run(model.eval(), inputs))
 
@@ -286,12 +283,14 @@ CHECKS = {
 def try_out(architecture: Architecture) -> Row:
     row = Row(architecture.library, architecture.name)
     started = time.perf_counter()
+    model = built(architecture, seed=0)
+    row.weights = sm.summary(model).weights
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model = sparse_copy(architecture, seed=0)
+            model = sm.sparsify(model, SPARSITY)
         summary = sm.summary(model)
-        row.weights, row.share = summary.weights, summary.sparsity
+        row.share = summary.sparsity
         row.dense = {kind: share for kind, share in summary.dense_share.items() if share >= 0.001}
         row.said = " ".join(str(w.message) for w in caught if w.filename == __file__)
         row.checks["convert"] = "ok"
