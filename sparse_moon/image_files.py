@@ -28,6 +28,7 @@ _OTHER_IMAGES = (
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".tga", ".ico", ".psd", ".eps", ".svg", ".dng", ".cr2", ".cr3",
     ".nef", ".arw",
 )  # fmt: skip
+_LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # of macOS' archives, network storage and Windows
 _ORIENTATION = 0x0112
 _CHUNK = 1024
 
@@ -35,8 +36,8 @@ _CHUNK = 1024
 def find_images(folder: Path) -> list[Path]:
     """All images in ``folder`` and below, sorted; links are followed, but not back to a folder that they are in.
 
-    Hidden files and folders (``.DS_Store``, ``._a.png``, ``.ipynb_checkpoints``) and ``__MACOSX`` are no data. Images
-    whose ending is not in `ENDINGS` are left out with a warning.
+    Hidden files and folders (``.DS_Store``, ``._a.png``, ``.ipynb_checkpoints``) and litter such as ``__MACOSX`` are no
+    data. Images whose ending is not in `ENDINGS` are left out with a warning.
 
     Raises:
         ValueError: a folder that cannot be listed, or a link to nothing.
@@ -58,13 +59,13 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in ``folder`` but for hidden files and folders, and ``__MACOSX``.
+    """What is in ``folder`` but for hidden files and folders, and litter.
 
     Raises:
         ValueError: as `find_images`.
     """
     try:
-        entries = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"]
+        entries = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _LITTER]
     except OSError as error:
         raise ValueError(f"{folder}: cannot be listed: {error}") from error
     for path in entries:

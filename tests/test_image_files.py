@@ -81,7 +81,7 @@ def test_first_of_several_frames(tmp_path: Path) -> None:
 def test_litter_is_no_data(tmp_path: Path) -> None:
     wanted = ["A.PNG", "b b.Jpg", "ü/é 1.jpeg", "ü/deep/c.TIFF", "c.png.gif", "x.webp"]
     litter = [".DS_Store", "._A.PNG", ".hidden.png", "Thumbs.db", "desktop.ini", "notes.txt",
-              ".ipynb_checkpoints/A.png", "__MACOSX/ü/c.png", "ü/.cache/d.png"]  # fmt: skip
+              ".ipynb_checkpoints/A.png", "__MACOSX/ü/c.png", "ü/.cache/d.png", "@eaDir/A.png"]  # fmt: skip
     for name in [*wanted, *litter]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
