@@ -36,6 +36,7 @@ FILES = (CONFIG, METRICS, CHECKPOINT, RESULTS, SCORES, REPORT)
 _CHECKSUM = "checksum"
 _DIGEST = b"sha256:"
 _DIGEST_SIZE = len(_DIGEST) + 64  # in hexadecimal
+_END_SIZE = 22  # of a zip archive's last record, without its comment
 
 
 @contextmanager
@@ -275,12 +276,15 @@ def _digest(file: BinaryIO, size: int) -> bytes:
 def _check_archive(file: BinaryIO) -> None:
     """Raise ``ValueError`` if the archive is not what was written, by its digest or by its members' CRC without one."""
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - _DIGEST_SIZE - 2, 0))
-    end = file.read()
+    file.seek(max(size - _DIGEST_SIZE - _END_SIZE, 0))
+    tail = file.read()
+    end, record = tail[-_DIGEST_SIZE - 2 :], tail.rfind(b"PK\5\6")
     if end[:2] == _DIGEST_SIZE.to_bytes(2, "little") or end[2:].startswith(_DIGEST):
         if end[2:] != _digest(file, max(size - _DIGEST_SIZE, 0)):
             raise ValueError("it does not have its digest")
     else:
+        if record >= 0 and int.from_bytes(tail[record + 20 : record + 22], "little") != len(tail) - record - _END_SIZE:
+            raise ValueError("it is cut off")  # in its comment, which zipfile allows
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"the content of {damaged} does not have its CRC")
