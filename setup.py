@@ -132,6 +132,7 @@ setup(
         "sparse_moon",
         "sparse_moon.algorithms",
         "sparse_moon.commands",
+        "sparse_moon.nn",
         "sparse_moon.ood",
         "sparse_moon.ops",
         "sparse_moon.kernels",

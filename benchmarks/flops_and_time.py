@@ -28,9 +28,10 @@ from timing import ceilings, computes_bf16, environment, graphed, median_ms, wri
 from torch import Tensor, nn
 
 import sparse_moon as sm
-from sparse_moon import flops, models, tuning
+from sparse_moon import flops, models
 from sparse_moon.memory import keep_freed_memory
 from sparse_moon.nn import SparseLayer
+from sparse_moon.nn import tune as tuning
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
 from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
 from sparse_moon.topology import Topology, weight_to_matrix

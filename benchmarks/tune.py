@@ -24,8 +24,8 @@ from torch import nn
 import sparse_moon as sm
 from sparse_moon.memory import keep_freed_memory
 from sparse_moon.nn import SparseLayer
+from sparse_moon.nn.tune import kernel_gain, products
 from sparse_moon.ops import choice
-from sparse_moon.tuning import kernel_gain, products
 
 TABLES = Path(__file__).parents[1] / "sparse_moon" / "ops"
 DENSITIES = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015]

@@ -1,7 +1,6 @@
 # The public names: sparse_moon/__init__.py imports each of them when it is first used.
 from . import (
     algorithms,
-    allocation,
     averaging,
     flops,
     losses,
@@ -13,7 +12,6 @@ from . import (
     ops,
     schedules,
     topology,
-    tuning,
 )
 from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from .allocation import allocate
@@ -25,9 +23,7 @@ from .averaging import (
     WeightAverage,
     refresh_batch_norm,
 )
-from .fusion import BatchNormReLU2d, fuse
 from .losses import AbstainingLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
-from .model_summary import summary
 from .nn import (
     SparseConv2d,
     SparseLinear,
@@ -40,10 +36,12 @@ from .nn import (
     sparse_layers,
     sparsify,
 )
+from .nn.fusion import BatchNormReLU2d, fuse
+from .nn.summary import summary
+from .nn.tune import tune
 from .random_mask import RandomMask
 from .schedules import Constant, Cosine, Cubic
 from .topology import Topology
-from .tuning import tune
 from .weight_decay import param_groups
 
 __version__: str
@@ -79,7 +77,6 @@ __all__ = [
     "WeightAverage",
     "algorithms",
     "allocate",
-    "allocation",
     "averaging",
     "densify",
     "flops",
@@ -105,5 +102,4 @@ __all__ = [
     "summary",
     "topology",
     "tune",
-    "tuning",
 ]

@@ -14,7 +14,6 @@ from sparse_moon import data, models, runs
 from sparse_moon.averaging import PredictionAverage, StochasticPasses
 from sparse_moon.calibration import adaptive_calibration_error, classwise_calibration_error, fit_temperature
 from sparse_moon.config import TrainConfig
-from sparse_moon.fusion import fuse
 from sparse_moon.inputs import RunData, load_dataset, plain_batches
 from sparse_moon.metrics import (
     area_under_risk_coverage,
@@ -23,6 +22,7 @@ from sparse_moon.metrics import (
     open_set_classification_rate,
 )
 from sparse_moon.nn import layer_densities, sparsify, weight_layers
+from sparse_moon.nn.fusion import fuse
 from sparse_moon.ood import (
     DETECTORS,
     DICE,
@@ -103,13 +103,20 @@ def predictor(
     """
     if config.averages_predictions:
         device = next(model.parameters()).device
-        networks = [build_model(config, dataset) for _ in members]
-        for network, state in zip(networks, members, strict=True):
-            network.load_state_dict(state)
-        model = PredictionAverage(networks).to(device)
+        model = PredictionAverage(_loaded(config, dataset, state) for state in members).to(device)
     elif config.reliability == "mc-dropout":
         model = StochasticPasses(model, RandomMask(model, config.keep, config.seed), config.samples)
     return model.eval()
+
+
+def _loaded(config: TrainConfig, dataset: data.DataSet, state: Mapping[str, Tensor]) -> nn.Module:
+    """The run's network in this state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is said of a random topology, which the state's replaces
+        network = build_model(config, dataset)
+    check_dtypes(network, state)
+    network.load_state_dict(state)
+    return network
 
 
 @dataclass(frozen=True)
@@ -140,10 +147,7 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
     config = TrainConfig.from_dict({**state["config"], **({} if device is None else {"device": device})})
     dataset = load_dataset(config)
     try:
-        model = build_model(config, dataset)
-        check_dtypes(model, state["model"])
-        model.load_state_dict(state["model"])
-        model = model.to(config.device).eval()
+        model = _loaded(config, dataset, state["model"]).to(config.device).eval()
         whole = predictor(config, dataset, model, state.get("members", []))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint in {folder} does not fit its settings: {error}") from None

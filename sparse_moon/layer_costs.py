@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparse_moon.inspect import Inputs, run_once, weights
 from sparse_moon.nn import SparseConv2d, SparseLayer, SparseLinear
+from sparse_moon.nn.inspect import Inputs, run_once, weights
 
 _Layer = nn.Linear | nn.Conv2d | SparseLayer
 _EXACT = (nn.Linear, nn.Conv2d, SparseLinear, SparseConv2d)

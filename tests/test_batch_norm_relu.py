@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 
-from sparse_moon.fusion import BatchNormReLU2d
+from sparse_moon.nn.fusion import BatchNormReLU2d
 from sparse_moon.ops.batch_norm_relu import batch_norm_relu
 from sparse_moon.ops.native import native
 

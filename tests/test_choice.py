@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparse_moon as sm
-from sparse_moon import tuning
+from sparse_moon.nn import tune as tuning
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import PASSES, Work
 from sparse_moon.ops.native import native

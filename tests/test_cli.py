@@ -62,7 +62,7 @@ def test_train_says_what_came_of_it(tmp_path, capsys, monkeypatch):
 def test_settings_file_and_options(tmp_path, run):
     settings = tmp_path / "settings.yaml"
     settings.write_text(
-        "model: mlp\nwidth: 16\nepochs: 1\nbatch_size: 256\nood: [noise]\nexclude: [fc]\nmethod: static\n"
+        "model: mlp\nwidth: 16\nepochs: 1\nbatch_size: 256\ninterval: 2\nood: [noise]\nexclude: [fc]\nmethod: static\n"
     )
     main(["train", "--config", str(settings), "--method", "set", "--out", str(tmp_path / "run")])
     config = json.loads((tmp_path / "run" / runs.CONFIG).read_text())

@@ -11,9 +11,12 @@ from torch.autograd import forward_ad
 import sparse_moon as sm
 from sparse_moon.ops import library
 from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
+from sparse_moon.topology import weight_to_matrix
 
-# of torch's own forward derivatives
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),  # torch's forward derivatives
+    pytest.mark.filterwarnings("ignore:.* outputs have no weight:UserWarning"),
+]
 
 
 def networks(kind):
@@ -47,7 +50,7 @@ def compare(sparse, dense, **tolerance):
             other = modules[name].weight if key == "values" else getattr(modules[name], key)
             expected = other.grad
             if key == "values":
-                weight = sm.nn.weight_to_matrix(expected, module.topology.block[1])
+                weight = weight_to_matrix(expected, module.topology.block[1])
                 expected = module.topology.gather(weight)
             if parameter.grad is None:
                 assert expected is None or not expected.any(), name

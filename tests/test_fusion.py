@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 
 from sparse_moon import models
-from sparse_moon.fusion import BatchNormReLU2d, fuse
 from sparse_moon.nn import sparse_layers, sparsify
+from sparse_moon.nn.fusion import BatchNormReLU2d, fuse
 
 # image classifiers of this package, and how many batch norms are followed by a rectifier in each
 MODELS = {"small-resnet": (8, 13), "resnet18": (4, 17), "resnet50": (4, 49), "wrn-22-2": (4, 19)}

@@ -49,7 +49,23 @@ def ood():
 
 def service():
     """What the page's commands before leave in the folder."""
-    main(["train", "--model", "mlp", "--width", "16", "--epochs", "1", "--ood", "noise", "--out", "RUN"])
+    main(
+        [
+            "train",
+            "--model",
+            "mlp",
+            "--width",
+            "16",
+            "--epochs",
+            "1",
+            "--interval",
+            "5",
+            "--ood",
+            "noise",
+            "--out",
+            "RUN",
+        ]
+    )
     main(["export", "RUN", "--dense", "model.pt"])
     main(["eval", "RUN", "--score", "dice", "--save-detector", "dice.pt"])
     return {"images": torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)}
@@ -100,7 +116,7 @@ def commands():
 @pytest.mark.parametrize("command", list(commands()))
 def test_commands_are_taken(command):
     _, *arguments = shlex.split(command, comments=True)
-    _parser().parse_args(_with_presets(arguments))
+    _parser("sparse-moon").parse_args(_with_presets(arguments))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -180,9 +180,7 @@ def evaluate(
     # First, so that a detector that does not fit the model is found before the training data is read.
     id_outputs = clean_pass(id_batches)
     if fitting:
-        fit_detectors(
-            model, fitting, cast(Batches, train_batches), device=device, head=head, left_out=left_out
-        )
+        fit_detectors(model, fitting, cast(Batches, train_batches), device=device, head=head, left_out=left_out)
     scores = {"id": score("id", id_outputs)}
     for name, batches in ood_batches.items():
         scores[name] = score(name, clean_pass(batches))

@@ -3,7 +3,7 @@
 The dense one (the operator's reference, or on the CPU Winograd's products) wins where little is sparse. Each pass of
 each shape has a crossover, the density up to which the kernel is faster. Crossovers of many shapes were measured
 (``crossover_cpu_avx2.json`` and its like, which ``benchmarks/tune.py`` writes); a shape that is not among them takes
-that of its nearest neighbour, or the one that :func:`sparse_moon.tuning.tune` has measured for it. On a kind of device
+that of its nearest neighbour, or the one that :func:`sparse_moon.nn.tune.tune` has measured for it. On a kind of device
 that no table was measured on, kernels run only where the user's process has measured them, or asked for them.
 """
 

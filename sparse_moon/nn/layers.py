@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_moon import ops
 from sparse_moon.allocation import check_sparsity
+from sparse_moon.nn.guards import Copied, ReadOnlyWeight, digest_of, resize
 from sparse_moon.topology import (
     Index,
     Topology,
@@ -41,7 +42,7 @@ class SparseLayer(nn.Module):
     topology: Topology
     bias: nn.Parameter | None
     weight_shape: tuple[int, ...]
-    _copied: "_Copied | None" = None
+    _copied: "Copied | None" = None
 
     def _init_sparse(
         self, dense: nn.Linear | nn.Conv2d, topology: Topology, device: Any = None, dtype: torch.dtype | None = None
@@ -76,7 +77,7 @@ class SparseLayer(nn.Module):
         ``F.linear(x, layer.weight)``): right, but made anew at each access, and the product is then a dense one.
         """
         weight = self._dense(self.effective_values())
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(_ReadOnlyWeight)
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -98,9 +99,9 @@ class SparseLayer(nn.Module):
         transform = self.topology.transform
         return self.values if transform is None else transform(self.values)
 
-    def _check_values(self, copied: "_Copied") -> None:
+    def _check_values(self, copied: "Copied") -> None:
         """Raise where values were written that cannot be this layer's own: those of a model whose topology moved on."""
-        if not copied.trained and not torch.compiler.is_compiling() and copied.digest != _digest(self.values):
+        if not copied.trained and not torch.compiler.is_compiling() and copied.digest != digest_of(self.values):
             raise RuntimeError(
                 f"values were written into a copy of a {type(self).__name__} whose topology has moved on since it was "
                 "copied, so they are of other weights: average models with sm.EMA or sm.WeightAverage. If they are "
@@ -118,7 +119,7 @@ class SparseLayer(nn.Module):
     def _note_copy(self) -> None:
         if self.values.device.type == "meta":
             return
-        self._copied = copied = _Copied(_digest(self.values))
+        self._copied = copied = Copied(digest_of(self.values))
         self.values.register_post_accumulate_grad_hook(copied.note_training)
 
     def dense_weight(self) -> Tensor:
@@ -140,13 +141,13 @@ class SparseLayer(nn.Module):
             with torch.no_grad():
                 self.values.copy_(values)
         else:
-            _resize(self.values, values)
+            resize(self.values, values)
         self.note_written()
 
     def note_written(self) -> None:
         """Say that the present values are meant for the present topology: after writing into a copy of a layer."""
         if self._copied is not None:
-            self._copied.digest = _digest(self.values)
+            self._copied.digest = digest_of(self.values)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, missing: list[str],
@@ -160,7 +161,7 @@ class SparseLayer(nn.Module):
             # where training changes the number of weights, a checkpoint holds another one than a new model
             shape = None if col is None else (*col.shape, *self.values.shape[1:])
             if values is not None and values.shape != self.values.shape and values.shape == shape:
-                _resize(self.values, self.values.detach().new_empty(values.shape))
+                resize(self.values, self.values.detach().new_empty(values.shape))
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
             if values is not None:
                 self.note_written()
@@ -187,69 +188,6 @@ class SparseLayer(nn.Module):
 
     def _sparse_repr(self) -> str:
         return f"sparsity={self.sparsity:.4f}, pattern={pattern_name(self.topology.block)!r}"
-
-
-def _resize(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of another shape: the same object, as its optimizer knows it.
-
-    A graph made before cannot be used any more: its backward pass raises, as torch does after a change in place.
-    """
-    with torch.enable_grad():
-        view = parameter.view_as(parameter)
-    if view.grad_fn is not None:
-        accumulator = cast(torch.autograd.graph.Node, view.grad_fn.next_functions[0][0])
-        accumulator.register_prehook(_refuse)
-    parameter.grad = None
-    # autograd's node for a parameter keeps its shape as long as any graph holds that node (an old loss does), and is
-    # renewed only with the dtype
-    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
-    parameter.data = data
-    torch.autograd.graph.increment_version(parameter)
-
-
-def _refuse(*_: Any) -> None:
-    raise RuntimeError(
-        "the number of a layer's weights was changed in place since this graph was made: it has no gradient any more"
-    )
-
-
-class _Copied:
-    """What a layer knows once it was copied, or is a copy: whether its values may have been written by other code."""
-
-    def __init__(self, digest: int) -> None:
-        self.digest = digest
-        self.trained = False
-
-    def note_training(self, _: Tensor) -> None:
-        self.trained = True
-
-
-def _digest(values: Tensor) -> int:
-    """A number that changes with the values."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    numbers = values.detach().contiguous().view(bits).flatten().long()
-    return int((numbers * torch.arange(1, 2 * numbers.numel(), 2, device=numbers.device)).sum())
-
-
-class _ReadOnlyWeight(Tensor):
-    """A dense weight that was made of compact values: writing to it would change nothing, so that is an error."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        first = args[0] if args else None
-        written = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__") or (
-            name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-        )  # fmt: skip
-        if written and isinstance(first, cls) and name != "requires_grad_":
-            raise RuntimeError(
-                "the weight of a sparse layer is made of its values when it is read, writing to it changes nothing: "
-                "write to values"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        shares = isinstance(result, Tensor) and isinstance(first, cls) and result.data_ptr() == first.data_ptr()
-        return result.as_subclass(cls) if shares else result
 
 
 def _topology_of(
@@ -459,35 +397,3 @@ class SparseConv2d(SparseLayer):
 def _check_block(weight_shape: tuple[int, ...], block: tuple[int, int]) -> None:
     """Raise ``ValueError`` where the block does not divide output and input channels."""
     block_grid((weight_shape[0], weight_shape[1]), block)
-
-
-# These need the classes above.
-from sparse_moon.convert import densify, layer_densities, sparsify  # noqa: E402
-from sparse_moon.inspect import (  # noqa: E402
-    evaluation_mode,
-    layer_sparsities,
-    linear_conv2d_sparsity,
-    live_outputs,
-    overall_sparsity,
-    sparse_layers,
-    weight_layers,
-)
-
-__all__ = [
-    "Exclude",
-    "Pattern",
-    "Selection",
-    "SparseConv2d",
-    "SparseLayer",
-    "SparseLinear",
-    "densify",
-    "evaluation_mode",
-    "layer_densities",
-    "layer_sparsities",
-    "linear_conv2d_sparsity",
-    "live_outputs",
-    "overall_sparsity",
-    "sparse_layers",
-    "sparsify",
-    "weight_layers",
-]

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparse_moon.fusion import fusions
-from sparse_moon.inspect import weights
-from sparse_moon.nn import SparseLayer
+from sparse_moon.nn.fusion import fusions
+from sparse_moon.nn.inspect import weights
+from sparse_moon.nn.layers import SparseLayer
 from sparse_moon.topology import pattern_name
 
 
@@ -94,8 +94,8 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """What is sparse in a model and what is not, layer by layer.
 
-    Every weight is listed once (see :func:`sparse_moon.inspect.weights`), with why it is dense where it is: its type is
-    none that is converted, or :func:`sparse_moon.sparsify` left it so. So is every 2-d batch norm, with whether
+    Every weight is listed once (see :func:`sparse_moon.nn.inspect.weights`), with why it is dense where it is: its type
+    is none that is converted, or :func:`sparse_moon.sparsify` left it so. So is every 2-d batch norm, with whether
     :func:`sparse_moon.fuse` has put it together with the activation behind it. To see what follows a batch norm, the
     model is traced by ``torch.fx``; it is not changed.
 

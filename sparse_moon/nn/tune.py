@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_moon.nn import SparseConv2d, SparseLayer, evaluation_mode, sparse_layers
+from sparse_moon.nn.inspect import evaluation_mode, sparse_layers
+from sparse_moon.nn.layers import SparseConv2d, SparseLayer
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Backend, Pass
 from sparse_moon.ops.sparse_conv2d import memory_format as layout_of

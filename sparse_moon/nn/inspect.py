@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
-from sparse_moon.nn import SparseLayer
+from sparse_moon.nn.layers import SparseLayer
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """What a model is called with: the shape of one example, a tensor, positional arguments, or keyword arguments."""
@@ -158,8 +158,8 @@ def overall_sparsity(model: nn.Module) -> float:
     """Share of all weights of a model that do not exist.
 
     All weights are the parameters with two or more dimensions of any module, an LSTM's or an embedding's too, and the
-    dense size of sparse layers; not biases and norms (see :func:`sparse_moon.inspect.weights`). Where only linear and
-    convolution layers are to count, see :func:`linear_conv2d_sparsity`.
+    dense size of sparse layers; not biases and norms (see :func:`weights`). Where only linear and convolution layers
+    are to count, see :func:`linear_conv2d_sparsity`.
 
     Raises:
         ValueError: lazy modules whose parameters have no shape yet.

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparse_moon.inspect import evaluation_mode
-from sparse_moon.nn import SparseLayer
+from sparse_moon.nn.inspect import evaluation_mode
+from sparse_moon.nn.layers import SparseLayer
 from sparse_moon.ops.batch_norm_relu import batch_norm_relu
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sparse_moon.allocation import Allocation, allocate, check_sparsity
-from sparse_moon.inspect import Inputs, Weight, run_once, weights
-from sparse_moon.nn import Exclude, SparseLayer
+from sparse_moon.nn.inspect import Inputs, Weight, run_once, weights
+from sparse_moon.nn.layers import Exclude, SparseLayer
 
 Dense = nn.Linear | nn.Conv2d
 

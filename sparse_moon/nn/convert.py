@@ -7,12 +7,12 @@ from typing import Any, cast, get_args
 
 from torch import nn
 
-from sparse_moon import fusion
 from sparse_moon.allocation import Allocation, check_sparsity
-from sparse_moon.fusion import BatchNormReLU2d, unfuse
-from sparse_moon.inspect import Inputs, weights
-from sparse_moon.nn import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
-from sparse_moon.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped
+from sparse_moon.nn import fusion
+from sparse_moon.nn.fusion import BatchNormReLU2d, unfuse
+from sparse_moon.nn.inspect import Inputs, weights
+from sparse_moon.nn.layers import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
+from sparse_moon.nn.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped
 from sparse_moon.topology import block_shape
 
 # Outputs without a weight are said from this many and this share of a layer on: one of 128 is chance, and no news.
@@ -74,7 +74,7 @@ def sparsify(
             of arguments); when given, layers are ordered by their first use in one forward pass instead of by
             definition, which matters for what "first" is.
         fuse: also run batch norm, ReLU and the residual addition between them as one operation; see
-            :func:`sparse_moon.fusion.fuse`. It pays in training on the CPU.
+            :func:`sparse_moon.nn.fusion.fuse`. It pays in training on the CPU.
         recompute: with ``fuse``, less memory for more time: what batch norm and ReLU make for a sparse convolution is
             not kept for the backward pass; see :class:`sparse_moon.BatchNormReLU2d`.
 
