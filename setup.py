@@ -131,18 +131,19 @@ setup(
     packages=[
         "sparse_moon",
         "sparse_moon.algorithms",
-        "sparse_moon.commands",
+        "sparse_moon.app",
+        "sparse_moon.app.commands",
         "sparse_moon.nn",
         "sparse_moon.ood",
         "sparse_moon.ops",
         "sparse_moon.kernels",
-        "sparse_moon.presets",
+        "sparse_moon.app.presets",
     ],
     package_dir={"sparse_moon.kernels": "kernels"},
     package_data={
         "sparse_moon": ["py.typed", "*.pyi"],
         "sparse_moon.ops": ["*.json"],
-        "sparse_moon.presets": ["*.yaml"],
+        "sparse_moon.app.presets": ["*.yaml"],
     },
     ext_modules=[
         Pybind11Extension(

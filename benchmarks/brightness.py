@@ -18,11 +18,11 @@ import torch
 from timing import environment, write_results
 from torch import Tensor
 
-from sparse_moon import runs
-from sparse_moon.compare import row_label
-from sparse_moon.evaluation import evaluate_model, load_run
-from sparse_moon.images import Images
-from sparse_moon.inputs import load_ood_sets
+from sparse_moon.app import run_folder
+from sparse_moon.app.compare import row_label
+from sparse_moon.app.evaluate import evaluate_model, load_run
+from sparse_moon.app.images import Images
+from sparse_moon.app.run_data import load_ood_sets
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCORES = ["msp", "energy", "gen"]  # those that fit nothing
@@ -53,8 +53,8 @@ def main() -> None:
     out = (arguments.out or RESULTS / arguments.dataset).resolve()
     os.chdir(arguments.data)
     rows = []
-    for folder in sorted(path.parent for path in out.glob(f"*/{runs.RESULTS}")):
-        if not (folder / runs.CHECKPOINT).exists():
+    for folder in sorted(path.parent for path in out.glob(f"*/{run_folder.RESULTS}")):
+        if not (folder / run_folder.CHECKPOINT).exists():
             continue
         run = load_run(folder, device="cpu")
         sets = load_ood_sets(run.config, run.dataset)

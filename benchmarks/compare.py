@@ -32,12 +32,13 @@ from typing import Any
 import torch
 from timing import environment, write_results
 
-from sparse_moon import runs
-from sparse_moon.compare import row_label, write_table
-from sparse_moon.config import TrainConfig, parse_label
-from sparse_moon.inputs import load_dataset
+from sparse_moon import files
+from sparse_moon.app import run_folder
+from sparse_moon.app.compare import row_label, write_table
+from sparse_moon.app.config import TrainConfig, parse_label
+from sparse_moon.app.run_data import load_dataset
+from sparse_moon.app.train import Trainer
 from sparse_moon.memory import keep_freed_memory
-from sparse_moon.train import Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ENVIRONMENT, TIMES = "environment.json", "times.json"
@@ -79,7 +80,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if arguments.times:
         write_results(out / TIMES, times(arguments.dataset, arguments.data))
-        if any(out.glob(f"*/{runs.RESULTS}")):
+        if any(out.glob(f"*/{run_folder.RESULTS}")):
             write_table(out, relative_times(out))
         return
     command = [
@@ -93,9 +94,9 @@ def main() -> None:
             try:
                 code = subprocess.run([*command, *options(grid), "--seed", str(seed)], cwd=arguments.data).returncode
             finally:  # also of an interrupted comparison
-                for results in out.glob(f"*/{runs.RESULTS}"):
+                for results in out.glob(f"*/{run_folder.RESULTS}"):
                     if not (path := results.with_name(ENVIRONMENT)).exists():
-                        runs.write_json(path, before)
+                        files.write_json(path, before)
             if code:
                 sys.exit(code)
             write_table(out, relative_times(out))
@@ -114,7 +115,7 @@ def relative_times(out: Path) -> dict[str, float] | None:
     """By label of a table's row, where they were measured."""
     if not (out / TIMES).exists():
         return None
-    return {row["label"]: row["over_rigl"] for row in runs.read_json(out / TIMES)["rows"]}
+    return {row["label"]: row["over_rigl"] for row in files.read_json(out / TIMES)["rows"]}
 
 
 def times(dataset: str, data: Path) -> dict[str, object]:

@@ -28,7 +28,8 @@ from timing import ceilings, computes_bf16, environment, graphed, median_ms, wri
 from torch import Tensor, nn
 
 import sparse_moon as sm
-from sparse_moon import flops, models
+from sparse_moon import flops
+from sparse_moon.app import models
 from sparse_moon.memory import keep_freed_memory
 from sparse_moon.nn import SparseLayer
 from sparse_moon.nn import tune as tuning

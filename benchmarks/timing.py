@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-import sparse_moon.runs
+import sparse_moon.files
 
 
 def median_ms(
@@ -129,4 +129,4 @@ def write_results(path: Path, content: Mapping[str, Any]) -> None:
     rows = ",\n".join("  " + json.dumps(row) for row in content["rows"])
     text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
     json.loads(text)
-    sparse_moon.runs.write_text(path, text)
+    sparse_moon.files.write_text(path, text)

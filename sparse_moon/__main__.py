@@ -1,5 +1,5 @@
 """``python -m sparse_moon`` is ``sparse-moon``."""
 
-from sparse_moon.cli import main
+from sparse_moon.app.cli import main
 
 main()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_moon.allocation import Allocation
+from sparse_moon.app.names import TrainingMethod
 from sparse_moon.layer_costs import LayerCost, layer_costs
-from sparse_moon.names import TrainingMethod
 from sparse_moon.nn import Exclude, Pattern, layer_densities, sparse_layers
 from sparse_moon.nn.inspect import Inputs, weights
 

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_moon import compare, runs
-from sparse_moon.config import TrainConfig
-from sparse_moon.evaluation import fit_detector, load_run
+from sparse_moon import files
+from sparse_moon.app import compare, run_folder
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.evaluate import fit_detector, load_run
+from sparse_moon.app.train import train
 from sparse_moon.ood import load_detector, save_detector
-from sparse_moon.train import train
 
 BASE = TrainConfig(
     model="mlp", width=24, epochs=3, batch_size=256, interval=2, sparsity=0.8, lr=0.2, ood=["digits-8-9"]
@@ -102,14 +103,14 @@ def attempt(config: TrainConfig, folder: Path, at: int | None, report: Path | No
 
 def content(folder: Path) -> dict[str, Any]:
     """All that a run leaves, without times."""
-    results = runs.read_json(folder / runs.RESULTS)
+    results = files.read_json(folder / run_folder.RESULTS)
     del results["time_s"], results["environment"]
-    metrics = [{k: v for k, v in row.items() if k != "time_s"} for row in runs.read_metrics(folder)]
-    checkpoint = runs.read_checkpoint(folder)
+    metrics = [{k: v for k, v in row.items() if k != "time_s"} for row in run_folder.read_metrics(folder)]
+    checkpoint = run_folder.read_checkpoint(folder)
     checkpoint["history"] = metrics
     return {
-        "names": sorted(path.name for path in folder.iterdir()), "config": runs.read_json(folder / runs.CONFIG),
-        "metrics": metrics, "results": results, "scores": runs.read_scores(folder), "checkpoint": checkpoint,
+        "names": sorted(path.name for path in folder.iterdir()), "config": files.read_json(folder / run_folder.CONFIG),
+        "metrics": metrics, "results": results, "scores": run_folder.read_scores(folder), "checkpoint": checkpoint,
     }  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def readers(folder: Path) -> dict[Path, Callable[[], Any]]:
     run = load_run(folder)
     detector, table = folder.parent / "detector.pt", folder.parent / compare.TABLE
     save_detector(detector, fit_detector("knn", run.predictor, run.config, run.dataset))
-    runs.write_json(table, {"near": [], "rows": [{"label": "a", "figures": {"accuracy": {"mean": 0.5, "std": None}}}]})
+    files.write_json(table, {"near": [], "rows": [{"label": "a", "figures": {"accuracy": {"mean": 0.5, "std": None}}}]})
     epochs = run.config.epochs
 
     def learned() -> dict[str, Any]:
@@ -164,13 +165,13 @@ def readers(folder: Path) -> dict[Path, Callable[[], Any]]:
         return {"name": read.name, "threshold": read.threshold, "k": read.k, "bank": read.bank}
 
     return {
-        folder / runs.CONFIG: lambda: runs.read_json(folder / runs.CONFIG),
-        folder / runs.METRICS: lambda: runs.read_metrics(folder, epochs),
-        folder / runs.CHECKPOINT: lambda: runs.read_checkpoint(folder),
-        folder / runs.RESULTS: lambda: runs.read_json(folder / runs.RESULTS),
-        folder / runs.SCORES: lambda: runs.read_scores(folder),
+        folder / run_folder.CONFIG: lambda: files.read_json(folder / run_folder.CONFIG),
+        folder / run_folder.METRICS: lambda: run_folder.read_metrics(folder, epochs),
+        folder / run_folder.CHECKPOINT: lambda: run_folder.read_checkpoint(folder),
+        folder / run_folder.RESULTS: lambda: files.read_json(folder / run_folder.RESULTS),
+        folder / run_folder.SCORES: lambda: run_folder.read_scores(folder),
         detector: learned,
-        table: lambda: runs.read_json(table),
+        table: lambda: files.read_json(table),
     }
 
 

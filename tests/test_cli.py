@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_moon import models, runs
-from sparse_moon.cli import main, presets
-from sparse_moon.config import TrainConfig
-from sparse_moon.evaluation import build_model, load_run
-from sparse_moon.inputs import load_dataset, plain_batches
+from sparse_moon.app import models, run_folder
+from sparse_moon.app.cli import main, presets
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.evaluate import build_model, load_run
+from sparse_moon.app.run_data import load_dataset, plain_batches
 from sparse_moon.ood import collect, load_detector
 
 QUICK = [
@@ -53,10 +53,10 @@ def test_train_says_what_came_of_it(tmp_path, capsys, monkeypatch):
     main(["train", *QUICK, "--seed", "3"])
     out = capsys.readouterr().out
     folder = Path("runs/digits-mlp-rigl-moon-0.9-seed3")
-    assert (folder / runs.REPORT).exists() and str(folder / runs.REPORT) in out
+    assert (folder / run_folder.REPORT).exists() and str(folder / run_folder.REPORT) in out
     for word in ("accuracy", "ECE", "noise", "energy", "AUROC", "FPR95", "sparsity 0.899"):
         assert word in out
-    assert json.loads((folder / runs.CONFIG).read_text())["seed"] == 3
+    assert json.loads((folder / run_folder.CONFIG).read_text())["seed"] == 3
 
 
 def test_settings_file_and_options(tmp_path, run):
@@ -65,7 +65,7 @@ def test_settings_file_and_options(tmp_path, run):
         "model: mlp\nwidth: 16\nepochs: 1\nbatch_size: 256\ninterval: 2\nood: [noise]\nexclude: [fc]\nmethod: static\n"
     )
     main(["train", "--config", str(settings), "--method", "set", "--out", str(tmp_path / "run")])
-    config = json.loads((tmp_path / "run" / runs.CONFIG).read_text())
+    config = json.loads((tmp_path / "run" / run_folder.CONFIG).read_text())
     assert (config["width"], config["method"], config["exclude"], config["ood"]) == (16, "set", ["fc"], ["noise"])
 
 
@@ -109,7 +109,7 @@ def test_resume_takes_the_runs_settings(run, capsys):
 def test_wrong_arguments_end_with_a_message_and_code_2(tmp_path, capsys, options, message):
     folder = tmp_path / "run"
     assert message in refused(capsys, "train", *QUICK, "--out", folder, *options)
-    assert not (folder / runs.RESULTS).exists()
+    assert not (folder / run_folder.RESULTS).exists()
 
 
 def test_bad_data_files(tmp_path, capsys):
@@ -131,14 +131,14 @@ def test_a_run_on_an_npz_file(tmp_path):
     np.savez(tmp_path / "other.npz", x=generator.integers(0, 255, (40, 12, 12, 3)).astype(np.uint8))
     options = [*QUICK[:-2], "--epochs", "12", "--batch-size", "30", "--ood", f"mine={tmp_path / 'other.npz'}"]
     main(["train", *options, "--dataset", str(tmp_path / "shades.npz"), "--out", str(tmp_path / "run")])
-    results = json.loads((tmp_path / "run" / runs.RESULTS).read_text())
+    results = json.loads((tmp_path / "run" / run_folder.RESULTS).read_text())
     assert results["id"]["accuracy"] > 0.9 and results["ood"].keys() == {"mine"}
 
 
 def test_eval_repeats_and_extends_the_runs_figures(run, capsys):
     main(["eval", str(run), "--json"])
     figures = json.loads(capsys.readouterr().out)
-    saved = json.loads((run / runs.RESULTS).read_text())
+    saved = json.loads((run / run_folder.RESULTS).read_text())
     assert figures["id"] == saved["id"] and figures["ood"] == saved["ood"]
     main(["eval", str(run), "--ood", "letters", "--score", "energy"])
     out = capsys.readouterr().out
@@ -174,12 +174,12 @@ def test_a_detector_for_a_service(run, tmp_path, capsys):
 
 
 def test_what_has_no_plain_dense_model(run, tmp_path, capsys):
-    state = runs.read_checkpoint(run)
+    state = run_folder.read_checkpoint(run)
     for change in ({"reliability": "generalized-odin"}, {"reliability": "cigl", "without": ("averaging",)}):
         config = replace(TrainConfig.from_dict(state["config"]), **change)
         model = build_model(config, load_dataset(config)).state_dict()
         saved = {**state, "config": asdict(config), "model": model, "members": [model]}
-        runs.write_checkpoint(tmp_path, saved)
+        run_folder.write_checkpoint(tmp_path, saved)
         assert "not with one plain mlp" in refused(capsys, "export", tmp_path, "--dense", tmp_path / "x.pt")
 
 
@@ -234,5 +234,5 @@ def test_module_entry_point_and_two_processes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report:") == 1
-    results = json.loads((tmp_path / "run" / runs.RESULTS).read_text())
+    results = json.loads((tmp_path / "run" / run_folder.RESULTS).read_text())
     assert results["id"]["accuracy"] > 0.3

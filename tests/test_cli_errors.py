@@ -14,11 +14,13 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from sparse_moon import cli, evaluation, flops, models, runs
-from sparse_moon.cli import main
-from sparse_moon.commands import flops as flops_command
-from sparse_moon.config import TrainConfig
-from sparse_moon.names import ModelName, Score, TrainingMethod
+from sparse_moon import files, flops
+from sparse_moon.app import cli, models, run_folder
+from sparse_moon.app import evaluate as evaluation
+from sparse_moon.app.cli import main
+from sparse_moon.app.commands import flops as flops_command
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.names import ModelName, Score, TrainingMethod
 from sparse_moon.ood import MSP, save_detector
 
 QUICK = ["--model", "mlp", "--width", "16", "--epochs", "2", "--interval", "2", "--batch-size", "256", "--ood", "noise"]
@@ -108,7 +110,7 @@ def test_mistakes_in_a_settings_file_get_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "--epoch", "3"], ["--version"], []])
 def test_what_is_said_at_once_imports_nothing_heavy(argv):
     code = (
-        "import json, sys\nfrom sparse_moon.cli import main\n"
+        "import json, sys\nfrom sparse_moon.app.cli import main\n"
         "try: main(json.loads(sys.argv[1]))\n"
         "except SystemExit: pass\n"
         f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]), file=sys.stderr)"
@@ -122,8 +124,8 @@ def test_what_is_said_at_once_imports_nothing_heavy(argv):
     [
         ("import sparse_moon; sparse_moon.__version__; dir(sparse_moon)", HEAVY),
         ("import sparse_moon as sm; sm.RigL, sm.UnknownAwareLoss, sm.tune", [*HEAVY[1:-1]]),
-        ("import sparse_moon.commands.flops", ["matplotlib", "sklearn"]),
-        ("import sparse_moon.commands.export", ["sparse_moon.report", "sparse_moon.figures"]),
+        ("import sparse_moon.app.commands.flops", ["matplotlib", "sklearn"]),
+        ("import sparse_moon.app.commands.export", ["sparse_moon.app.report", "sparse_moon.app.plots"]),
     ],
 )  # fmt: skip
 def test_imports_are_those_that_are_needed(code, absent):
@@ -215,16 +217,16 @@ def test_the_table_leads_with_one_score_fixed_beforehand(tmp_path, capsys):
 def test_resume_begins_a_run_that_is_not_there(tmp_path, capsys):
     command = ["train", *QUICK, "--quiet", "--resume", "--out", str(tmp_path / "run")]
     main(command)
-    before = (tmp_path / "run" / runs.RESULTS).read_bytes()
+    before = (tmp_path / "run" / run_folder.RESULTS).read_bytes()
     main(command)
-    assert (tmp_path / "run" / runs.RESULTS).read_bytes() == before
-    (tmp_path / "run" / runs.CONFIG).unlink()  # the checkpoint has the settings, too
+    assert (tmp_path / "run" / run_folder.RESULTS).read_bytes() == before
+    (tmp_path / "run" / run_folder.CONFIG).unlink()  # the checkpoint has the settings, too
     main(["train", "--quiet", "--resume", "--out", str(tmp_path / "run")])
-    assert runs.read_json(tmp_path / "run" / runs.CONFIG)["width"] == 16
+    assert files.read_json(tmp_path / "run" / run_folder.CONFIG)["width"] == 16
 
 
 def test_damaged_files_get_one_line(run, tmp_path, capsys):
-    for name in (runs.CHECKPOINT, runs.CONFIG):
+    for name in (run_folder.CHECKPOINT, run_folder.CONFIG):
         folder = tmp_path / name
         folder.mkdir()
         for path in run.iterdir():
@@ -233,7 +235,9 @@ def test_damaged_files_get_one_line(run, tmp_path, capsys):
         content[len(content) // 2] ^= 4
         (folder / name).write_bytes(content)
         command = (
-            ["eval", folder, "--score", "msp"] if name == runs.CHECKPOINT else ["train", "--resume", "--out", folder]
+            ["eval", folder, "--score", "msp"]
+            if name == run_folder.CHECKPOINT
+            else ["train", "--resume", "--out", folder]
         )
         assert name in refused(capsys, *command)
         assert (folder / name).read_bytes() == content
@@ -287,7 +291,7 @@ def test_full_disks_and_closed_pipes(tmp_path):
     command = f"ulimit -f 20; exec {' '.join(PROGRAM)} train {' '.join(QUICK)} --quiet --width 64 --out {tmp_path}/run"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "checkpoint.pt" in done.stderr
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {runs.CONFIG, runs.METRICS}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {run_folder.CONFIG, run_folder.METRICS}
     assert started("train", "--resume", "--quiet", "--out", f"{tmp_path}/run").returncode == 0
 
 
@@ -306,8 +310,8 @@ def test_ctrl_c_while_it_imports_and_while_it_trains(tmp_path):
     expected = (130, ["sparse-moon train: interrupted"])
     assert interrupted(lambda maps: "libtorch" in maps.read_text()) == expected
     assert interrupted(lambda maps: "matplotlib" in maps.read_text()) == expected
-    assert not (tmp_path / "run" / runs.CHECKPOINT).exists()
-    assert interrupted(lambda maps: (tmp_path / "run" / runs.CHECKPOINT).exists()) == expected
+    assert not (tmp_path / "run" / run_folder.CHECKPOINT).exists()
+    assert interrupted(lambda maps: (tmp_path / "run" / run_folder.CHECKPOINT).exists()) == expected
 
 
 @linux

@@ -10,10 +10,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from sparse_moon import compare, runs
-from sparse_moon.cli import main
-from sparse_moon.config import TrainConfig
-from sparse_moon.train import train
+from sparse_moon import files
+from sparse_moon.app import compare, run_folder
+from sparse_moon.app.cli import main
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.train import train
 
 QUICK = [
     "--model", "mlp", "--width", "32", "--epochs", "2", "--batch-size", "128", "--interval", "5", "--lr", "0.2",
@@ -37,7 +38,7 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     out = tmp_path / "all"
     broken = out / "rigl-moon-without-tuning-voting-0.9-seed0"
     compare._prepare(broken, settings(without=("tuning", "voting"), reliability="moon"))
-    (broken / runs.CHECKPOINT).write_bytes(b"damaged")
+    (broken / run_folder.CHECKPOINT).write_bytes(b"damaged")
     command = ["compare", *QUICK, "--out", str(out), "--method", "rigl", "--reliability", "none", "moon:-tuning-voting"]
     with pytest.raises(SystemExit) as stop:
         main([*command, "--sparsity", "0.9", "--seed", "0", "--jobs", "2"])
@@ -45,11 +46,11 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     printed = capsys.readouterr()
     assert "FAILED with code 2" in printed.out and "checkpoint.pt is damaged" in printed.out
     assert "1 runs failed: rigl-moon-without-tuning-voting-0.9-seed0" in printed.err
-    assert (out / "rigl-none-0.9-seed0" / runs.REPORT).exists() and (out / compare.PLOT).exists()
-    assert json.loads((out / "rigl-none-0.9-seed0" / runs.CONFIG).read_text())["width"] == 32
+    assert (out / "rigl-none-0.9-seed0" / run_folder.REPORT).exists() and (out / compare.PLOT).exists()
+    assert json.loads((out / "rigl-none-0.9-seed0" / run_folder.CONFIG).read_text())["width"] == 32
     assert [row["label"] for row in json.loads((out / compare.TABLE).read_text())["rows"]] == ["rigl none 0.9"]
 
-    (broken / runs.CHECKPOINT).unlink()  # as if it had been killed before its first epoch ended
+    (broken / run_folder.CHECKPOINT).unlink()  # as if it had been killed before its first epoch ended
     started = []
     start = compare._start
     monkeypatch.setattr(compare, "_start", lambda folder: (started.append(folder.name), start(folder))[1])
@@ -57,19 +58,19 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     printed = capsys.readouterr().out
     assert started == [broken.name] and "rigl-none-0.9-seed0: finished before" in printed
     assert "| rigl moon:-tuning-voting 0.9 | 1 |" in printed
-    assert json.loads((broken / runs.CONFIG).read_text())["without"] == ["tuning", "voting"]
+    assert json.loads((broken / run_folder.CONFIG).read_text())["without"] == ["tuning", "voting"]
 
     with pytest.raises(SystemExit) as stop:
         main(["compare", *QUICK, "--out", str(out), "--reliability", "none", "--lr", "0.1"])
     assert stop.value.code == 2 and "has lr 0.2, not 0.1" in capsys.readouterr().err
 
-    before = json.loads((out / "rigl-none-0.9-seed0" / runs.RESULTS).read_text())
+    before = json.loads((out / "rigl-none-0.9-seed0" / run_folder.RESULTS).read_text())
     monkeypatch.setattr(compare, "_start", lambda folder: pytest.fail("trained"))
     main(["compare", "--out", str(out), "--evaluate", "--ood", "photos", "noise", "--score", "energy", "knn"])
-    after = json.loads((out / "rigl-none-0.9-seed0" / runs.RESULTS).read_text())
+    after = json.loads((out / "rigl-none-0.9-seed0" / run_folder.RESULTS).read_text())
     assert after["ood"]["photos"].keys() == {"energy", "knn"} and after["time_s"] == before["time_s"]
     assert after["ood"]["letters"] == before["ood"]["letters"] and after["ood"]["noise"] == before["ood"]["noise"]
-    assert "photos" in (out / "rigl-none-0.9-seed0" / runs.REPORT).read_text()
+    assert "photos" in (out / "rigl-none-0.9-seed0" / run_folder.REPORT).read_text()
     (row,) = [r for r in json.loads((out / compare.TABLE).read_text())["rows"] if r["label"] == "rigl none 0.9"]
     far = [after["ood"][name]["energy"]["auroc"] for name in ("noise", "photos")]
     assert row["figures"]["auroc/far/energy"]["mean"] == pytest.approx(statistics.mean(far))
@@ -108,13 +109,13 @@ def test_sigterm_ends_the_runs_and_a_run_has_one_writer(tmp_path):
                "--out", str(tmp_path), "--reliability", "none"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            _wait(lambda: (folder / runs.CHECKPOINT).exists())
+            _wait(lambda: (folder / run_folder.CHECKPOINT).exists())
             with pytest.raises(ValueError, match="another process is writing the run in"):
                 train(config, folder, resume=True, progress=False)
         finally:
             process.terminate()
         assert process.wait() == 128 + signal.SIGTERM
-    with runs.only_writer(folder):  # the run was ended, too
+    with run_folder.only_writer(folder):  # the run was ended, too
         pass
 
 
@@ -128,9 +129,9 @@ def _wait(condition):
 def test_a_run_whose_checkpoint_was_removed_counts(tmp_path):
     write_run(tmp_path, CONFIG, accuracy=0.9, near=0.5, far=(0.5, 0.5), seconds=[1.0])
     path = tmp_path / compare.run_name(CONFIG)
-    (path / runs.CHECKPOINT).unlink()
+    (path / run_folder.CHECKPOINT).unlink()
     assert compare._finished(path)
-    (path / runs.RESULTS).unlink()
+    (path / run_folder.RESULTS).unlink()
     assert not compare._finished(path)
 
 
@@ -143,8 +144,8 @@ def write_run(folder, config, *, accuracy, near, far, seconds):
     path = folder / compare.run_name(config)
     path.mkdir(parents=True)
     old = {key: value for key, value in asdict(config).items() if key != "holdout"}  # written before it was a setting
-    runs.write_json(path / runs.CONFIG, old)
-    runs.write_metrics(path, [{"epoch": i + 1, "time_s": t} for i, t in enumerate(seconds)])
+    files.write_json(path / run_folder.CONFIG, old)
+    run_folder.write_metrics(path, [{"epoch": i + 1, "time_s": t} for i, t in enumerate(seconds)])
     metrics = {"noise": far[0], "photos": far[1], "letters": near}
     results = {
         "id": {"accuracy": accuracy, "ece": 0.1, "nll": 0.5},
@@ -152,8 +153,8 @@ def write_run(folder, config, *, accuracy, near, far, seconds):
         "flops": {"forward_dense": 100.0, "forward_sparse": 10.0, "passes": 2, "train_ratio": 0.2},
         "time_s": sum(seconds),
     }
-    runs.write_json(path / runs.RESULTS, results)
-    runs.write_checkpoint(path, {"model": {}, "config": {}, "epoch": 2, "finished": True})
+    files.write_json(path / run_folder.RESULTS, results)
+    run_folder.write_checkpoint(path, {"model": {}, "config": {}, "epoch": 2, "finished": True})
 
 
 def test_the_table_by_hand(tmp_path):
@@ -164,10 +165,10 @@ def test_the_table_by_hand(tmp_path):
     write_run(tmp_path, replace(moon, sparsity=0.95), accuracy=0.7, near=0.6, far=(0.5, 0.6), seconds=[6.0, 6.0])
     unfinished = tmp_path / "rigl-none-0.5-seed0"
     unfinished.mkdir()
-    runs.write_json(unfinished / runs.CONFIG, {})
+    files.write_json(unfinished / run_folder.CONFIG, {})
 
     table = compare.write_table(tmp_path)
-    assert table == runs.read_json(tmp_path / compare.TABLE) and table["near"] == ["letters"]
+    assert table == files.read_json(tmp_path / compare.TABLE) and table["near"] == ["letters"]
     rows = {row["label"]: row for row in table["rows"]}
     assert list(rows) == ["rigl moon:-voting 0.9", "rigl none 0.9", "rigl moon:-voting 0.95"]
     none = rows["rigl none 0.9"]["figures"]
@@ -232,8 +233,8 @@ def test_dense_runs_are_not_repeated_for_each_sparsity(tmp_path, monkeypatch):
 
 
 def test_scores_are_merged(tmp_path):
-    runs.write_scores(tmp_path, {"id/msp": np.ones(3)})
-    assert runs.read_scores(tmp_path)["id/msp"].tolist() == [1.0, 1.0, 1.0]
-    (tmp_path / runs.SCORES).write_bytes(b"no")
+    run_folder.write_scores(tmp_path, {"id/msp": np.ones(3)})
+    assert run_folder.read_scores(tmp_path)["id/msp"].tolist() == [1.0, 1.0, 1.0]
+    (tmp_path / run_folder.SCORES).write_bytes(b"no")
     with pytest.raises(ValueError, match=r"scores\.npz is damaged"):
-        runs.read_scores(tmp_path)
+        run_folder.read_scores(tmp_path)

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import sparse_moon as sm
-from sparse_moon import models
+from sparse_moon.app import models
 from sparse_moon.ood import CosineHead
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_moon import runs
-from sparse_moon.config import TrainConfig
-from sparse_moon.train import train
+from sparse_moon import files
+from sparse_moon.app import run_folder
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.train import train
 
 CAMPAIGN = Path(__file__).parent / "faults.py"
 QUICK = TrainConfig(model="mlp", width=16, epochs=2, batch_size=256, interval=2, ood=["digits-8-9"])
@@ -56,14 +57,14 @@ def test_a_long_campaign_of_faults():
 def write_each(folder):
     """A small file of each kind, with what reads it and what should come of that."""
     content = {"format": "x", "weights": torch.arange(5.0), "more": {"n": 3}}
-    runs.write_archive(folder / "small.pt", content)
-    yield folder / "small.pt", lambda: runs.read_archive(folder / "small.pt", "such a file")
-    runs.write_scores(folder, {"id/msp": np.linspace(0, 1, 7), "correct": np.arange(7) % 2 == 0})
-    yield folder / runs.SCORES, lambda: runs.read_scores(folder)
-    runs.write_json(folder / runs.RESULTS, {"id": {"ece": 0.25, "nll": None}, "epochs": 2, "layers": ["a", "b"]})
-    yield folder / runs.RESULTS, lambda: runs.read_json(folder / runs.RESULTS)
-    runs.write_metrics(folder, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": float("nan")}])
-    yield folder / runs.METRICS, lambda: runs.read_metrics(folder, 2)
+    files.write_archive(folder / "small.pt", content)
+    yield folder / "small.pt", lambda: files.read_archive(folder / "small.pt", "such a file")
+    run_folder.write_scores(folder, {"id/msp": np.linspace(0, 1, 7), "correct": np.arange(7) % 2 == 0})
+    yield folder / run_folder.SCORES, lambda: run_folder.read_scores(folder)
+    files.write_json(folder / run_folder.RESULTS, {"id": {"ece": 0.25, "nll": None}, "epochs": 2, "layers": ["a", "b"]})
+    yield folder / run_folder.RESULTS, lambda: files.read_json(folder / run_folder.RESULTS)
+    run_folder.write_metrics(folder, [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": float("nan")}])
+    yield folder / run_folder.METRICS, lambda: run_folder.read_metrics(folder, 2)
 
 
 def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
@@ -87,11 +88,11 @@ def test_no_flipped_bit_and_no_truncation_goes_unnoticed(tmp_path):
 def test_json_of_other_making_is_read(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"a": [1, 2]}')
-    assert runs.read_json(path) == {"a": [1, 2]}
-    runs.write_json(path, {"a": 1})
+    assert files.read_json(path) == {"a": [1, 2]}
+    files.write_json(path, {"a": 1})
     path.write_text(path.read_text().replace('"a": 1', '"a": 2'))
     with pytest.raises(ValueError, match=r"x\.json is damaged: its checksum is crc32:\w+, not crc32:\w+; drop it if"):
-        runs.read_json(path)
+        files.read_json(path)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +105,9 @@ def test_json_of_other_making_is_read(tmp_path):
     ],
 )
 def test_other_content_is_no_checkpoint(tmp_path, state):
-    torch.save(state, tmp_path / runs.CHECKPOINT)
+    torch.save(state, tmp_path / run_folder.CHECKPOINT)
     with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint of sparse_moon"):
-        runs.read_checkpoint(tmp_path)
+        run_folder.read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +126,12 @@ def test_other_content_is_no_checkpoint(tmp_path, state):
     ],
 )
 def test_a_checkpoint_that_does_not_fit(finished, tmp_path, edit, message):
-    state = runs.read_checkpoint(finished)
+    state = run_folder.read_checkpoint(finished)
     edit(state)
-    runs.write_checkpoint(tmp_path, {**state, "finished": False})
+    run_folder.write_checkpoint(tmp_path, {**state, "finished": False})
     with pytest.raises(ValueError, match=message):
         train(QUICK, tmp_path, resume=True, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == [runs.CHECKPOINT]
+    assert [path.name for path in tmp_path.iterdir()] == [run_folder.CHECKPOINT]
 
 
 def test_files_reach_the_disk_before_they_take_their_place(tmp_path, monkeypatch):
@@ -145,7 +146,7 @@ def test_files_reach_the_disk_before_they_take_their_place(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace_(a, b)))
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc")
-    runs.write_text(tmp_path / "a.txt", "content")
+    files.write_text(tmp_path / "a.txt", "content")
     assert done[0].startswith(".a.txt.") and done[1:] == ["replace", tmp_path.name]
 
 
@@ -154,7 +155,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     kept = [tmp_path / name for name in (".notes.pt", "checkpoint.pt.bak", ".checkpoint.pt.swp")]
     for path in left + kept:
         path.write_text("x")
-    with runs.only_writer(tmp_path):
+    with run_folder.only_writer(tmp_path):
         pass
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
@@ -165,14 +166,17 @@ def test_one_who_is_refused_leaves_the_folder(tmp_path):
     folder = tmp_path / "runs" / "a"
     code = (
         "import sys, time; from pathlib import Path; from sparse_moon import runs\n"
-        "with runs.only_writer(Path(sys.argv[1])):\n"
+        "with run_folder.only_writer(Path(sys.argv[1])):\n"
         "    print('locked', flush=True); sys.stdin.readline(); (Path(sys.argv[1]) / 'x').touch()"
     )
     command = [sys.executable, "-c", code, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "locked\n"
         for _ in range(3):
-            with pytest.raises(ValueError, match="another process is writing the run in"), runs.only_writer(folder):
+            with (
+                pytest.raises(ValueError, match="another process is writing the run in"),
+                run_folder.only_writer(folder),
+            ):
                 pass
         assert folder.is_dir()
         first.communicate("\n")
@@ -184,15 +188,15 @@ def test_a_folder_that_vanishes_before_it_is_locked_is_made_again(tmp_path, monk
     """Its maker failed and removed it between this process' opening and locking it."""
     folder = tmp_path / "a"
     folder.mkdir()
-    flock = runs.fcntl.flock
+    flock = run_folder.fcntl.flock
 
     def late(handle, flags):
-        monkeypatch.setattr(runs.fcntl, "flock", flock)
+        monkeypatch.setattr(run_folder.fcntl, "flock", flock)
         folder.rmdir()
         flock(handle, flags)
 
-    monkeypatch.setattr(runs.fcntl, "flock", late)
-    with runs.only_writer(folder):
+    monkeypatch.setattr(run_folder.fcntl, "flock", late)
+    with run_folder.only_writer(folder):
         (folder / "x").touch()
         assert folder.is_dir()
 
@@ -200,7 +204,7 @@ def test_a_folder_that_vanishes_before_it_is_locked_is_made_again(tmp_path, monk
 def test_only_its_maker_removes_an_empty_folder(tmp_path):
     (tmp_path / "there").mkdir()
     for name in ("there", "new"):
-        with pytest.raises(OSError, match="fails"), runs.only_writer(tmp_path / name):
+        with pytest.raises(OSError, match="fails"), run_folder.only_writer(tmp_path / name):
             raise OSError("fails")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
@@ -208,7 +212,7 @@ def test_only_its_maker_removes_an_empty_folder(tmp_path):
 def test_a_finished_run_stays_as_it_is(finished):
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()}
     time.sleep(0.02)
-    assert train(QUICK, finished, resume=True, progress=False) == runs.read_json(finished / runs.RESULTS)
+    assert train(QUICK, finished, resume=True, progress=False) == files.read_json(finished / run_folder.RESULTS)
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()} == before
 
 
@@ -216,12 +220,12 @@ def test_a_finished_run_stays_as_it_is(finished):
 def test_what_was_removed_from_a_finished_run_comes_back(tmp_path, reliability):
     config = replace(QUICK, reliability=reliability)
     train(config, tmp_path, progress=False)
-    kept = {name: (tmp_path / name).read_bytes() for name in (runs.CHECKPOINT, runs.SCORES)}
-    results = runs.read_json(tmp_path / runs.RESULTS)
-    for name in (runs.RESULTS, runs.SCORES, runs.REPORT):
+    kept = {name: (tmp_path / name).read_bytes() for name in (run_folder.CHECKPOINT, run_folder.SCORES)}
+    results = files.read_json(tmp_path / run_folder.RESULTS)
+    for name in (run_folder.RESULTS, run_folder.SCORES, run_folder.REPORT):
         (tmp_path / name).unlink()
     train(config, tmp_path, resume=True, progress=False)
-    again = runs.read_json(tmp_path / runs.RESULTS)
+    again = files.read_json(tmp_path / run_folder.RESULTS)
     assert {**again, "environment": None} == {**results, "environment": None}
     assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
-    assert (tmp_path / runs.REPORT).exists()
+    assert (tmp_path / run_folder.REPORT).exists()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from sparse_moon import models
+from sparse_moon.app import models
 from sparse_moon.nn import sparse_layers, sparsify
 from sparse_moon.nn.fusion import BatchNormReLU2d, fuse
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sparse_moon.image_files import MAX_PIXELS, check_images, find_images, read_image
+from sparse_moon.app.image_files import MAX_PIXELS, check_images, find_images, read_image
 
 SIZE = (7, 5)
 

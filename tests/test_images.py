@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_moon.images import Batches, FolderImages, Images, TensorImages, convert
+from sparse_moon.app.images import Batches, FolderImages, Images, TensorImages, convert
 
 
 def random_pixels(*shape: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_moon as sm
-from sparse_moon import calibration, losses, metrics, ops
+from sparse_moon import losses, ops
+from sparse_moon.ood import calibration, metrics
 from sparse_moon.ops.labels import known_labels
 
 K, B = 4, 3

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from sparse_moon.calibration import adaptive_calibration_error, classwise_calibration_error, fit_temperature
-from sparse_moon.metrics import (
+from sparse_moon.ood.calibration import adaptive_calibration_error, classwise_calibration_error, fit_temperature
+from sparse_moon.ood.metrics import (
     accuracy,
     area_under_risk_coverage,
     brier_score,

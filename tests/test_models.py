@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_moon.models import MODELS, build
+from sparse_moon.app.models import MODELS, build
 
 SMALLEST = {name: model.smallest_image for name, model in MODELS.items()}
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_moon.metrics import ood_metrics
 from sparse_moon.nn import SparseLinear
 from sparse_moon.ood import (
     DETECTORS,
@@ -22,6 +21,7 @@ from sparse_moon.ood import (
     collect,
     evaluate,
 )
+from sparse_moon.ood.metrics import ood_metrics
 
 K = 3
 

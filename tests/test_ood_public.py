@@ -5,7 +5,6 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from sparse_moon.metrics import ood_metrics, open_set_classification_rate
 from sparse_moon.ood import (
     ASH,
     DICE,
@@ -25,6 +24,7 @@ from sparse_moon.ood import (
     ViM,
     collect,
 )
+from sparse_moon.ood.metrics import ood_metrics, open_set_classification_rate
 
 public = pytest.importorskip("pytorch_ood.detector", reason="needs pytorch-ood, of the test extra")
 functional = pytest.importorskip("pytorch_ood.metrics.functional")

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_moon as sm
-from sparse_moon import models
-from sparse_moon.config import TrainConfig
+from sparse_moon.app import models
+from sparse_moon.app.config import TrainConfig
 from sparse_moon.ops.native import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="needs the compiled CPU kernels")
@@ -132,8 +132,8 @@ def test_it_needs_the_fused_batch_norm():
 
 
 def test_the_command_line_passes_it_on():
-    from sparse_moon.evaluation import build_model
-    from sparse_moon.inputs import load_dataset
+    from sparse_moon.app.evaluate import build_model
+    from sparse_moon.app.run_data import load_dataset
 
     config = TrainConfig(fuse=True, recompute=True)
     model = build_model(config, load_dataset(config))

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparse_moon import runs
-from sparse_moon.cli import main
-from sparse_moon.config import TrainConfig
-from sparse_moon.evaluation import load_run
-from sparse_moon.train import Trainer, train
+from sparse_moon.app import run_folder
+from sparse_moon.app.cli import main
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.evaluate import load_run
+from sparse_moon.app.train import Trainer, train
 
 
 def images(count, seed=0, size=8):
@@ -37,7 +37,7 @@ def test_scores_that_few_images_do_not_allow_are_left_out_with_one_line(tmp_path
     assert len(said) == 1
     assert results["left_out"].keys() == {"knn"} and "knn" not in results["ood"]["noise"]
     assert {"msp", "mahalanobis", "energy", "dice"} <= results["ood"]["noise"].keys()
-    assert "knn was left out" in (tmp_path / "run" / runs.REPORT).read_text()
+    assert "knn was left out" in (tmp_path / "run" / run_folder.REPORT).read_text()
     assert load_run(tmp_path / "run").config.epochs == 2
 
 
@@ -72,7 +72,7 @@ def test_every_run_that_is_trained_is_finished(tmp_path, reliability, change):
         warnings.simplefilter("ignore")  # scores left out
         results = train(config(tmp_path, **settings), tmp_path / "run", progress=False)
     assert results["ood"].keys() == ({"one", "noise"} if settings["ood"] else set())
-    assert runs.read_checkpoint(tmp_path / "run")["finished"]
+    assert run_folder.read_checkpoint(tmp_path / "run")["finished"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_moon.cli import _parser, _with_presets, main
+from sparse_moon.app.cli import _parser, _with_presets, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

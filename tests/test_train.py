@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_moon import runs
+from sparse_moon import files
 from sparse_moon.algorithms import RigL
-from sparse_moon.config import TrainConfig
-from sparse_moon.evaluation import load_run
-from sparse_moon.train import train
+from sparse_moon.app import run_folder
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.evaluate import load_run
+from sparse_moon.app.train import train
 
 QUICK = TrainConfig(
     model="mlp", width=64, epochs=5, batch_size=64, interval=5, sparsity=0.8, ood=["digits-8-9", "noise"], lr=0.2
@@ -31,7 +32,7 @@ def whole(tmp_path_factory):
 
 
 def final_state(folder):
-    return runs.read_checkpoint(folder)
+    return run_folder.read_checkpoint(folder)
 
 
 def assert_same_end(a, b):
@@ -41,7 +42,7 @@ def assert_same_end(a, b):
         assert [k for k in first[part] if not torch.equal(first[part][k], second[part][k])] == []
     strip = [[{k: v for k, v in row.items() if k != "time_s"} for row in s["history"]] for s in (first, second)]
     assert strip[0] == strip[1]
-    results = [runs.read_json(f / runs.RESULTS) for f in (a, b)]
+    results = [files.read_json(f / run_folder.RESULTS) for f in (a, b)]
     assert all(r.pop("time_s") > 0 and r.pop("environment") for r in results) and results[0] == results[1]
 
 
@@ -50,8 +51,8 @@ def test_a_run_writes_its_folder(whole):
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoint.pt", "results.json", "scores.npz", "report.html",
     }  # fmt: skip
-    assert runs.read_json(folder / runs.RESULTS) == results
-    rows = [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
+    assert files.read_json(folder / run_folder.RESULTS) == results
+    rows = [json.loads(line) for line in (folder / run_folder.METRICS).read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert sum(row["topology_updates"] for row in rows) > 3 and rows[0]["w"] == 0.0 and rows[-1]["w"] == 1.0
     assert all(row["density"] == rows[0]["density"] for row in rows)
@@ -69,7 +70,7 @@ def test_a_run_writes_its_folder(whole):
     assert results["sparsity"]["target"] == 0.8
     assert results["sparsity"]["actual"] == pytest.approx(0.8, abs=0.001)
     assert results["flops"].keys() == {"forward_dense", "forward_sparse", "passes", "train_ratio"}
-    with np.load(folder / runs.SCORES) as scores:
+    with np.load(folder / run_folder.SCORES) as scores:
         assert scores["confidence"].shape == scores["correct"].shape == scores["id/msp"].shape
 
 
@@ -92,7 +93,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, monkeypatc
         patch.setattr(RigL, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(QUICK, tmp_path, progress=False)
-    assert not (tmp_path / runs.RESULTS).exists()
+    assert not (tmp_path / run_folder.RESULTS).exists()
     train(QUICK, tmp_path, resume=True, progress=False)
     assert_same_end(whole[0], tmp_path)
 
@@ -116,7 +117,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
     for attempt in range(2):
         process = subprocess.Popen([*command, killed, *["--resume"] * (attempt > 0)], **quiet)
-        while process.poll() is None and not (tmp_path / "killed" / runs.CHECKPOINT).exists():
+        while process.poll() is None and not (tmp_path / "killed" / run_folder.CHECKPOINT).exists():
             time.sleep(0.01)
         time.sleep(random.uniform(0.0, 0.3) if attempt == 0 else random.uniform(3.0, 6.0))
         process.send_signal(signal.SIGKILL)
@@ -133,7 +134,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
 def test_other_methods(tmp_path, change):
     config = replace(QUICK, epochs=2, **change)
     results = train(config, tmp_path, progress=False)
-    rows = runs.read_checkpoint(tmp_path)["history"]
+    rows = run_folder.read_checkpoint(tmp_path)["history"]
     assert results["sparsity"]["actual"] == pytest.approx(0.0 if config.method == "dense" else 0.8, abs=0.001)
     assert (sum(row["topology_updates"] for row in rows) > 0) == (config.method in ("set", "rigl"))
     assert ("w" in rows[0]) == ("unknown" in results["ood"]["noise"]) == (config.reliability == "moon")
@@ -154,7 +155,7 @@ def test_load_run_gives_the_finished_model(whole):
     run = load_run(whole[0])
     model = run.network
     assert run.config == QUICK and run.predictor is model and not model.training
-    state = runs.read_checkpoint(whole[0])
+    state = run_folder.read_checkpoint(whole[0])
     assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
     averages = [v for k, v in state["average"].items() if k.startswith("average_")]  # sparse values come first
     parameters = sorted(model.named_parameters(), key=lambda item: not item[0].endswith("values"))
@@ -170,9 +171,9 @@ def test_a_folder_with_a_run_is_not_overwritten(whole):
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "other", "empty"])
 def test_damaged_checkpoints(whole, tmp_path, damage):
-    (tmp_path / runs.CONFIG).write_bytes((whole[0] / runs.CONFIG).read_bytes())
-    checkpoint = tmp_path / runs.CHECKPOINT
-    content = (whole[0] / runs.CHECKPOINT).read_bytes()
+    (tmp_path / run_folder.CONFIG).write_bytes((whole[0] / run_folder.CONFIG).read_bytes())
+    checkpoint = tmp_path / run_folder.CHECKPOINT
+    content = (whole[0] / run_folder.CHECKPOINT).read_bytes()
     checkpoint.write_bytes(
         {"truncated": content[: len(content) // 2], "text": b"no", "empty": b"", "other": b""}[damage]
     )
@@ -181,11 +182,11 @@ def test_damaged_checkpoints(whole, tmp_path, damage):
     before = checkpoint.read_bytes()
     with pytest.raises(ValueError, match=r"checkpoint\.pt is (damaged|not a checkpoint)"):
         train(QUICK, tmp_path, resume=True, progress=False)
-    assert checkpoint.read_bytes() == before and not (tmp_path / runs.RESULTS).exists()
+    assert checkpoint.read_bytes() == before and not (tmp_path / run_folder.RESULTS).exists()
 
 
 def test_a_checkpoint_of_another_model(whole, tmp_path):
-    (tmp_path / runs.CHECKPOINT).write_bytes((whole[0] / runs.CHECKPOINT).read_bytes())
+    (tmp_path / run_folder.CHECKPOINT).write_bytes((whole[0] / run_folder.CHECKPOINT).read_bytes())
     with pytest.raises(ValueError, match="does not fit this run"):
         train(replace(QUICK, width=32), tmp_path, resume=True, progress=False)
 
@@ -197,21 +198,21 @@ class Evil:
 
 def test_checkpoints_load_without_executing_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Evil(), "config": {}, "epoch": 0}, tmp_path / runs.CHECKPOINT)
+    torch.save({"model": Evil(), "config": {}, "epoch": 0}, tmp_path / run_folder.CHECKPOINT)
     with pytest.raises(ValueError, match="damaged or not a checkpoint"):
-        runs.read_checkpoint(tmp_path)
+        run_folder.read_checkpoint(tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was(tmp_path):
     with pytest.raises(ValueError, match=r"the loss is nan in epoch \d+.*lower lr than 1e\+30"):
         train(replace(QUICK, lr=1e30, method="static"), tmp_path, progress=False)
-    assert not (tmp_path / runs.RESULTS).exists()
+    assert not (tmp_path / run_folder.RESULTS).exists()
 
 
 def test_an_unfinished_run_is_not_evaluated(whole, tmp_path):
-    state = runs.read_checkpoint(whole[0])
-    runs.write_checkpoint(tmp_path, {**state, "finished": False})
+    state = run_folder.read_checkpoint(whole[0])
+    run_folder.write_checkpoint(tmp_path, {**state, "finished": False})
     with pytest.raises(ValueError, match="has not finished"):
         load_run(tmp_path)
 

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sparse_moon import runs
+from sparse_moon.app import run_folder
+from sparse_moon.app.config import TrainConfig, parse_label
+from sparse_moon.app.evaluate import build_model, evaluate_model, fit_detector, load_run, predictor
+from sparse_moon.app.run_data import load_dataset, load_ood_sets, plain_batches
+from sparse_moon.app.train import Trainer, _flops, train
 from sparse_moon.averaging import PredictionAverage, StochasticPasses
-from sparse_moon.config import TrainConfig, parse_label
-from sparse_moon.evaluation import build_model, evaluate_model, fit_detector, load_run, predictor
-from sparse_moon.inputs import load_dataset, load_ood_sets, plain_batches
 from sparse_moon.losses import VirtualOutlierLoss
 from sparse_moon.nn import overall_sparsity, sparse_layers, weight_layers
 from sparse_moon.ood import CosineHead, collect
-from sparse_moon.train import Trainer, _flops, train
 
 SMALL = TrainConfig(
     model="mlp", width=16, epochs=4, batch_size=64, interval=5, sparsity=0.8, ood=[], lr=0.2, vote_from=0.5, stop=0.5,
@@ -334,7 +334,7 @@ def test_temperature_and_p_come_from_held_out_images(held, monkeypatch):
     for name in ("ece", "nll", "brier", "classwise_ece", "adaptive_ece"):
         assert calibration[f"{name}_before"] == results["id"][name] != calibration[f"{name}_after"]
     assert results["dice"]["p"] in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
-    monkeypatch.setattr("sparse_moon.evaluation.choose_p", lambda *a, **k: 0.3)
+    monkeypatch.setattr("sparse_moon.app.evaluate.choose_p", lambda *a, **k: 0.3)
     figures, _ = evaluate_model(run.predictor, config, data, load_ood_sets(config, data), ["dice"])
     assert figures["dice"] == {"p": 0.3}
 
@@ -377,15 +377,15 @@ def test_runs_of_older_versions_load(tmp_path, held):
     """A checkpoint without the settings and the state that were added later."""
     config = replace(SMALL, epochs=1)
     train(config, tmp_path, progress=False)
-    state = runs.read_checkpoint(tmp_path)
+    state = run_folder.read_checkpoint(tmp_path)
     later = [*list(asdict(config))[-13:]]
     assert later[0] == "holdout"
     old = {key: value for key, value in state["config"].items() if key not in later}
-    runs.write_checkpoint(tmp_path, {**{k: v for k, v in state.items() if k != "members"}, "config": old})
+    run_folder.write_checkpoint(tmp_path, {**{k: v for k, v in state.items() if k != "members"}, "config": old})
     run = load_run(tmp_path)
     assert run.config == config
     trainer = Trainer(run.config, run.dataset)
-    trainer.load_state_dict({k: v for k, v in runs.read_checkpoint(tmp_path).items() if k != "members"})
+    trainer.load_state_dict({k: v for k, v in run_folder.read_checkpoint(tmp_path).items() if k != "members"})
     with pytest.raises(ValueError, match=r"unknown settings \['hold'\]"):
         TrainConfig.from_dict({**old, "hold": 0.1})
 

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_moon.metrics import ood_metrics
 from sparse_moon.ood.detector import Detector, check_share
 from sparse_moon.ood.features import check_size
 from sparse_moon.ood.logits import known_logits
+from sparse_moon.ood.metrics import ood_metrics
 from sparse_moon.ood.outputs import Head, Outputs, features_of, linear_head
 from sparse_moon.ood.passes import Batches, collect, read_batch
 from sparse_moon.ood.shaping import Shaping

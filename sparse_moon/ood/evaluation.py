@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sparse_moon.metrics import ood_metrics
 from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.dice import DICE
 from sparse_moon.ood.features import KNN, GradNorm, Mahalanobis, ViM
 from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
+from sparse_moon.ood.metrics import ood_metrics
 from sparse_moon.ood.outputs import Outputs, joined, linear_head
 from sparse_moon.ood.passes import Batches, collect, each_batch, model_device
 from sparse_moon.ood.shaping import ASH, SCALE, ReAct

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_moon.metrics import check_logits, class_probabilities
 from sparse_moon.ood.detector import Detector
+from sparse_moon.ood.metrics import check_logits, class_probabilities
 from sparse_moon.ood.outputs import Outputs
 from sparse_moon.ood.passes import model_logits
 

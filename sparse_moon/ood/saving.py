@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_moon import runs
-from sparse_moon.metrics import check_scores
+from sparse_moon import files
 from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.dice import DICE
 from sparse_moon.ood.features import KNN, GeneralizedODIN, GradNorm, Mahalanobis, ViM
 from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
+from sparse_moon.ood.metrics import check_scores
 from sparse_moon.ood.shaping import ASH, SCALE, ReAct
 
 FORMAT = "sparse_moon detector 1"
@@ -68,7 +68,7 @@ def save_detector(path: Path | str, detector: Detector) -> None:
         ValueError: a detector that is not fitted, or not one of this package.
         OSError: the file cannot be written.
     """
-    runs.write_archive(Path(path), {"format": FORMAT, "detector": _to_dict(detector)})
+    files.write_archive(Path(path), {"format": FORMAT, "detector": _to_dict(detector)})
 
 
 def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detector:
@@ -77,7 +77,7 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detec
     Raises:
         ValueError: a file that is missing, damaged, or not a detector of this package.
     """
-    content = runs.read_archive(Path(path), "a detector")
+    content = files.read_archive(Path(path), "a detector")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a detector of this version of sparse_moon")
     try:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_moon import data
-from sparse_moon.config import TrainConfig
+from sparse_moon.app import datasets
+from sparse_moon.app.config import TrainConfig
 
 _HOLDOUT_STREAM = 1  # apart from the orders of the epochs, which are hashed from (seed, epoch) as well
 
 
 @dataclass(frozen=True, eq=False)
-class RunData(data.DataSet):
+class RunData(datasets.DataSet):
     """A data set of which a part of the training images is kept out of training.
 
     Attributes:
@@ -23,13 +23,13 @@ class RunData(data.DataSet):
         holdout: the part, or None.
     """
 
-    holdout: data.Images | None = None
+    holdout: datasets.Images | None = None
 
 
-class _Part(data.Images):
+class _Part(datasets.Images):
     """Some images of another source."""
 
-    def __init__(self, images: data.Images, indices: Tensor) -> None:
+    def __init__(self, images: datasets.Images, indices: Tensor) -> None:
         self.images, self.indices, self.shape = images, indices, images.shape
         self.labels = None if images.labels is None else images.labels[indices]
 
@@ -48,8 +48,8 @@ def load_dataset(config: TrainConfig) -> RunData:
         FileNotFoundError: it is not there.
     """
     root = None if config.data_root is None else Path(config.data_root)
-    whole = data.load(config.dataset, root, download=config.download, image_size=config.image_size)
-    content = {field.name: getattr(whole, field.name) for field in fields(data.DataSet)}
+    whole = datasets.load(config.dataset, root, download=config.download, image_size=config.image_size)
+    content = {field.name: getattr(whole, field.name) for field in fields(datasets.DataSet)}
     if not config.holdout:
         return RunData(**content)
     size = len(whole.train)
@@ -69,14 +69,14 @@ def load_dataset(config: TrainConfig) -> RunData:
     return RunData(**{**content, "train": _Part(whole.train, kept)}, holdout=_Part(whole.train, held))
 
 
-def load_ood_sets(config: TrainConfig, dataset: data.DataSet) -> dict[str, data.Images]:
+def load_ood_sets(config: TrainConfig, dataset: datasets.DataSet) -> dict[str, datasets.Images]:
     """The run's out-of-distribution sets by name, in the shape of its data.
 
     Raises:
         ValueError: a set that cannot be read, two of one name, or a name that cannot stand in the results.
     """
     root = None if config.data_root is None else Path(config.data_root)
-    specs = data.default_ood(config.dataset) if config.ood is None else config.ood
+    specs = datasets.default_ood(config.dataset) if config.ood is None else config.ood
     names = [spec.partition("=")[0] for spec in specs]
     for i, name in enumerate(names):
         if name == "id":
@@ -85,13 +85,13 @@ def load_ood_sets(config: TrainConfig, dataset: data.DataSet) -> dict[str, data.
             raise ValueError(f"the name of an OOD set must be printable text, got {name!r}")
         if name in names[:i]:
             raise ValueError(f"two OOD sets are called {name!r}")
-    sets: dict[str, data.Images] = {}
+    sets: dict[str, datasets.Images] = {}
     for spec in specs:
-        name, images = data.load_ood(spec, dataset, root, seed=config.seed, download=config.download)
+        name, images = datasets.load_ood(spec, dataset, root, seed=config.seed, download=config.download)
         sets[name] = images
     return sets
 
 
-def plain_batches(images: data.Images, dataset: data.DataSet, config: TrainConfig) -> data.Batches:
+def plain_batches(images: datasets.Images, dataset: datasets.DataSet, config: TrainConfig) -> datasets.Batches:
     """Batches in order, without augmentation."""
-    return data.Batches(images, dataset.mean, dataset.std, config.batch_size, device=config.device)
+    return datasets.Batches(images, dataset.mean, dataset.std, config.batch_size, device=config.device)

@@ -10,17 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparse_moon import data, models, runs
+from sparse_moon.app import datasets, models, run_folder
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.run_data import RunData, load_dataset, plain_batches
 from sparse_moon.averaging import PredictionAverage, StochasticPasses
-from sparse_moon.calibration import adaptive_calibration_error, classwise_calibration_error, fit_temperature
-from sparse_moon.config import TrainConfig
-from sparse_moon.inputs import RunData, load_dataset, plain_batches
-from sparse_moon.metrics import (
-    area_under_risk_coverage,
-    class_probabilities,
-    classification_metrics,
-    open_set_classification_rate,
-)
 from sparse_moon.nn import layer_densities, sparsify, weight_layers
 from sparse_moon.nn.fusion import fuse
 from sparse_moon.ood import (
@@ -38,13 +31,20 @@ from sparse_moon.ood import (
     fit_detectors,
     threshold,
 )
+from sparse_moon.ood.calibration import adaptive_calibration_error, classwise_calibration_error, fit_temperature
+from sparse_moon.ood.metrics import (
+    area_under_risk_coverage,
+    class_probabilities,
+    classification_metrics,
+    open_set_classification_rate,
+)
 from sparse_moon.random_mask import RandomMask
 
 SCORES = {**DETECTORS, GeneralizedODIN.name: GeneralizedODIN}
 """Every score that a run can be evaluated with, by name."""
 
 
-def build_model(config: TrainConfig, dataset: data.DataSet) -> nn.Module:
+def build_model(config: TrainConfig, dataset: datasets.DataSet) -> nn.Module:
     """The run's network at its start, with a random topology unless the method is dense."""
     model = _dense_model(config, dataset)
     if config.method != "dense":
@@ -61,14 +61,14 @@ def build_model(config: TrainConfig, dataset: data.DataSet) -> nn.Module:
     return model
 
 
-def final_densities(config: TrainConfig, dataset: data.DataSet) -> dict[str, float]:
+def final_densities(config: TrainConfig, dataset: datasets.DataSet) -> dict[str, float]:
     """Density by layer that a method which prunes is to end with."""
     with torch.device("meta"):
         model = _dense_model(config, dataset)
     return layer_densities(model, config.sparsity, config.allocation, pattern=config.pattern, exclude=_exclude(config))
 
 
-def _start_sparsity(config: TrainConfig, dataset: data.DataSet) -> float | None:
+def _start_sparsity(config: TrainConfig, dataset: datasets.DataSet) -> float | None:
     """Sparsity at the start of a method that begins with more weights than it ends with."""
     if config.method != "top-kast":
         return config.first_sparsity
@@ -82,7 +82,7 @@ def _start_sparsity(config: TrainConfig, dataset: data.DataSet) -> float | None:
     return 1.0 - trained / sum(numel.values())
 
 
-def _dense_model(config: TrainConfig, dataset: data.DataSet) -> nn.Module:
+def _dense_model(config: TrainConfig, dataset: datasets.DataSet) -> nn.Module:
     channels, size, _ = dataset.train.shape
     outputs = dataset.num_classes + config.unknown_unit
     return models.build(config.model, outputs, in_channels=channels, image_size=size, width=config.width)
@@ -93,7 +93,7 @@ def _exclude(config: TrainConfig) -> tuple[str, ...]:
 
 
 def predictor(
-    config: TrainConfig, dataset: data.DataSet, model: nn.Module, members: Sequence[Mapping[str, Tensor]]
+    config: TrainConfig, dataset: datasets.DataSet, model: nn.Module, members: Sequence[Mapping[str, Tensor]]
 ) -> nn.Module:
     """What a finished run predicts with, in evaluation mode: its network, several passes of it, or several networks.
 
@@ -109,7 +109,7 @@ def predictor(
     return model.eval()
 
 
-def _loaded(config: TrainConfig, dataset: data.DataSet, state: Mapping[str, Tensor]) -> nn.Module:
+def _loaded(config: TrainConfig, dataset: datasets.DataSet, state: Mapping[str, Tensor]) -> nn.Module:
     """The run's network in this state."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is said of a random topology, which the state's replaces
@@ -141,7 +141,7 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
     Raises:
         ValueError: a folder without a finished run, or damaged files.
     """
-    state = runs.read_checkpoint(folder)
+    state = run_folder.read_checkpoint(folder)
     if not state["finished"]:
         raise ValueError(f"the run in {folder} has not finished: continue it with --resume")
     config = TrainConfig.from_dict({**state["config"], **({} if device is None else {"device": device})})
@@ -183,7 +183,7 @@ def evaluate_model(
     model: nn.Module,
     config: TrainConfig,
     dataset: RunData,
-    ood_sets: Mapping[str, data.Images],
+    ood_sets: Mapping[str, datasets.Images],
     scores: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """ID and OOD figures of a model, from one pass over each set (and one more a score that perturbs its input).

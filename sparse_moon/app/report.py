@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_moon import figures, runs
-from sparse_moon.config import TrainConfig
-from sparse_moon.data import GROUPS, ood_group
-from sparse_moon.metrics import CalibrationBins, calibration_bins
+from sparse_moon import files
+from sparse_moon.app import plots, run_folder
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.datasets import GROUPS, ood_group
+from sparse_moon.ood.metrics import CalibrationBins, calibration_bins
 
 _METRICS = {  # key: heading, which class is positive, whether more is better
     "auroc": ("AUROC", "the same with ID or OOD positive", True),
@@ -88,20 +89,20 @@ def write_report(run_dir: Path, *, score: str | None = None) -> Path:
         *([_section("Made", _settings(run.environment))] if run.environment else []),
     ]
     title = escape(f"{run.config['model']} on {_dataset(run)} · sparse_moon")
-    path = run_dir / runs.REPORT
+    path = run_dir / run_folder.REPORT
     page = _PAGE.format(title=title, style=_STYLE, body="\n".join(sections))
-    runs.write_text(path, page, errors="backslashreplace")  # paths need not be text
+    files.write_text(path, page, errors="backslashreplace")  # paths need not be text
     return path
 
 
 def _read_run(folder: Path) -> _Run:
-    config = _mapping(runs.read_json(folder / runs.CONFIG), folder / runs.CONFIG)
+    config = _mapping(files.read_json(folder / run_folder.CONFIG), folder / run_folder.CONFIG)
     for key in ("dataset", "model", "method"):
         if not isinstance(config.get(key), str):
-            raise ValueError(f"{folder / runs.CONFIG} has no text {key!r}")
+            raise ValueError(f"{folder / run_folder.CONFIG} has no text {key!r}")
 
-    path = folder / runs.RESULTS
-    results = _mapping(runs.read_json(path), path)
+    path = folder / run_folder.RESULTS
+    results = _mapping(files.read_json(path), path)
     epochs = results.get("epochs")
     part = {key: _mapping(results.get(key), path, key) for key in ("id", "ood", "sparsity", "flops", "memory")}
     ood: dict[str, dict[str, dict[str, float]]] = {}
@@ -112,16 +113,16 @@ def _read_run(folder: Path) -> _Run:
     memory_keys = [f"{name}_bytes" for name in _MEMORY] + [f"dense_{name}_bytes" for name in _MEMORY[:3]] + ["ratio"]
 
     calibration = _mapping(results.get("calibration") or {}, path, "calibration")
-    arrays = _read_scores(folder / runs.SCORES)
+    arrays = _read_scores(folder / run_folder.SCORES)
     wanted = {name: list(by_score) for name, by_score in ood.items()}
     wanted["id"] = list(dict.fromkeys(score for by_score in ood.values() for score in by_score))
     for key in ["confidence", "correct", *(f"{name}/{score}" for name in wanted for score in wanted[name])]:
         if key not in arrays:
-            raise ValueError(f"{folder / runs.SCORES} has no array {key!r}")
+            raise ValueError(f"{folder / run_folder.SCORES} has no array {key!r}")
     try:
         bins = calibration_bins(torch.from_numpy(arrays["confidence"]), torch.from_numpy(arrays["correct"]))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / runs.SCORES} is damaged: {error}") from None
+        raise ValueError(f"{folder / run_folder.SCORES} is damaged: {error}") from None
     return _Run(
         config=config,
         history=_read_metrics(folder, epochs if isinstance(epochs, int) else None),
@@ -165,11 +166,11 @@ def _numbers(content: Any, path: Path, where: str, keys: Iterable[str]) -> dict[
 
 def _read_metrics(folder: Path, epochs: int | None) -> dict[str, np.ndarray]:
     """Columns of ``metrics.jsonl``."""
-    path = folder / runs.METRICS
+    path = folder / run_folder.METRICS
     columns = ["epoch", *(column for _, series, _, _ in _CURVES for column in series.values())]
     rows = [
         _numbers(dict.fromkeys(columns) | row, path, f"line {number}", columns)
-        for number, row in enumerate(runs.read_metrics(folder, epochs), 1)
+        for number, row in enumerate(run_folder.read_metrics(folder, epochs), 1)
     ]
     if any(math.isnan(row["epoch"]) for row in rows):
         raise ValueError(f"{path} has lines without an epoch")
@@ -178,7 +179,7 @@ def _read_metrics(folder: Path, epochs: int | None) -> dict[str, np.ndarray]:
 
 def _read_scores(path: Path) -> dict[str, np.ndarray]:
     """The arrays of ``scores.npz``: one-dimensional, not empty, without NaN; ``correct`` bool, the others floating."""
-    arrays = runs.read_scores(path.parent)
+    arrays = run_folder.read_scores(path.parent)
     for name, array in arrays.items():
         if array.ndim != 1 or not len(array) or array.dtype.kind != ("b" if name == "correct" else "f"):
             raise ValueError(f"{path} is damaged: {name!r} has shape {array.shape} and type {array.dtype}")
@@ -278,8 +279,8 @@ def _in_distribution(run: _Run) -> str:
     facts = f'<div class="card"><h3>{count:,} test images</h3>{table}</div>'
     return (
         f'<div class="grid plots">{facts}'
-        + _figure("Reliability diagram", f"15 bins, ECE {ece}", figures.reliability_diagram(run.bins))
-        + _figure("Confidence", "of right and wrong predictions", figures.confidence_histogram(run.bins))
+        + _figure("Reliability diagram", f"15 bins, ECE {ece}", plots.reliability_diagram(run.bins))
+        + _figure("Confidence", "of right and wrong predictions", plots.confidence_histogram(run.bins))
         + "</div>"
     )
 
@@ -299,15 +300,15 @@ def _out_of_distribution(run: _Run, chosen: str | None) -> str:
     sets = {name: by_score[chosen] for name, by_score in run.scores.items() if name != "id"}
     # from three on, two histograms, one above the other, stand beside the ROC curves
     tall, roc_height, height = ("tall", 390, 170) if len(sets) > 2 else ("", 300, 300)
-    plots = [_figure("ROC curves", "ID positive", figures.roc_curves(ids, sets, chosen, height=roc_height), tall)]
+    pictures = [_figure("ROC curves", "ID positive", plots.roc_curves(ids, sets, chosen, height=roc_height), tall)]
     for i, (name, scores) in enumerate(sets.items()):
         note = f"{len(scores):,} images, AUROC {_percent(run.ood[name][chosen]['auroc'])}"
-        svg = figures.score_histogram(ids, scores, name, chosen, number=i, height=height)
-        plots.append(_figure(name, note, svg))
+        svg = plots.score_histogram(ids, scores, name, chosen, number=i, height=height)
+        pictures.append(_figure(name, note, svg))
     fixed = chosen == run.config.get("headline", TrainConfig.headline)
     reason = " <small>the run's headline, fixed before it was tested</small>" if fixed else ""
     content += f'<h3 class="sub">Score <code>{escape(chosen)}</code>{reason}</h3>'
-    return content + f'<div class="grid plots">{"".join(plots)}</div>'
+    return content + f'<div class="grid plots">{"".join(pictures)}</div>'
 
 
 def _ood_tables(run: _Run) -> str:
@@ -358,13 +359,13 @@ def _table_card(title: str, note: str, head: str, body: str, css: str = "") -> s
 
 
 def _training(history: Mapping[str, np.ndarray]) -> str:
-    plots = []
+    pictures = []
     for title, series, log, percent in _CURVES:
         present = {label: history[column] for label, column in series.items() if np.isfinite(history[column]).any()}
         if present and not (log and not any((values > 0).any() for values in present.values())):
-            svg = figures.curve(history["epoch"].tolist(), present, title, log=log, percent=percent)
-            plots.append(_figure(title, "", svg))
-    return f'<div class="grid plots">{"".join(plots)}</div>'
+            svg = plots.curve(history["epoch"].tolist(), present, title, log=log, percent=percent)
+            pictures.append(_figure(title, "", svg))
+    return f'<div class="grid plots">{"".join(pictures)}</div>'
 
 
 def _network(run: _Run) -> str:
@@ -385,7 +386,7 @@ def _network(run: _Run) -> str:
     content = f'<div class="grid wide">{cards}</div>'
     if any(run.layers.values()):
         densities = {name: 1 - sparsity for name, sparsity in run.layers.items()}
-        chart = figures.density_chart(densities, 1 - run.sparsity)
+        chart = plots.density_chart(densities, 1 - run.sparsity)
         content += _figure("Density of every layer", "share of weights that exist, in %", chart, "chart")
     else:
         content += '<p class="card">All layers are dense.</p>'

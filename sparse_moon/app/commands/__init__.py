@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from sparse_moon.config import TrainConfig
+from sparse_moon.app.config import TrainConfig
 
 
 def settings(arguments: Mapping[str, Any]) -> TrainConfig:

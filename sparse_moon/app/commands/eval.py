@@ -7,10 +7,10 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from sparse_moon.evaluation import FinishedRun, evaluate_model, fit_detector, load_run
-from sparse_moon.inputs import load_ood_sets
+from sparse_moon.app.evaluate import FinishedRun, evaluate_model, fit_detector, load_run
+from sparse_moon.app.run_data import load_ood_sets
+from sparse_moon.app.tables import format_results
 from sparse_moon.ood import save_detector
-from sparse_moon.tables import format_results
 
 
 def run(arguments: Namespace) -> None:

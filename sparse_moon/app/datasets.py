@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
 
-from sparse_moon.generated_images import GENERATED
-from sparse_moon.image_files import ENDINGS, MAX_PIXELS, check_images, find_images, visible
-from sparse_moon.images import Batches, FolderImages, Images, Shape, TensorImages, convert
+from sparse_moon.app.generated_images import GENERATED
+from sparse_moon.app.image_files import ENDINGS, MAX_PIXELS, check_images, find_images, visible
+from sparse_moon.app.images import Batches, FolderImages, Images, Shape, TensorImages, convert
 
 __all__ = [
     "FAR_OOD",
@@ -126,7 +126,7 @@ def load(
             - a path that ends in ``.npz``: arrays ``x_train, y_train, x_test, y_test`` as in Keras. Images (N, H, W),
               (N, H, W, C) or (N, C, H, W), uint8 or floating point in [0, 1]; labels integer, (N,) or (N, 1).
             - a folder with ``train/`` and ``test/`` or ``val/``, each with a folder of images for every class, nested
-              in any way, see `sparse_moon.image_files`. Every test image is decoded once, so that a damaged one is
+              in any way, see `sparse_moon.app.image_files`. Every test image is decoded once, so that a damaged one is
               found now, and at most 20,000 of the training images, for the statistics; of the others the header.
 
             The classes are those of the training labels, which must be 0..K-1, also where a file has the name of a
@@ -352,7 +352,7 @@ def load_ood(
 
     Args:
         spec: ``NAME=PATH``, where PATH is a .npz file with the images in ``x`` or ``x_test`` (as in `load`) or a folder
-            of images, nested in any way, see `sparse_moon.image_files`, each decoded once so that a damaged one is
+            of images, nested in any way, see `sparse_moon.app.image_files`, each decoded once so that a damaged one is
             found now; NAME is printable, without ``/`` and not ``id``; or one of the names
 
             - ``digits-8-9``: the held-out digits 8 and 9, for ``digits`` only;

@@ -1,6 +1,6 @@
 """The command line: ``sparse-moon train | compare | eval | flops | export``.
 
-Here is what parses it, which must not take seconds to say what is wrong; ``sparse_moon.commands`` does the work.
+Here is what parses it, which must not take seconds to say what is wrong; ``sparse_moon.app.commands`` does the work.
 """
 
 import difflib
@@ -25,8 +25,8 @@ from jsonargparse import ArgumentParser
 
 import sparse_moon
 from sparse_moon.allocation import Allocation
-from sparse_moon.config import TrainConfig
-from sparse_moon.names import ModelName, Score, TrainingMethod
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.names import ModelName, Score, TrainingMethod
 
 _COMMANDS = {
     "train": "train, evaluate and report one sparse model",
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with _ending_at_once(program):
             arguments = _parser(program).parse_args(_with_presets(given))
-            run = import_module(f"sparse_moon.commands.{arguments.command}").run
+            run = import_module(f"sparse_moon.app.commands.{arguments.command}").run
         options = arguments[arguments.command]
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing if options.get("quiet") else sys.stdout):
             run(options)
@@ -222,7 +222,7 @@ def _suggestion(word: str, known: Sequence[str]) -> str:
 
 def presets() -> dict[str, Path]:
     """The settings of the papers that the package brings, by name."""
-    folder = Path(str(files("sparse_moon.presets")))
+    folder = Path(str(files("sparse_moon.app.presets")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from sparse_moon import compare
-from sparse_moon.commands import settings
-from sparse_moon.config import TrainConfig, parse_label
+from sparse_moon.app import compare
+from sparse_moon.app.commands import settings
+from sparse_moon.app.config import TrainConfig, parse_label
 
 
 def run(arguments: Namespace) -> None:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from sparse_moon.images import Shape
+from sparse_moon.app.images import Shape
 
 
 def _photos(shape: Shape, rng: np.random.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_moon.image_files import MAX_PIXELS, read_image
+from sparse_moon.app.image_files import MAX_PIXELS, read_image
 
 Shape = tuple[int, int, int]
 """(C, H, W)"""
@@ -73,7 +73,7 @@ class FolderImages(Images):
     """Image files, decoded when they are used: for data larger than memory.
 
     Args:
-        paths: N image files, see `sparse_moon.image_files`.
+        paths: N image files, see `sparse_moon.app.image_files`.
         shape: (C, H, W) that every image is converted to, as by `convert`.
         labels: int64 (N,).
         max_pixels: width times height of the largest image that is decoded.

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from sparse_moon.metrics import CalibrationBins
+from sparse_moon.ood.metrics import CalibrationBins
 
 _SERIES = 8  # CSS variables --c0 ... --c7; --c0 is the in-distribution colour
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"
@@ -199,7 +199,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figu
     """Accuracy, ECE and near and far AUROC of ``scores``: over the sparsity where there are several, or a line a row.
 
     Args:
-        rows: of ``table.json``, see :func:`sparse_moon.compare.write_table`.
+        rows: of ``table.json``, see :func:`sparse_moon.app.compare.write_table`.
     """
     columns = [[("accuracy", "accuracy"), ("ece", "ECE")]]
     for score in scores:

@@ -5,8 +5,9 @@ import json
 import torch
 from jsonargparse import Namespace
 
-from sparse_moon import flops, models
-from sparse_moon.config import START_SPARSITY
+from sparse_moon import flops
+from sparse_moon.app import models
+from sparse_moon.app.config import START_SPARSITY
 
 
 def run(arguments: Namespace) -> None:

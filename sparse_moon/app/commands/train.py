@@ -7,14 +7,15 @@ from pathlib import Path
 import torch.distributed as dist
 from jsonargparse import Namespace
 
-from sparse_moon import runs
-from sparse_moon.commands import settings
-from sparse_moon.compare import run_name
-from sparse_moon.config import TrainConfig
+from sparse_moon import files
+from sparse_moon.app import run_folder
+from sparse_moon.app.commands import settings
+from sparse_moon.app.compare import run_name
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.tables import format_results
+from sparse_moon.app.train import train
 from sparse_moon.distributed import rank
 from sparse_moon.memory import keep_freed_memory
-from sparse_moon.tables import format_results
-from sparse_moon.train import train
 
 
 def run(arguments: Namespace) -> None:
@@ -31,7 +32,7 @@ def run(arguments: Namespace) -> None:
     results = train(config, folder, resume=arguments.resume, progress=not arguments.quiet)
     if rank() == 0:
         print(format_results(results, config))
-        print(f"\nall scores, figures and curves are in the report: {folder / runs.REPORT}")
+        print(f"\nall scores, figures and curves are in the report: {folder / run_folder.REPORT}")
     if dist.is_initialized():
         dist.barrier()  # none leaves while another still needs it
         dist.destroy_process_group()
@@ -39,10 +40,10 @@ def run(arguments: Namespace) -> None:
 
 def _resumed(config: TrainConfig, folder: Path) -> TrainConfig:
     """The run's own settings, if there is one; what was asked for besides must not contradict them."""
-    if (folder / runs.CONFIG).exists():
-        saved = TrainConfig.from_dict(runs.read_json(folder / runs.CONFIG))
-    elif (folder / runs.CHECKPOINT).exists():
-        saved = TrainConfig.from_dict(runs.read_checkpoint(folder)["config"])
+    if (folder / run_folder.CONFIG).exists():
+        saved = TrainConfig.from_dict(files.read_json(folder / run_folder.CONFIG))
+    elif (folder / run_folder.CHECKPOINT).exists():
+        saved = TrainConfig.from_dict(run_folder.read_checkpoint(folder)["config"])
     else:
         return config
     for field in fields(TrainConfig):

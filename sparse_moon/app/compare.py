@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparse_moon import figures, runs
-from sparse_moon.config import TrainConfig
-from sparse_moon.data import GROUPS, ood_group
-from sparse_moon.evaluation import evaluate_model, load_run
-from sparse_moon.inputs import load_ood_sets
-from sparse_moon.report import write_report
+from sparse_moon import files
+from sparse_moon.app import plots, run_folder
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.datasets import GROUPS, ood_group
+from sparse_moon.app.evaluate import evaluate_model, load_run
+from sparse_moon.app.report import write_report
+from sparse_moon.app.run_data import load_ood_sets
 
 TABLE, MARKDOWN, PLOT, LOG = "table.json", "table.md", "plot.png", "log.txt"
 
@@ -106,12 +107,12 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> l
 
 def _prepare(folder: Path, config: TrainConfig) -> None:
     """Write the settings of a run that is to be started; those of one that is there must be the same."""
-    path = folder / runs.CONFIG
+    path = folder / run_folder.CONFIG
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, asdict(config))
+        files.write_json(path, asdict(config))
         return
-    saved, asked = (_experiment(c) for c in (TrainConfig.from_dict(runs.read_json(path)), config))
+    saved, asked = (_experiment(c) for c in (TrainConfig.from_dict(files.read_json(path)), config))
     for key, value in asked.items():
         if saved[key] != value:
             raise ValueError(f"the run in {folder} has {key} {saved[key]!r}, not {value!r}: choose another --out")
@@ -124,9 +125,9 @@ def _experiment(config: TrainConfig) -> dict[str, Any]:
 
 def _finished(folder: Path) -> bool:
     """Whether the run has its results and its last checkpoint, which may have been removed since to save space."""
-    if not (folder / runs.RESULTS).exists():
+    if not (folder / run_folder.RESULTS).exists():
         return False
-    return not (folder / runs.CHECKPOINT).exists() or bool(runs.read_checkpoint(folder)["finished"])
+    return not (folder / run_folder.CHECKPOINT).exists() or bool(run_folder.read_checkpoint(folder)["finished"])
 
 
 def _start(folder: Path) -> "subprocess.Popen[bytes]":
@@ -138,7 +139,7 @@ def _start(folder: Path) -> "subprocess.Popen[bytes]":
 
 
 def _summary(folder: Path) -> str:
-    results = runs.read_json(folder / runs.RESULTS)
+    results = files.read_json(folder / run_folder.RESULTS)
     return f"accuracy {results['id']['accuracy']:.4f}, ECE {results['id']['ece']:.4f}, {results['time_s']:.1f} s"
 
 
@@ -158,25 +159,25 @@ def evaluate_again(
     What is found goes beside what the run's results.json and scores.npz hold already, or in its place.
 
     Raises:
-        ValueError: no finished run, or as :func:`sparse_moon.evaluation.evaluate_model`.
+        ValueError: no finished run, or as :func:`sparse_moon.app.evaluate.evaluate_model`.
     """
     for path in _run_folders(folder):
-        with runs.only_writer(path):
+        with run_folder.only_writer(path):
             run = load_run(path, device=device)
             config = run.config if ood is None else replace(run.config, ood=ood)
             sets = load_ood_sets(config, run.dataset)
             new, arrays = evaluate_model(run.predictor, config, run.dataset, sets, scores)
-            results = runs.read_json(path / runs.RESULTS)
+            results = files.read_json(path / run_folder.RESULTS)
             for name, by_score in new["ood"].items():
                 results["ood"].setdefault(name, {}).update(by_score)
-            runs.write_scores(path, {**runs.read_scores(path), **arrays})
-            runs.write_json(path / runs.RESULTS, {**results, **{k: v for k, v in new.items() if k != "ood"}})
+            run_folder.write_scores(path, {**run_folder.read_scores(path), **arrays})
+            files.write_json(path / run_folder.RESULTS, {**results, **{k: v for k, v in new.items() if k != "ood"}})
             write_report(path)
         print(f"{path.name}: evaluated on {', '.join(new['ood'])}", flush=True)
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    found = [path.parent for path in sorted(folder.glob(f"*/{runs.RESULTS}")) if _finished(path.parent)]
+    found = [path.parent for path in sorted(folder.glob(f"*/{run_folder.RESULTS}")) if _finished(path.parent)]
     if not found:
         raise ValueError(f"{folder} holds no finished run")
     return found
@@ -209,10 +210,10 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
     """
     groups: dict[str, list[_Run]] = {}
     for path in _run_folders(folder):
-        config = TrainConfig.from_dict(runs.read_json(path / runs.CONFIG))
-        results = runs.read_json(path / runs.RESULTS)
+        config = TrainConfig.from_dict(files.read_json(path / run_folder.CONFIG))
+        results = files.read_json(path / run_folder.RESULTS)
         try:
-            epochs = [row["time_s"] for row in runs.read_metrics(path, results.get("epochs"))]
+            epochs = [row["time_s"] for row in run_folder.read_metrics(path, results.get("epochs"))]
             run = _Run(_experiment(config), results, statistics.median(epochs), config.headline)
             _figures(run)
         except (KeyError, TypeError, AttributeError) as error:
@@ -246,10 +247,10 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
     rows.sort(key=lambda row: (row["settings"]["sparsity"], row["settings"]["method"], row["label"]))
     headline = members[0][0].headline
     table: dict[str, Any] = {**_groups(members[0][0]), "headline": headline, "rows": rows}
-    runs.write_json(folder / TABLE, table)
-    runs.write_text(folder / MARKDOWN, format_markdown(table))
-    with runs.replacing(folder / PLOT) as temporary:
-        figures.comparison(rows, [headline]).savefig(temporary, dpi=150)
+    files.write_json(folder / TABLE, table)
+    files.write_text(folder / MARKDOWN, format_markdown(table))
+    with files.replacing(folder / PLOT) as temporary:
+        plots.comparison(rows, [headline]).savefig(temporary, dpi=150)
     return table
 
 

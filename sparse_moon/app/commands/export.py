@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from sparse_moon import runs
-from sparse_moon.evaluation import load_run
+from sparse_moon import files
+from sparse_moon.app.evaluate import load_run
 from sparse_moon.nn import densify
 
 
@@ -32,5 +32,5 @@ def run(arguments: Namespace) -> None:
         "config": asdict(config),
         "state_dict": densify(finished.network).state_dict(),
     }
-    runs.write_archive(target, content)
+    files.write_archive(target, content)
     print(f"wrote {target}: state_dict of a plain {config.model}, load it with torch.load(..., weights_only=True)")

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from sparse_moon import data, flops, runs
+from sparse_moon import files, flops
 from sparse_moon.algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
+from sparse_moon.app import datasets, run_folder
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.environment import environment
+from sparse_moon.app.evaluate import build_model, check_dtypes, evaluate_model, final_densities, predictor, scores_for
+from sparse_moon.app.report import write_report
+from sparse_moon.app.run_data import RunData, load_dataset, load_ood_sets, plain_batches
 from sparse_moon.averaging import TicketAverage, WeightAverage, refresh_batch_norm
-from sparse_moon.config import TrainConfig
 from sparse_moon.distributed import mean_over_processes_, rank, world_size
-from sparse_moon.environment import environment
-from sparse_moon.evaluation import build_model, check_dtypes, evaluate_model, final_densities, predictor, scores_for
-from sparse_moon.inputs import RunData, load_dataset, load_ood_sets, plain_batches
 from sparse_moon.losses import (
     AbstainingLoss,
     AbstentionLoss,
@@ -34,7 +36,6 @@ from sparse_moon.losses import (
 from sparse_moon.nn import layer_sparsities, live_outputs, overall_sparsity, sparse_layers
 from sparse_moon.ood import CosineHead, classifier_head
 from sparse_moon.random_mask import RandomMask
-from sparse_moon.report import write_report
 from sparse_moon.schedules import Cosine
 
 # w in the last epoch, by dataset (arXiv 2403.20047, section 4.1).
@@ -51,7 +52,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.dataset = config, dataset
         self.device = torch.device(config.device)
-        self.batches = data.Batches(
+        self.batches = datasets.Batches(
             dataset.train, dataset.mean, dataset.std, config.batch_size, shuffle_seed=config.seed,
             augment=dataset.augment, device=config.device, rank=rank(), world_size=world_size(),
             drop_last=len(dataset.train) >= config.batch_size,  # batch norm cannot train on a rest of one image
@@ -275,7 +276,7 @@ class Trainer:
         """Turn the model into the average of the late epochs, if the run makes one, with batch norm refreshed.
 
         Returns:
-            What to predict with; see :func:`sparse_moon.evaluation.predictor`.
+            What to predict with; see :func:`sparse_moon.app.evaluate.predictor`.
         """
         if self.average is not None:
             self.average.copy_to(self.model)
@@ -340,19 +341,19 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, progress: 
             that cannot be read or is of other settings, a loss that is not finite. Earlier results stay intact.
         OSError: the folder cannot be written.
     """
-    with runs.only_writer(folder) if rank() == 0 else nullcontext():
+    with run_folder.only_writer(folder) if rank() == 0 else nullcontext():
         return _train(config, folder, resume=resume, progress=progress)
 
 
 def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
-    if not resume and (folder / runs.CONFIG).exists():
+    if not resume and (folder / run_folder.CONFIG).exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
-    state = runs.read_checkpoint(folder) if resume and (folder / runs.CHECKPOINT).exists() else None
+    state = run_folder.read_checkpoint(folder) if resume and (folder / run_folder.CHECKPOINT).exists() else None
     finished = state is not None and state["finished"]
     if state is not None:
         _check_settings(config, TrainConfig.from_dict(state["config"]))
-    if finished and all((folder / name).exists() for name in runs.FILES):
-        return runs.read_json(folder / runs.RESULTS)
+    if finished and all((folder / name).exists() for name in run_folder.FILES):
+        return files.read_json(folder / run_folder.RESULTS)
     dataset = load_dataset(config)
     ood_sets = load_ood_sets(config, dataset)
     if config.headline not in scores_for(config):
@@ -362,8 +363,8 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -
         trainer.load_state_dict(state)
     main = rank() == 0
     if main:
-        runs.write_json(folder / runs.CONFIG, asdict(config))
-        runs.write_metrics(folder, trainer.history)
+        files.write_json(folder / run_folder.CONFIG, asdict(config))
+        run_folder.write_metrics(folder, trainer.history)
 
     done = trainer.epoch * len(trainer.batches)
     shown = progress and main
@@ -372,8 +373,8 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -
         while trainer.epoch < config.epochs:
             trainer.run_epoch(bar)
             if main:
-                runs.write_checkpoint(folder, _checkpoint(trainer))
-                runs.write_metrics(folder, trainer.history)
+                run_folder.write_checkpoint(folder, _checkpoint(trainer))
+                run_folder.write_metrics(folder, trainer.history)
             if shown and not on_terminal:
                 print(_line(trainer), file=sys.stderr, flush=True)
     # a finished run is here again because files were removed since
@@ -403,7 +404,7 @@ def _checkpoint(trainer: Trainer, *, finished: bool = False) -> dict[str, Any]:
 
 
 def _results(
-    trainer: Trainer, model: nn.Module, ood_sets: Mapping[str, data.Images], folder: Path, finished: bool
+    trainer: Trainer, model: nn.Module, ood_sets: Mapping[str, datasets.Images], folder: Path, finished: bool
 ) -> dict[str, Any]:
     """Evaluate the finished model; write what is made from it, and its checkpoint unless that is there."""
     config, dataset = trainer.config, trainer.dataset
@@ -423,12 +424,12 @@ def _results(
         "time_s": sum(row["time_s"] for row in trainer.history),
         "environment": environment(config.device),
     }
-    runs.write_scores(folder, arrays)
-    runs.write_json(folder / runs.RESULTS, results)
+    run_folder.write_scores(folder, arrays)
+    files.write_json(folder / run_folder.RESULTS, results)
     write_report(folder)
     # last, because this checkpoint holds the finished model: a run killed before comes here again
     if not finished:
-        runs.write_checkpoint(folder, checkpoint)
+        run_folder.write_checkpoint(folder, checkpoint)
     return results
 
 

@@ -7,7 +7,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sparse_moon.allocation import Allocation, check_sparsity
-from sparse_moon.names import ModelName, Reliability, Score, TrainingMethod
+from sparse_moon.app.names import ModelName, Reliability, Score, TrainingMethod
 
 PARTS = {"moon": ("loss", "tuning", "voting"), "cigl": ("mask", "averaging")}
 """What ``without`` may leave out, by reliability method."""

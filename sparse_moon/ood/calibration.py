@@ -1,14 +1,20 @@
 """Calibration beyond the confidence of the prediction: class by class, in bins of equal mass, and by temperature.
 
-As in `sparse_moon.metrics`, functions take tensors on any device, compute in float64 and return Python floats, and a
-network with ``K + 1`` outputs has the unknown one last.
+As in `sparse_moon.ood.metrics`, functions take tensors on any device, compute in float64 and return Python floats, and
+a network with ``K + 1`` outputs has the unknown one last.
 """
 
 import math
 
 from torch import Tensor
 
-from sparse_moon.metrics import calibration_bins, check_labels, check_predictions, class_probabilities, mean_over_ties
+from sparse_moon.ood.metrics import (
+    calibration_bins,
+    check_labels,
+    check_predictions,
+    class_probabilities,
+    mean_over_ties,
+)
 
 _LARGEST_TEMPERATURE = 100.0
 
