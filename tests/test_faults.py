@@ -165,7 +165,7 @@ def test_one_who_is_refused_leaves_the_folder(tmp_path):
     """The first has made it, and has not written yet."""
     folder = tmp_path / "runs" / "a"
     code = (
-        "import sys, time; from pathlib import Path; from sparse_moon import runs\n"
+        "import sys, time; from pathlib import Path; from sparse_moon.app import run_folder\n"
         "with run_folder.only_writer(Path(sys.argv[1])):\n"
         "    print('locked', flush=True); sys.stdin.readline(); (Path(sys.argv[1]) / 'x').touch()"
     )

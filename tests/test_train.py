@@ -143,7 +143,7 @@ def test_other_methods(tmp_path, change):
 
 
 def test_memory_at_95_percent_is_at_most_12_percent_of_dense(tmp_path):
-    config = TrainConfig(epochs=1, sparsity=0.95, ood=["noise"])
+    config = TrainConfig(epochs=1, interval=10, sparsity=0.95, ood=["noise"])
     memory = train(config, tmp_path, progress=False)["memory"]
     dense = memory["dense_parameter_bytes"] + memory["dense_gradient_bytes"] + memory["dense_optimizer_bytes"]
     sparse = sum(memory[k] for k in ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "index_bytes"))
