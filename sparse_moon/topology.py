@@ -1,7 +1,7 @@
 """Which weights exist: block-compressed rows of a matrix, and its transpose index; see :mod:`sparse_moon.ops.index`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,6 @@ __all__ = [
 _MOST_BLOCKS = 2**31 - 1
 
 
-class _Lineage:
-    """What a topology and all copies of it share: how often any of them has moved."""
-
-    def __init__(self) -> None:
-        self.generation = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Lineage":
-        return self
-
-
 class Topology(nn.Module):
     """The set of non-zero blocks of a matrix, held as int32 buffers.
 
@@ -66,7 +56,12 @@ class Topology(nn.Module):
             dense weight gradient (see :class:`sparse_moon.algorithms.RigL`).
         transform: None, or what layers of this topology apply to their values before each product (see
             :class:`sparse_moon.random_mask.RandomMask`). Here, because layers that share values share it.
+        fingerprint: of the set of entries (see :mod:`sparse_moon.ops.check_index`); None without memory.
+        past: fingerprints that it had before it moved to this one.
+        moves: how often any topology of this process has moved.
     """
+
+    moves: ClassVar[int] = 0
 
     row_ptr: Tensor
     col: Tensor
@@ -92,18 +87,17 @@ class Topology(nn.Module):
         self.register_buffer("t_ptr", t_ptr, persistent=False)
         self.register_buffer("t_row", t_row, persistent=False)
         self.register_buffer("t_perm", t_perm, persistent=False)
-        self._lineage = _Lineage()
+        self.past: set[int] = set()
         self._adopt()
 
     def _adopt(self) -> None:
         """Take the present index for the right one; what other code makes of it is found by :meth:`check`."""
         index = self.index
-        self._generation = self._lineage.generation
         self._seen: tuple[Any, ...] = (*index, versions(index))
-        self._finding: Tensor | None = None  # of check_index; read when it has to be compared, not to wait for a device
+        self.fingerprint: int | None = None
         if index[1].device.type != "meta":
             with torch.no_grad():
-                self._finding = torch.ops.sparse_moon.check_index(*index)
+                self.fingerprint = int(torch.ops.sparse_moon.check_index(*index)[1])
         self._broadcast = False
 
     def check(self, *, broadcast: bool = False) -> None:
@@ -136,21 +130,23 @@ class Topology(nn.Module):
             return
         if type(col) is not Tensor or col.device.type == "meta":
             return
-        in_parallel = DistributedDataParallel._get_active_ddp_module() is not None
-        if not (in_parallel and self._broadcast):
-            self._check_now(index, adopt=in_parallel or broadcast)
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        in_parallel = ddp is not None and any(module is self for module in ddp.modules())
+        # where a look waits for the device, one is enough for what comes from rank 0 before each forward pass
+        if not (in_parallel and self._broadcast and col.is_cuda):
+            self._check_now(index, adopt=(in_parallel and not self._broadcast) or broadcast)
+            self._broadcast |= in_parallel
         self._seen = (*index, now)
 
     @torch.no_grad()
     def _check_now(self, index: Index, *, adopt: bool) -> None:
         fault, finding = index_form(index), [0, 0]
         if not fault:
-            found = torch.ops.sparse_moon.check_index(*index)
-            finding = found.tolist()
+            finding = torch.ops.sparse_moon.check_index(*index).tolist()
             fault = FAULTS[finding[0]]
         if not fault and adopt:
-            self._finding, self._broadcast = found, True
-        elif not fault and (self._finding is None or finding != self._finding.tolist()):
+            self.fingerprint = finding[1]
+        elif not fault and finding[1] != self.fingerprint:
             fault = "it lists other entries"
         if fault:
             raise RuntimeError(
@@ -158,17 +154,6 @@ class Topology(nn.Module):
                 f"its values have lost their places: {fault}. Average models with sm.EMA or sm.WeightAverage; write "
                 "into a model with load_state_dict, also after to_empty and after loading in place"
             )
-
-    def fingerprint(self) -> Tensor:
-        """A number (0-d int64) of the set of entries, on the topology's device."""
-        self.check()
-        assert self._finding is not None
-        return self._finding[1].to(self.col.device)
-
-    @property
-    def left_behind(self) -> bool:
-        """Whether a copy of this topology, or the one that it was copied from, has moved since."""
-        return self._generation != self._lineage.generation
 
     @classmethod
     def random(
@@ -283,8 +268,11 @@ class Topology(nn.Module):
                 old.copy_(new)
         else:
             self.row_ptr, self.col, self.t_ptr, self.t_row, self.t_perm = index
-        self._lineage.generation += 1
+        before = self.fingerprint
         self._adopt()
+        if before is not None and before != self.fingerprint:
+            self.past.add(before)
+            Topology.moves += 1
 
     def same_as(self, other: "Topology") -> bool:
         """Whether both describe the same set of blocks (waits for the device)."""
@@ -302,7 +290,7 @@ class Topology(nn.Module):
     ) -> None:
         row_ptr, col = state_dict.get(prefix + "row_ptr"), state_dict.get(prefix + "col")
         if row_ptr is not None and col is not None:
-            problem = self._problem(row_ptr, col, prefix)
+            problem = self.problem(row_ptr, col, prefix)
             if problem:
                 error_msgs.append(problem)
                 return
@@ -316,16 +304,17 @@ class Topology(nn.Module):
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
             if col is not None:
-                self._own_index()
+                self._own_index(copy=bool(local_metadata.get("assign_to_params_buffers")))
                 self._adopt()
+                self.past = set()
 
-    def _own_index(self) -> None:
+    def _own_index(self, *, copy: bool) -> None:
         """Make the index of what was loaded: int32 tensors that belong to no other model, with their transpose."""
-        row_ptr, col = (t.detach().to(torch.int32, copy=t.is_inference()) for t in (self.row_ptr, self.col))
+        row_ptr, col = (t.detach().to(torch.int32, copy=copy or t.is_inference()) for t in (self.row_ptr, self.col))
         self.row_ptr, self.col = row_ptr, col
         self.t_ptr, self.t_row, self.t_perm = torch.ops.sparse_moon.transpose_index(row_ptr, col, self.grid[1])
 
-    def _problem(self, row_ptr: Tensor, col: Tensor, prefix: str) -> str | None:
+    def problem(self, row_ptr: Tensor, col: Tensor, prefix: str) -> str | None:
         """What is wrong with foreign indices, or None."""
         if row_ptr.shape != self.row_ptr.shape:
             shapes = f"{tuple(row_ptr.shape)} in the checkpoint, {tuple(self.row_ptr.shape)} here"

@@ -92,6 +92,74 @@ def test_a_compiled_model_refuses_a_damaged_index():
         compiled(x)
 
 
+WORKER = """
+import sys, tempfile, os, torch, torch.distributed as dist, sparse_moon as sm
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+model = torch.nn.Sequential(sm.SparseLinear(512, 512, sparsity=0.9))
+run, x = DistributedDataParallel(model), torch.randn(8, 512)
+for _ in range(3): run(x).sum().backward()
+with torch.no_grad(): model[0].topology.col.fill_(1 << 29)
+try: run(x); print("ran")
+except RuntimeError as error: print("raised", "was changed by other code" in str(error))
+sys.stdout.flush(); os._exit(0)
+"""
+
+
+def test_a_damaged_index_is_found_in_a_parallel_model():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WORKER], capture_output=True, text=True)
+    assert done.stdout.strip() == "raised True", done.stderr
+
+
+def test_a_damaged_index_is_found_in_inference_mode():
+    with torch.inference_mode():
+        layer, x = sm.SparseLinear(512, 512, sparsity=0.9), torch.randn(8, 512)
+        layer(x)
+        layer.topology.col.fill_(1 << 29)
+        with pytest.raises(RuntimeError, match="was changed by other code"):
+            layer(x)
+
+
+WRITES = {
+    "rows": lambda w: w[3:].zero_(),
+    "columns": lambda w: w[:, 3:].zero_(),
+    "iteration": lambda w: [row.zero_() for row in w],
+    "chunk": lambda w: w.chunk(2)[0].zero_(),
+    "narrow": lambda w: torch.narrow(w, 0, 3, 2).zero_(),
+    "relu": lambda w: nn.functional.relu(w, inplace=True),
+    "foreach": lambda w: torch._foreach_mul_([w], 0.5),
+    "out": lambda w: torch.mul(torch.ones(48, 64), 2, out=w),
+    "init": nn.init.kaiming_normal_,
+    "data": lambda w: w.data.normal_(),
+    "item": lambda w: w.__setitem__(0, 1.0),
+    "add": lambda w: w.__iadd__(1.0),
+    "freeze": lambda w: w.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_writing_to_the_weight_is_an_error(write):
+    layer = mlp()[0]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="write to values"):
+        write(layer.weight)
+
+
+def test_the_weight_can_be_read_in_every_way(tmp_path):
+    layer = mlp()[0]
+    expected = layer.dense_weight().detach()
+    assert torch.equal(layer.weight.detach().cpu().clone(), expected) and layer.weight.shape == (48, 64)
+    assert (
+        torch.equal(layer.weight.data * 2, expected * 2) and (layer.weight.detach().numpy() == expected.numpy()).all()
+    )
+    torch.save(layer.weight.detach(), tmp_path / "w.pt")
+    for read in (torch.load(tmp_path / "w.pt"), copy.deepcopy(layer.weight.detach())):
+        assert type(read) is torch.Tensor and torch.equal(read, expected)
+    with pytest.raises(AttributeError, match="cannot be assigned"):
+        layer.weight = nn.Parameter(expected)
+    with pytest.raises(AttributeError, match="cannot be assigned"):
+        layer.weight = expected
+
+
 # --- layers made without memory
 
 
@@ -149,30 +217,173 @@ def test_averages_of_a_moving_topology_are_refused(number):
         average(torch.randn(3, 64))
 
 
-@pytest.mark.parametrize("how", ["lerp_", "data", "foreach", "mul_add", "teacher is the original", "evaluated between"])
-def test_averages_by_hand_are_refused(how):
+def lerp(average, model):
+    with torch.no_grad():
+        for old, new in zip(average.parameters(), model.parameters(), strict=True):
+            old.lerp_(new, 0.1)
+
+
+def by_data(average, model):
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.data.mul_(0.9).add_(new.data, alpha=0.1)
+
+
+def foreach(average, model):
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 0.1)
+
+
+def fresh(average, model):
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.data = 0.9 * old.data + 0.1 * new.data
+
+
+def attacked(average, model):
+    """Also one that a backward pass has reached."""
+    average(torch.randn(3, 64, requires_grad=True)).sum().backward()
+    lerp(average, model)
+
+
+def built_apart(model):
+    average = mlp()
+    average.load_state_dict(model.state_dict())
+    return average
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("decay", [lerp, by_data, foreach, fresh, attacked])
+@pytest.mark.parametrize("make", [copy.deepcopy, built_apart, pickled])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_averages_by_hand_are_refused(decay, make, swapped):
     model = mlp()
-    average = copy.deepcopy(model)
-    if how == "teacher is the original":
+    average = make(model)
+    if swapped and make is copy.deepcopy:
         model, average = average, model
-    x = torch.randn(3, 64)
     for _ in range(3):
         train(model)
-        pairs = list(zip(average.parameters(), model.parameters(), strict=True))
-        with torch.no_grad():
-            for old, new in pairs:
-                if how == "data":
-                    old.data.mul_(0.9).add_(new.data, alpha=0.1)
-                elif how == "mul_add":
-                    old.copy_(old * 0.9 + new * 0.1)
-                elif how != "foreach":
-                    old.lerp_(new, 0.1)
-            if how == "foreach":
-                torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 0.1)
+        decay(average, model)
+        average.zero_grad()
         with pytest.raises(RuntimeError, match=r"sm\.EMA"):
-            average(x)
+            average(torch.randn(3, 64))
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"sm\.EMA"):
-            average.eval()(x)
+            average.eval()(torch.randn(3, 64))
+        if decay is attacked:
+            break
+
+
+def snapshot(steps=9):
+    model = mlp()
+    copied = copy.deepcopy(model)
+    train(model, steps)
+    return copied, model
+
+
+def quantized():
+    copied, _ = snapshot()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.copy_((parameter * 64).round() / 64)
+    return copied
+
+
+def scaled():
+    copied, _ = snapshot()
+    for parameter in copied.parameters():
+        parameter.data.mul_(0.5)
+    return copied
+
+
+def initialised():
+    copied, _ = snapshot()
+    for parameter in copied.parameters():
+        parameter.data.normal_(0, 0.1)
+    return copied
+
+
+def tuned(by_hand=False):
+    """Trained on what the model is trained on."""
+    copied, _ = snapshot()
+    optimizer = torch.optim.SGD(copied.parameters(), 0.05)
+    for _ in range(30):
+        loss = copied(torch.randn(16, 64)).square().mean()
+        if by_hand:
+            for parameter, grad in zip(
+                copied.parameters(), torch.autograd.grad(loss, list(copied.parameters())), strict=True
+            ):
+                parameter.data -= 0.05 * grad
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return copied
+
+
+def averaged():
+    """sm.EMA and sm.WeightAverage."""
+    copied, model = snapshot()
+    ema = sm.EMA(model)
+    for _ in range(3):
+        train(model, 3)
+        ema.update(model)
+    ema.copy_to(copied)
+    return copied
+
+
+def siblings():
+    base = mlp()
+    one, other = copy.deepcopy(base), copy.deepcopy(base)
+    average = AveragedModel(one, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for _ in range(3):
+        train(one, method=sm.SET, stop=0.0)
+        average.update_parameters(one)
+    train(other)
+    return average
+
+
+@pytest.mark.parametrize("make", [
+    lambda: snapshot()[0], lambda: snapshot()[0].bfloat16().float(), quantized, scaled, initialised, tuned,
+    lambda: tuned(by_hand=True), averaged, siblings,
+])  # fmt: skip
+def test_other_changes_of_copies_are_no_averages(make):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        make()(torch.randn(3, 64))
+
+
+def test_copies_of_images_networks_that_are_trained_apart_are_no_averages():
+    """Neighbouring taps of two networks that learn the same are alike; slots of different places are not."""
+    images, labels = torch.randn(256, 3, 12, 12), torch.arange(256) % 4
+    images += torch.nn.functional.interpolate(torch.randn(4, 3, 4, 4), size=12, mode="bilinear")[labels] * 2
+    base = sm.sparsify(
+        nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 32, 5), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)),
+        0.5, "uniform", first_dense=False,
+    )  # fmt: skip
+    one, other = copy.deepcopy(base), copy.deepcopy(base)
+    for model, kind in ((one, sm.SET), (other, sm.Static)):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        method = kind(model, optimizer, **({"total_steps": 100, "interval": 8} if kind is sm.SET else {}))
+        for step in range(40):
+            part = slice(32 * (step % 8), 32 * (step % 8) + 32)
+            nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
+            method.step()
+            optimizer.zero_grad()
+        if kind is sm.SET:
+            other(images[:2])  # what has moved is known
+    other(images[:2])
+
+
+def test_frozen_models_can_be_copied():
+    model = mlp()
+    model[0].requires_grad_(False)
+    again = copy.deepcopy(copy.deepcopy(model).requires_grad_(False))
+    x = torch.randn(3, 64)
+    assert torch.equal(again(x), model(x)) and torch.equal(AveragedModel(model)(x), model(x))
 
 
 def test_averages_of_a_topology_that_stays_are_right():
@@ -228,7 +439,17 @@ def test_loading_leaves_a_consistent_topology(assign, inference, resized):
     for layer in sm.sparse_layers(model).values():
         assert int(torch.ops.sparse_moon.check_index(*layer.topology.index)[0]) == 0
     assert torch.equal(source(x), source(x))
-    source.load_state_dict(state)
+    source(x)  # whose index is its own
+
+
+def test_a_load_that_is_refused_leaves_the_layer_alone():
+    model, other, x = mlp(), mlp(), torch.randn(3, 64)
+    state, before = copy.deepcopy(other.state_dict()), model[0].dense_weight().clone()
+    state["0.topology.row_ptr"][1] = -1
+    with pytest.raises(RuntimeError, match="damaged"):
+        model.load_state_dict(state)
+    assert torch.equal(model[0].dense_weight(), before)
+    model(x)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -310,9 +531,11 @@ def test_a_graph_older_than_a_resize_raises(kind, read):
     assert layer.values.grad.shape == (3,)
 
 
-def test_a_graph_older_than_an_exchange_raises():
+@pytest.mark.parametrize("read", ["call", "weight", "dense_weight"])
+def test_a_graph_older_than_an_exchange_raises(read):
     layer = sm.SparseLinear(64, 64, sparsity=0.9)
-    loss = layer(torch.randn(8, 64)).sum()
+    reads = {"weight": lambda: layer.weight, "dense_weight": layer.dense_weight}
+    loss = reads.get(read, lambda: layer(torch.randn(8, 64)))().sum()
     index = build_index(torch.randperm(64 * 64)[: layer.topology.nnz].sort().values, layer.topology.grid)
     layer.replace_(index, layer.values.detach().clone())
     with pytest.raises(RuntimeError, match="inplace"):

@@ -141,7 +141,7 @@ class Skips(nn.Module):
     *[(kind, True) for kind in EXCHANGES], *[(kind, False) for kind in EXCHANGES if kind != "top-kast"],  # its penalty
 ])  # fmt: skip
 def test_a_layer_without_a_gradient_keeps_its_topology(kind, to_none):
-    model = sm.sparsify(Skips(), 0.8, "uniform", first_dense=False, selection="constant_fan_in")
+    model = sm.sparsify(Skips(), 0.75, "uniform", first_dense=False, selection="constant_fan_in")
     method = make(kind, model, total_steps=100)
     before = masks(model)
     for i in range(22):
@@ -165,17 +165,94 @@ def test_counts_are_kept_without_a_gradient(kind):
     assert model.a.topology.nnz == model.b.topology.nnz == expected
 
 
-def test_gradients_from_autograd_grad_move_nothing_that_has_no_dense_gradient():
+def by_inputs(model, x, y):
+    F.cross_entropy(model(x), y).backward(inputs=list(model.parameters()))
+
+
+def by_grad(model, x, y):
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        parameter.grad = grad
+
+
+def by_func(model, x, y):
+    def loss(parameters):
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), y)
+
+    grads = torch.func.grad(loss)(dict(model.named_parameters()))
+    for name, parameter in model.named_parameters():
+        parameter.grad = grads[name].detach()
+
+
+@pytest.mark.parametrize("how", [by_inputs, by_grad, by_func])
+@pytest.mark.parametrize("kind", ["rigl", "srigl"])
+def test_gradients_that_bring_no_dense_gradient_move_nothing_and_that_is_said(kind, how):
     model = net()
-    method, before = make("rigl", model), masks(model)
-    for _ in range(12):
-        x, y = batch()
-        grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-        for parameter, grad in zip(model.parameters(), grads, strict=True):
-            parameter.grad = grad
-        method.step()
-        method.optimizer.zero_grad()
-    assert not changed(before, model)
+    method, before = make(kind, model), masks(model)
+    with pytest.warns(UserWarning, match="no layer had a gradient in the update") as said:
+        for _ in range(12):
+            how(model, *batch())
+            method.step()
+            method.optimizer.zero_grad()
+    assert len(said) == 1 and not changed(before, model)
+
+
+@pytest.mark.parametrize("first", [4, 5])  # 5: the next batch is an update
+@pytest.mark.parametrize("kind", METHODS)
+def test_layers_that_are_frozen_later_stay_as_they_are(kind, first):
+    model = net()
+    method = make(kind, model)
+    train(model, method, first)
+    model[0].requires_grad_(False)
+    before, weight = masks(model), model[0].dense_weight().clone()
+    train(model, method, 16)
+    assert torch.equal(model[0].dense_weight(), weight) and "2" in changed(before, model)
+
+
+def test_layers_that_train_later_are_named():
+    model = net()
+    model[0].requires_grad_(False)
+    method = make("rigl", model, torch.optim.SGD(model.parameters(), 0.1))
+    train(model, method, 4)
+    model[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"\['0'\] train now, but were frozen when method 'rigl' was made"):
+        train(model, method, 2)
+
+
+class Reads(nn.Module):
+    """A layer that is called, and one that is read through its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32, bias=False), nn.Linear(32, 6)
+
+    def forward(self, x):
+        return self.b(F.linear(self.a(x).relu(), self.a.weight.t()))
+
+
+def test_the_dense_gradient_of_a_layer_that_is_read_is_whole():
+    model = sm.sparsify(Reads(), 0.6, "uniform", first_dense=False)
+    dense = sm.densify(copy.deepcopy(model))
+    x = torch.randn(16, 32)
+    probe = torch.zeros(()).expand(32, 32).detach().requires_grad_()
+    model.a.topology.probe = probe
+    for m in (model, dense):
+        m(x).square().sum().backward()
+    torch.testing.assert_close(probe.grad, dense.a.weight.grad)
+    torch.testing.assert_close(model.a.topology.gather(probe.grad), model.a.values.grad)
+
+    class Only(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 6)
+
+        def forward(self, x):
+            return F.linear(x, self.fc.weight, self.fc.bias)
+
+    model = sm.sparsify(Only(), 0.6, "uniform", first_dense=False)
+    before = masks(model)
+    train(model, make("rigl", model), 7)
+    assert changed(before, model) == ["fc"]
 
 
 # --- backward passes that are not the step's
@@ -349,9 +426,59 @@ def test_an_attached_method_trains_like_a_called_one(kind, closure, schedule):
         assert torch.equal(ours, theirs), name
 
 
-def test_an_attached_method_with_a_gradient_scaler():
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_attached_method_reads_gradients_without_their_scale(fused):
+    seen = []
+    for scale in (1.0, 65536.0):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+        method = make("mest", model, optimizer, interval=2, gradient_weight=1.0).attach()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(5):
+            scaler.scale(F.cross_entropy(model(batch()[0]), batch()[1])).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert method.steps == 5
+        seen.append(copy.deepcopy(model.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in seen), strict=True))
+
+
+def test_an_attached_method_is_not_called_besides():
     model = net()
-    method, scaler = make("rigl", model, interval=2).attach(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    method = make("rigl", model).attach()
+    backward(model, batch())
+    with pytest.raises(RuntimeError, match="is attached to its optimizer"):
+        method.step()
+
+
+def test_a_copy_and_a_method_after_it_know_nothing_of_an_update_batch():
+    model = net()
+    method = make("rigl", model)
+    train(model, method, 5)
+    copied = copy.deepcopy(model)
+    assert all(layer.topology.probe is None for layer in sm.sparse_layers(copied).values())
+    static = sm.Static(model, method.optimizer)
+    for _ in range(2):
+        backward(model, batch())
+    static.step()
+
+
+def test_names_that_begin_with_module_are_kept_apart():
+    model = nn.Module()
+    model.fc, model.module = nn.Linear(32, 32), nn.Module()
+    model.module.fc = nn.Linear(32, 6)
+    sm.sparsify(model, 0.6, "uniform", first_dense=False)
+    assert list(make("rigl", model).layers) == ["fc", "module.fc"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_attached_method_with_a_gradient_scaler(fused):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+    method = make("rigl", model, optimizer, interval=2).attach()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = masks(model)
     for step in range(7):
         x, y = batch()
@@ -554,7 +681,7 @@ try:
         x = torch.randn(8, 32)
         run(x).square().mean().backward()
         method.step(); optimizer.zero_grad()
-    print("trained", int(model[0].topology.fingerprint()), float(model[0].values.detach().sum()))
+    print("trained", model[0].topology.fingerprint, float(model[0].values.detach().sum()))
 except ValueError as error:
     print("refused", str(error)[:400])
 dist.barrier()

@@ -1,7 +1,8 @@
 """What every training method does each batch, and the frame of those that change the topology."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from sparse_moon import ops
 from sparse_moon.algorithms.optimizers import (
     attach,
+    check_state,
     inner_optimizers,
     is_stepping,
     move_state,
@@ -45,6 +48,7 @@ class Method:
     """
 
     name = "method"
+    attached = called_by_optimizer = False
     weight_decay_matters = True
     """Whether sparse weights are to have the weight decay that dense ones have."""
 
@@ -53,12 +57,15 @@ class Method:
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             for layer in sparse_layers(model).values():
                 layer.topology.check(broadcast=True)
-        every = {plain_name(name): layer for name, layer in sparse_layers(model).items()}
+        found = sparse_layers(model)
+        every = dict(zip(plain_names(found), found.values(), strict=True))
+        for layer in every.values():
+            layer.topology.probe = None  # of a method that was left in an update batch
         held = {id(parameter) for parameter in parameters_of(optimizer)}
         trainable = {name: layer for name, layer in every.items() if layer.values.requires_grad}
         self.layers = {name: layer for name, layer in trainable.items() if id(layer.values) in held}
-        self.untouched = [name for name in every if name not in self.layers]
-        """Names of the sparse layers that are no part of the method."""
+        self.untouched = {name: layer for name, layer in every.items() if name not in self.layers}
+        """The sparse layers that are no part of the method."""
         others = [name for name in trainable if name not in self.layers]
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if (trainable and not self.layers) or (parameters and held.isdisjoint(map(id, parameters))):
@@ -86,8 +93,11 @@ class Method:
 
     def _check_processes(self, when: str) -> None:
         if world_size() > 1 and self.layers:
-            prints = [layer.topology.fingerprint() for layer in self.layers.values()]
-            check_same(torch.stack(prints), f"{when} of method {self.name!r} the processes have different topologies")
+            layers = self.layers.values()
+            prints = torch.tensor(
+                [layer.topology.fingerprint for layer in layers], device=next(iter(layers)).values.device
+            )
+            check_same(prints, f"{when} of method {self.name!r} the processes have different topologies")
 
     @property
     def updates_now(self) -> bool:
@@ -104,11 +114,19 @@ class Method:
         Returns:
             True where the topology was updated. While accelerate accumulates gradients nothing happens: False.
         """
-        if not synchronizes(self.optimizer):
+        if not self._steps_now():
             return False
         self._step_optimizer(scaler, closure)
         self.steps += 1
         return False
+
+    def _steps_now(self) -> bool:
+        """Whether this batch ends with a step: not while accelerate accumulates gradients."""
+        if self.attached and not self.called_by_optimizer:
+            raise RuntimeError(
+                f"method {self.name!r} is attached to its optimizer: call optimizer.step(), not step() besides"
+            )
+        return synchronizes(self.optimizer)
 
     def attach(self) -> Self:
         """Make ``optimizer.step()`` do what :meth:`step` does, for loops of others (Lightning, Hugging Face).
@@ -210,7 +228,9 @@ class DynamicMethod(Method):
             raise ValueError(f"method {self.name!r} needs a model with sparse layers; call sparsify(model, ...) first")
         super().__init__(model, optimizer)
         if not self.layers:
-            raise ValueError(f"method {self.name!r} needs sparse layers that train, all are frozen: {self.untouched}")
+            raise ValueError(
+                f"method {self.name!r} needs sparse layers that train, all are frozen: {list(self.untouched)}"
+            )
         if total_steps < 1 or interval < 1 or not 0.0 <= stop <= 1.0:
             raise ValueError(
                 f"total_steps and interval must be positive and stop in [0, 1], got {total_steps}, {interval}, {stop}"
@@ -232,6 +252,9 @@ class DynamicMethod(Method):
                 stacklevel=3,
             )
         self._stepped = False
+        self._hooks: list[RemovableHandle] = []
+        self._reached: set[SparseLayer] = set()  # by a backward pass of an update batch
+        self._told: set[str] = set()  # what was said once
         inner_optimizers(optimizer)[-1].register_step_post_hook(self._notice)
 
     def _ever_updates(self) -> bool:
@@ -269,7 +292,7 @@ class DynamicMethod(Method):
         return max(self.stop_step - 1, 0) // self.interval * self.interval
 
     def step(self, scaler: GradScaler | None = None, closure: Callable[[], Any] | None = None) -> bool:
-        if not synchronizes(self.optimizer):
+        if not self._steps_now():
             return False
         self._stepped = True
         updates = updated = self.updates_now
@@ -298,6 +321,17 @@ class DynamicMethod(Method):
 
     def _prepare(self) -> None:
         """Called before each batch."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._reached = [], set()
+        if self.updates_now and self.exchanges:
+            for layer in self.layers.values():
+                if layer.values.requires_grad:
+                    hook = layer.values.register_post_accumulate_grad_hook(partial(self._note_gradient, layer))
+                    self._hooks.append(hook)
+
+    def _note_gradient(self, layer: SparseLayer, _: Tensor) -> None:
+        self._reached.add(layer)
 
     def _check_gradients(self, scaler: GradScaler | None) -> bool:
         """Whether the update may use this batch's gradients; without a scaler others than finite ones are an error."""
@@ -317,7 +351,7 @@ class DynamicMethod(Method):
     def takes_part(self, layer: SparseLayer) -> bool:
         """Whether the layer has a gradient in this batch."""
         grad = layer.values.grad
-        return grad is not None and bool(grad.any())
+        return grad is not None and (layer in self._reached or bool(grad.any()))
 
     def regrow(self, layer: SparseLayer) -> Regrown | None:
         """Choose the layer's next topology; None where it stays as it is."""
@@ -331,18 +365,47 @@ class DynamicMethod(Method):
 
     @torch.no_grad()
     def _update(self) -> None:
+        self._check_layers()
+        training = [layer for layer in self.layers.values() if layer.values.requires_grad]
+        for layer in training:  # before anything has moved
+            check_state(self.optimizer, layer.values, self.moved_state)
+        moved = 0
+        for layer in training:
+            regrown = self.regrow(layer)
+            if regrown is not None:
+                moved += 1
+                move_state(self.optimizer, layer.values, regrown)
+                layer.replace_(regrown.index, regrown.remap(layer.values))
+        if not moved:
+            self._tell_once(
+                f"no layer had a gradient in the update of {type(self).__name__} at batch {self.steps}, so no topology "
+                "changed: it looks at what backward() leaves in the parameters' grad, not at gradients that are "
+                "computed and assigned by other ways"
+            )
+        self._check_processes(f"after the update at batch {self.steps}")
+
+    def _check_layers(self) -> None:
+        """Whether the optimizer trains what it trained when the method was made."""
         held = {id(parameter) for parameter in parameters_of(self.optimizer)}
         gone = [name for name, layer in self.layers.items() if id(layer.values) not in held]
         if gone:
             raise ValueError(f"the optimizer of method {self.name!r} does not hold the values of {gone} any more")
-        for layer in self.layers.values():
-            regrown = self.regrow(layer)
-            if regrown is not None:
-                move_state(self.optimizer, layer.values, regrown, self.moved_state)
-                layer.replace_(regrown.index, regrown.remap(layer.values))
-        self._check_processes(f"after the update at batch {self.steps}")
+        new = [n for n, layer in self.untouched.items() if layer.values.requires_grad and id(layer.values) in held]
+        if new:
+            self._tell_once(
+                f"{new} train now, but were frozen when method {self.name!r} was made: they keep their topology; make "
+                "the method anew"
+            )
+
+    def _tell_once(self, message: str) -> None:
+        kind = message.split(" ", 3)[1]
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(message, stacklevel=4)
 
 
-def plain_name(name: str) -> str:
-    """Name of a module without what wrappers put before it: DistributedDataParallel and ``torch.compile``."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+def plain_names(names: Iterable[str]) -> list[str]:
+    """Names of modules without what wrappers put before them: DistributedDataParallel and ``torch.compile``."""
+    plain = [name.replace("_orig_mod.", "") for name in names]
+    wrapped = bool(plain) and all(name.startswith("module.") for name in plain)
+    return [name.removeprefix("module.") for name in plain] if wrapped else plain

@@ -49,25 +49,34 @@ def parameters_of(optimizer: Any) -> list[nn.Parameter]:
     return [p for inner in inner_optimizers(optimizer) for group in inner.param_groups for p in group["params"]]
 
 
-def move_state(optimizer: Any, values: nn.Parameter, regrown: Regrown, required: Collection[str]) -> None:
-    """Move the state that is kept for each weight along with the weights; a new weight's is that of a first step.
-
-    Raises:
-        ValueError: state of which it is not known how it moves, or none of a ``required`` name.
-    """
-    seen: list[dict[str, Any]] = []
+def _states(optimizer: Any, values: nn.Parameter) -> list[tuple[Optimizer, dict[str, Any]]]:
+    """What the optimizer, and those that it wraps, keep for these values."""
+    found: list[tuple[Optimizer, dict[str, Any]]] = []
     for inner in inner_optimizers(optimizer):
         states = inner.state.get(values, {})
-        if states and all(states is not other for other in seen):
-            seen.append(states)
-            for key, state in states.items():
-                if _is_per_weight(inner, key, state, values):
-                    states[key] = _moved(inner, key, state, values, regrown)
-    missing = [name for name in required if not any(name in states for states in seen)]
-    if seen and missing:
-        raise ValueError(
-            f"moved_state names {missing}, but {type(optimizer).__name__} keeps {sorted({k for s in seen for k in s})}"
-        )
+        if states and all(states is not other for _, other in found):
+            found.append((inner, states))
+    return found
+
+
+def check_state(optimizer: Any, values: nn.Parameter, required: Collection[str]) -> None:
+    """Raise ``ValueError`` for state of which it is not known how it moves, or where none has a ``required`` name."""
+    found = _states(optimizer, values)
+    keys = {key for _, states in found for key in states}
+    for inner, states in found:
+        for key, state in states.items():
+            _is_per_weight(inner, key, state, values)
+    missing = [name for name in required if name not in keys]
+    if found and missing:
+        raise ValueError(f"moved_state names {missing}, but {type(optimizer).__name__} keeps {sorted(keys)}")
+
+
+def move_state(optimizer: Any, values: nn.Parameter, regrown: Regrown) -> None:
+    """Move the state that is kept for each weight along with the weights; a new weight's is that of a first step."""
+    for inner, states in _states(optimizer, values):
+        for key, state in states.items():
+            if _is_per_weight(inner, key, state, values):
+                states[key] = _moved(inner, key, state, values, regrown)
 
 
 def _is_per_weight(optimizer: Optimizer, key: str, state: Any, values: nn.Parameter) -> bool:
@@ -127,24 +136,43 @@ def attach(optimizer: Any, method: "Method") -> None:
     attached = getattr(own, _ATTACHED, None)
     if attached is not None:
         raise ValueError(f"the optimizer is attached to method {attached!r} already")
-    method.optimizer = innermost
+    method.optimizer, method.attached = innermost, True
 
     # a bound method, as learning rate schedules expect it
     @functools.wraps(getattr(own, "__func__", own))
     def step(self: Optimizer, closure: Any = None, **more: Any) -> Any:
         if is_stepping(self):
             return own(**more) if closure is None else own(closure, **more)
+        if not _unscale_for_fused(self):
+            return None
         results: list[Any] = []
 
         def noted() -> Any:
             results.append(closure())
             return results[-1]
 
-        method.step(closure=None if closure is None else noted)
+        method.called_by_optimizer = True
+        try:
+            method.step(closure=None if closure is None else noted)
+        finally:
+            method.called_by_optimizer = False
         return results[-1] if results else None
 
     setattr(step, _ATTACHED, method.name)
     innermost.step = MethodType(step, innermost)  # type: ignore[method-assign]
+
+
+def _unscale_for_fused(optimizer: Optimizer) -> bool:
+    """Do what a gradient scaler leaves to a fused optimizer: unscale, or skip the step (False) after an overflow."""
+    scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if overflow is not None and bool(overflow.item()):
+        return False
+    if scale is not None:
+        for parameter in parameters_of(optimizer):
+            if parameter.grad is not None:
+                parameter.grad.div_(scale.to(parameter.grad.device))
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+    return True
 
 
 def unscale_(scaler: GradScaler, optimizer: Optimizer) -> None:

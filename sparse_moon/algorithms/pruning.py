@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from sparse_moon.algorithms.method import DynamicMethod, plain_name
+from sparse_moon.algorithms.method import DynamicMethod, plain_names
 from sparse_moon.algorithms.regrowth import RigL
 from sparse_moon.nn import SparseLayer
 from sparse_moon.schedules import Cubic, Schedule
@@ -36,7 +36,7 @@ def _plan(method: DynamicMethod, densities: Densities, start: float, total_steps
             f"stop at batch {method.stop_step} of {total_steps} and an update every {method.interval}"
         )
     if isinstance(densities, Mapping):
-        by_name = {plain_name(name): density for name, density in densities.items()}
+        by_name = dict(zip(plain_names(densities), densities.values(), strict=True))
     else:
         by_name = dict.fromkeys(method.layers, float(densities))
     # layers that the final allocation keeps dense need not be sparse layers

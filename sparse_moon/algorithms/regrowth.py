@@ -153,6 +153,8 @@ class RigL(SET):
             return
         at_once = self.backwards_per_step == 1 and world_size() == 1
         for layer in self.layers.values():
+            if not layer.values.requires_grad:  # frozen by now
+                continue
             reduce = partial(self._choose, layer) if at_once else None
             self._gradients[layer] = DenseGradient(layer, reduce)
 
@@ -180,6 +182,8 @@ class RigL(SET):
     def _gradients_finite(self) -> bool:
         gradients = self._gradients
         there = torch.tensor([float(gradient.there) for gradient in gradients.values()], dtype=torch.float32)
+        if not gradients:
+            return True
         device = next(iter(gradients)).values.device
         anywhere = sum_over_processes(there.to(device)).tolist()  # the same layers take part on every process
         for (layer, gradient), count in zip(gradients.items(), anywhere, strict=True):

@@ -92,6 +92,7 @@ class TopKAST(SET):
 
     @torch.no_grad()
     def _prepare(self) -> None:
+        super()._prepare()
         for layer in self.layers.values():
             if layer not in self._active:
                 best = self.drop_score(layer).sort(stable=True, descending=True).indices
@@ -110,8 +111,11 @@ class TopKAST(SET):
         if scaler is not None:
             unscale_(scaler, self.optimizer)
         for layer in self.layers.values():
+            if not layer.values.requires_grad:  # frozen by now, as it is
+                continue
             idle = ~self._active[layer]
-            layer.values[idle] = self._hidden.pop(layer)
+            if layer in self._hidden:  # not after a step that failed
+                layer.values[idle] = self._hidden.pop(layer)
             if layer.values.grad is not None and self.penalty:
                 density = max(self.active_blocks(layer), 1) / (layer.topology.grid[0] * layer.topology.grid[1])
                 scale = self.penalty * (1.0 + idle.to(layer.values.dtype) * (1.0 / density - 1.0))
@@ -120,7 +124,7 @@ class TopKAST(SET):
 
     def _update(self) -> None:
         super()._update()
-        self._active.clear()
+        self._active = {layer: a for layer, a in self._active.items() if not layer.values.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
         values = []
@@ -136,5 +140,5 @@ class TopKAST(SET):
             # all of B: where this object was built around the loaded model it has hidden a part of it
             layer.values.copy_(values)
             self._active[layer] = active.to(layer.values.device)
-            self._hidden.pop(layer)
+            self._hidden.pop(layer, None)
         super().load_state_dict(state)

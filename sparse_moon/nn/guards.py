@@ -1,5 +1,6 @@
 """What keeps a sparse layer from being changed behind its back: by writes to its weight, averages, and old graphs."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -30,22 +31,17 @@ def _refuse(*_: Any) -> None:
     )
 
 
-class Copied:
-    """What a layer knows once it was copied, or is a copy: whether its values may have been written by other code."""
+class Anchor(torch.autograd.Function):
+    """The dense matrix itself; its backward pass raises where the index has changed since, as torch does in general."""
 
-    def __init__(self, digest: int) -> None:
-        self.digest = digest
-        self.trained = False
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, *index: Tensor) -> Tensor:
+        ctx.save_for_backward(*index)
+        return matrix.view_as(matrix)
 
-    def note_training(self, _: Tensor) -> None:
-        self.trained = True
-
-
-def digest_of(values: Tensor) -> int:
-    """A number that changes with the values."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    numbers = values.detach().contiguous().view(bits).flatten().long()
-    return int((numbers * torch.arange(1, 2 * numbers.numel(), 2, device=numbers.device)).sum())
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None for _ in ctx.saved_tensors]
 
 
 class ReadOnlyWeight(Tensor):
@@ -53,17 +49,42 @@ class ReadOnlyWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        first = args[0] if args else None
-        written = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__") or (
-            name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-        )  # fmt: skip
-        if written and isinstance(first, cls) and name != "requires_grad_":
+        kwargs = kwargs or {}
+        if _writes(func, args, kwargs, cls):
             raise RuntimeError(
                 "the weight of a sparse layer is made of its values when it is read, writing to it changes nothing: "
                 "write to values"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        shares = isinstance(result, Tensor) and isinstance(first, cls) and result.data_ptr() == first.data_ptr()
-        return result.as_subclass(cls) if shares else result
+            result = func(*args, **kwargs)
+            sources = {t.untyped_storage().data_ptr() for t in args if isinstance(t, cls)}
+            if type(result) in (tuple, list):  # of views: unbind, chunk
+                return type(result)([_read_only(t, sources, cls) for t in result])
+            return _read_only(result, sources, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+
+def _writes(func: Any, args: Any, kwargs: dict[str, Any], cls: type) -> bool:
+    """Whether the function would write into such a weight."""
+    name = getattr(func, "__name__", "")
+    first = args[0] if args else None
+    if isinstance(kwargs.get("out"), cls):
+        return True
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__") or (
+        name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    ) or kwargs.get("inplace") is True  # fmt: skip
+    targets = first if isinstance(first, tuple | list) else (first,)
+    return in_place and any(isinstance(target, cls) for target in targets)
+
+
+def _read_only(result: Any, sources: set[int], cls: Any) -> Any:
+    """The result, read-only as well if it shares memory with the weight."""
+    shares = isinstance(result, Tensor) and result.untyped_storage().data_ptr() in sources
+    return result.as_subclass(cls) if shares else result

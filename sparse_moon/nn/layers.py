@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from sparse_moon import ops
 from sparse_moon.allocation import check_sparsity
-from sparse_moon.nn.guards import Copied, ReadOnlyWeight, digest_of, resize
+from sparse_moon.nn.averages import Watch
+from sparse_moon.nn.guards import Anchor, ReadOnlyWeight, resize
+from sparse_moon.ops.library import transformed
 from sparse_moon.topology import (
     Index,
     Topology,
@@ -42,7 +44,7 @@ class SparseLayer(nn.Module):
     topology: Topology
     bias: nn.Parameter | None
     weight_shape: tuple[int, ...]
-    _copied: "Copied | None" = None
+    _watch: Watch | None = None
 
     def _init_sparse(
         self, dense: nn.Linear | nn.Conv2d, topology: Topology, device: Any = None, dtype: torch.dtype | None = None
@@ -76,7 +78,7 @@ class SparseLayer(nn.Module):
         For code that reads a layer's weight in place of calling the layer (fast paths of ``nn.TransformerEncoder``,
         ``F.linear(x, layer.weight)``): right, but made anew at each access, and the product is then a dense one.
         """
-        weight = self._dense(self.effective_values())
+        weight = self._dense(self.effective_values(), self.topology.probe)
         return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -94,41 +96,46 @@ class SparseLayer(nn.Module):
             RuntimeError: other code has written to the index, or has averaged values across topology updates.
         """
         self.topology.check()
-        if self._copied is not None and self.topology.left_behind:
-            self._check_values(self._copied)
+        if not torch.compiler.is_compiling():
+            self._check_values()
         transform = self.topology.transform
         return self.values if transform is None else transform(self.values)
 
-    def _check_values(self, copied: "Copied") -> None:
-        """Raise where values were written that cannot be this layer's own: those of a model whose topology moved on."""
-        if not copied.trained and not torch.compiler.is_compiling() and copied.digest != digest_of(self.values):
+    def _check_values(self) -> None:
+        if self._watch is None:
+            self._watch = Watch(self)
+        if self._watch.has_followed(self):
             raise RuntimeError(
-                f"values were written into a copy of a {type(self).__name__} whose topology has moved on since it was "
-                "copied, so they are of other weights: average models with sm.EMA or sm.WeightAverage. If they are "
-                "meant for this topology, call note_written() of the layer"
+                f"the values of this {type(self).__name__} were averaged, slot by slot, with those of a model whose "
+                "topology has moved on, so they are of other weights: average models with sm.EMA or sm.WeightAverage. "
+                "If they are meant for this topology, call note_written() of the layer"
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.note_written()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.topology.probe = new.topology.transform = None  # those of a method or mask that does not know the copy
         for layer in (self, new):
-            layer._note_copy()
+            layer.note_written()
         return new
-
-    def _note_copy(self) -> None:
-        if self.values.device.type == "meta":
-            return
-        self._copied = copied = Copied(digest_of(self.values))
-        self.values.register_post_accumulate_grad_hook(copied.note_training)
 
     def dense_weight(self) -> Tensor:
         """The weight as a dense tensor of ``weight_shape``, zeros where nothing exists; differentiable."""
         self.topology.check()
         return self._dense(self.values)
 
-    def _dense(self, values: Tensor) -> Tensor:
-        return matrix_to_weight(self.topology.to_dense(values), self.weight_shape, self.topology.block[1])
+    def _dense(self, values: Tensor, probe: Tensor | None = None) -> Tensor:
+        matrix = self.topology.to_dense(values)
+        if probe is not None:  # a growth step: it is zero, and gets the dense gradient
+            matrix = matrix + probe
+        if matrix.requires_grad and not (torch.compiler.is_compiling() or transformed()):
+            matrix = Anchor.apply(matrix, *self.topology.index)
+        return matrix_to_weight(matrix, self.weight_shape, self.topology.block[1])
 
     def mask(self) -> Tensor:
         """Bool tensor of ``weight_shape``, True where a weight exists."""
@@ -146,8 +153,9 @@ class SparseLayer(nn.Module):
 
     def note_written(self) -> None:
         """Say that the present values are meant for the present topology: after writing into a copy of a layer."""
-        if self._copied is not None:
-            self._copied.digest = digest_of(self.values)
+        if self._watch is None:
+            self._watch = Watch(self)
+        self._watch.note(self)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, missing: list[str],
@@ -157,6 +165,9 @@ class SparseLayer(nn.Module):
         if (values is None) != (col is None):
             errors.append(f"sparse layer at {prefix.rstrip('.')!r}: its values and its topology must come together")
             return
+        row_ptr = state_dict.get(prefix + "topology.row_ptr")
+        if col is not None and row_ptr is not None and self.topology.problem(row_ptr, col, prefix + "topology."):
+            return  # the topology says what it is; without it the values would lose their places
         with torch.inference_mode(False):  # whose tensors no training could use
             # where training changes the number of weights, a checkpoint holds another one than a new model
             shape = None if col is None else (*col.shape, *self.values.shape[1:])

@@ -82,12 +82,12 @@ def index_form(index: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each was written in place, as far as torch counts that: not in inference mode."""
+def versions(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """Writes in place to each; of tensors of inference mode, which do not count them, something new each time."""
     try:
         return tuple([t._version for t in tensors])
     except RuntimeError:
-        return tuple([0 if t.is_inference() else t._version for t in tensors])
+        return tuple([object() if t.is_inference() else t._version for t in tensors])
 
 
 def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:

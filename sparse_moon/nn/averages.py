@@ -1,0 +1,120 @@
+"""Whether other code has averaged a layer's values with those of a model whose topology has moved on.
+
+Averages by hand (``teacher.lerp_(student)`` over parameters) go slot by slot, and once the student's topology has moved
+its slots hold other weights. Then a slot of the teacher goes with what is now in the student's slot, which is a weight
+of another place and has nothing to do with it otherwise. That is what is looked for: a correlation of what is new in
+the teacher's values with the student's, over slots that belong to places far apart.
+
+Only layers that once had the same topology come into question (copies, and what was loaded from one another), and only
+once one of them has moved; a layer that moves itself is not looked at.
+"""
+
+import math
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparse_moon.ops.index import entry_rows
+from sparse_moon.topology import Topology
+
+if TYPE_CHECKING:
+    from sparse_moon.nn.layers import SparseLayer
+
+_MOST_SLOTS = 16384
+_LEAST_SLOTS = 32
+_SIGNIFICANT = 6.0  # standard deviations
+_FAR = 8  # places, and twice the taps of a convolution: weights next to each other may be alike
+
+_layers: "weakref.WeakSet[SparseLayer]" = weakref.WeakSet()
+
+
+class _Moved(NamedTuple):
+    """A layer that has left this one's topology, and the slots that now belong to places far apart."""
+
+    layer: "weakref.ref[SparseLayer]"
+    slots: Tensor
+
+
+class Watch:
+    """What a layer knows of others that once had its topology."""
+
+    def __init__(self, layer: "SparseLayer") -> None:
+        _layers.add(layer)
+        self.start: Tensor | None = None  # values at the last moment at which they were the layer's own for certain
+        self._moves = Topology.moves
+        self._moved: list[_Moved] = []
+        self._looks = 0
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None  # a copy watches for itself
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(None), ()
+
+    def note(self, layer: "SparseLayer") -> None:
+        """The present values are the layer's own."""
+        self.start = (
+            None if layer.values.device.type == "meta" else _first_of_blocks(layer.values)[:_MOST_SLOTS].clone()
+        )
+        self._moves, self._moved = -1, []
+
+    def has_followed(self, layer: "SparseLayer") -> bool:
+        """Whether the values have been averaged with those of a layer that has left this one's topology."""
+        if self._moves != Topology.moves:
+            self._moved, self._moves = list(_those_that_moved(layer)), Topology.moves
+        if not self._moved or type(layer.values) is not nn.Parameter:
+            return False
+        self._looks += 1
+        if layer.values.is_cuda and (torch.cuda.is_current_stream_capturing() or self._looks % 16 != 1):
+            return False  # a look waits for the device
+        values = _first_of_blocks(layer.values)[:_MOST_SLOTS]
+        for moved in self._moved:
+            other = moved.layer()
+            if other is not None and other.values.shape == layer.values.shape:
+                theirs = _first_of_blocks(other.values)[:_MOST_SLOTS]
+                if _goes_with(values, self.start, theirs, moved.slots, layer.topology):
+                    return True
+        return False
+
+
+def _first_of_blocks(values: Tensor) -> Tensor:
+    return values.detach().flatten(1)[:, 0] if values.dim() > 1 else values.detach()
+
+
+def _those_that_moved(layer: "SparseLayer") -> Iterator[_Moved]:
+    topology = layer.topology
+    far = max(_FAR, 2 * math.prod(layer.weight_shape[2:]))
+    for other in list(_layers):
+        theirs = other.topology
+        if (
+            topology.fingerprint in theirs.past
+            and topology.fingerprint != theirs.fingerprint
+            and other.values.shape == layer.values.shape
+            and (theirs.shape, theirs.block, theirs.col.device) == (topology.shape, topology.block, topology.col.device)
+        ):
+            apart = (topology.positions()[:_MOST_SLOTS] - theirs.positions()[:_MOST_SLOTS]).abs() > far
+            yield _Moved(weakref.ref(other), apart.nonzero().flatten())
+
+
+def _goes_with(values: Tensor, start: Tensor | None, theirs: Tensor, slots: Tensor, topology: Topology) -> bool:
+    """Whether ``values``, but for what they were at the start, go with ``theirs`` over these slots."""
+    rows = entry_rows(topology.row_ptr, topology.num_blocks)[slots]
+    new, other = (_apart_from_rows(t.double()[slots], rows) for t in (values, theirs))
+    if start is not None and start.shape == values.shape:
+        before = _apart_from_rows(start.double()[slots], rows)
+        new = new - before * (new @ before / (before @ before).clamp(min=1e-300))
+    count = int(slots.numel() - rows.unique().numel())
+    size = new.norm() * other.norm()
+    if count < _LEAST_SLOTS or not bool(size > 0) or bool(new.norm() < 1e-6 * values.double().norm()):
+        return False
+    return bool((new @ other) / size * math.sqrt(count) > _SIGNIFICANT)
+
+
+def _apart_from_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Values less the mean of their row: weights of one output may have a sign in common."""
+    size = int(rows.max()) + 1 if rows.numel() else 0
+    counts = torch.bincount(rows, minlength=size).clamp(min=1)
+    return values - (values.new_zeros(size).index_add(0, rows, values) / counts)[rows]
