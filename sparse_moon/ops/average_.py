@@ -44,8 +44,8 @@ def kernel_tasks(
     """What kernels take, by dtype: addresses of average and value, length, stream. Other pairs are averaged at once."""
     tasks: dict[torch.dtype, list[tuple[int, int, int, int]]] = {torch.float32: [], torch.float64: []}
     for stream, (average, value) in enumerate(zip(averages, values, strict=True)):
-        alike = average.dtype == value.dtype and average.is_contiguous() and value.is_contiguous()
-        if alike and average.dtype in tasks:
+        alike = average.dtype == value.dtype and average.shape == value.shape
+        if alike and average.is_contiguous() and value.is_contiguous() and average.dtype in tasks:
             tasks[average.dtype].append((average.data_ptr(), value.data_ptr(), average.numel(), stream))
         else:
             _average_one_(average, value, count, keep, seed, stream, step)

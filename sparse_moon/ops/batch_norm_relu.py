@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_moon.ops.library import (
+    behind,
     call,
     define,
     differentiable_gradients,
@@ -191,7 +192,8 @@ def _backward_cpu(
     relu: bool,
     batch_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _kernel_takes(grad, input, output, weight, bias, mean, var):
+    masked = relu or output is None  # the kernel reads an output for nothing else
+    if not (masked and _kernel_takes(grad, input, output, weight, bias, mean, var)):
         return _backward_reference(grad, input, output, weight, bias, mean, var, eps, relu, batch_statistics)
     assert native is not None
     layout = memory_format(input)
@@ -209,9 +211,41 @@ def _backward_cpu(
     return grads
 
 
+def _check(
+    input: Tensor, alike: dict[str, Tensor | None], vectors: dict[str, Tensor | None], eps: float, training: bool
+) -> None:
+    if input.dim() != 4 or not input.is_floating_point():
+        raise ValueError(f"input must be floating point (N, C, H, W), got {input.dtype} {tuple(input.shape)}")
+    for name, tensor in alike.items():
+        if tensor is not None and tensor.shape != input.shape:
+            raise ValueError(f"{name} must have the input's shape {tuple(input.shape)}, got {tuple(tensor.shape)}")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (input.shape[1],):
+            raise ValueError(f"{name} must have shape ({input.shape[1]},), got {tuple(vector.shape)}")
+    if eps < 0.0 or (training and eps == 0.0):
+        raise ValueError(f"eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
+
+
+def _check_forward(
+    input: Tensor, residual: Tensor | None, weight: Any, bias: Any, mean: Any, var: Any, eps: float, relu: bool
+) -> None:
+    vectors = {"weight": weight, "bias": bias, "mean": mean, "var": var}
+    _check(input, {"residual": residual}, vectors, eps, mean is None)
+    if (mean is None) != (var is None):
+        raise ValueError("mean and var must be given together")
+
+
+def _check_backward(
+    grad: Tensor, input: Tensor, output: Tensor | None, weight: Any, bias: Any, mean: Tensor, var: Tensor,
+    eps: float, relu: bool, batch_statistics: bool,
+) -> None:  # fmt: skip
+    vectors = {"weight": weight, "bias": bias, "mean": mean, "var": var}
+    _check(input, {"grad": grad, "output": output}, vectors, eps, batch_statistics)
+
+
 if native is not None:
-    implement("batch_norm_relu", "cpu", _cpu)
-    implement("batch_norm_relu_backward", "cpu", _backward_cpu)
+    implement("batch_norm_relu", "cpu", _cpu, dispatched=behind(_check_forward, _cpu))
+    implement("batch_norm_relu_backward", "cpu", _backward_cpu, dispatched=behind(_check_backward, _backward_cpu))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -302,17 +336,11 @@ def batch_norm_relu(
             place of keeping it, where it takes no more than what is kept anyway: by the kernel, without a residual.
 
     Raises:
-        ValueError: shapes that do not fit, missing statistics, or a single value per channel in training.
+        ValueError: shapes that do not fit, missing statistics, a negative eps, or in training an eps of 0 or a single
+            value per channel.
     """
-    if input.dim() != 4 or not input.is_floating_point():
-        raise ValueError(f"input must be floating point (N, C, H, W), got {input.dtype} {tuple(input.shape)}")
-    if residual is not None and residual.shape != input.shape:
-        raise ValueError(f"residual must have the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}")
-    channels = input.shape[1]
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != (channels,):
-            raise ValueError(f"{name} must have shape ({channels},), got {tuple(vector.shape)}")
+    _check(input, {"residual": residual}, vectors, eps, training)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
     if not training and running_mean is None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.library import define, implement
+from sparse_moon.ops.index import entry_positions
+from sparse_moon.ops.library import behind, define, implement
 from sparse_moon.ops.native import native
 
 FAULTS = (
@@ -66,8 +67,28 @@ def _cpu(*index: Tensor) -> Tensor:
     return torch.tensor(native.check_index(*(t.data_ptr() for t in index), *sizes), device="cpu")
 
 
+def _check_form(*index: Tensor) -> None:
+    fault = index_form(index)
+    if fault:
+        raise ValueError(fault)
+
+
 if native is not None:
-    implement("check_index", "cpu", _cpu)
+    implement("check_index", "cpu", _cpu, dispatched=behind(_check_form, _cpu))
+
+
+def check_rows(row_ptr: Tensor, col: Tensor, grid_cols: int) -> None:
+    """Raise ``ValueError`` unless these are block-compressed rows of so many block columns. Waits for the device."""
+    _check_form(row_ptr, col, row_ptr, col, col)
+    if not _is_pointer(row_ptr, col.numel()):
+        fault = FAULTS[1]
+    elif col.numel() and not (
+        col.min() >= 0 and col.max() < grid_cols and (entry_positions(row_ptr, col, grid_cols).diff() > 0).all()
+    ):
+        fault = FAULTS[2]
+    else:
+        return
+    raise ValueError(f"the index is damaged: {fault}")
 
 
 def index_form(index: tuple[Tensor, ...]) -> str:
@@ -90,11 +111,12 @@ def versions(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
         return tuple([object() if t.is_inference() else t._version for t in tensors])
 
 
-def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def guarded(kernel: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
     """The kernel behind a check of its last five arguments, an index: once for each state of these tensors.
 
-    For calls through the dispatcher: from compiled graphs and from other code. The package's own calls in eager
-    execution bring the index of a :class:`sparse_moon.topology.Topology`, which checks itself.
+    ``check`` then looks at the shapes of all arguments, in every call. For calls through the dispatcher: from compiled
+    graphs and from other code. The package's own calls in eager execution bring the index of a
+    :class:`sparse_moon.topology.Topology`, which checks itself.
     """
 
     def run(*inputs: Any) -> Any:
@@ -107,6 +129,7 @@ def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
             if fault:
                 raise ValueError(f"the index is damaged: {fault}")
             setattr(col, _ATTRIBUTE, (others, now))
+        check(*inputs)
         return kernel(*inputs)
 
     return run

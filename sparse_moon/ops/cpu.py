@@ -17,16 +17,18 @@ from torch import Tensor
 from sparse_moon.ops.check_index import guarded
 from sparse_moon.ops.choice import PASSES, Pass, Work, kernel_pays, or_dense, winograd_pays
 from sparse_moon.ops.index import weight_to_matrix
-from sparse_moon.ops.library import call, implement
+from sparse_moon.ops.library import behind, call, implement
 from sparse_moon.ops.masked_dense import block_of, check_entries, values_shape
 from sparse_moon.ops.native import native
-from sparse_moon.ops.sparse_conv2d import Geometry, _split, memory_format
+from sparse_moon.ops.sparse_conv2d import CHECKS as CONV2D_CHECKS
+from sparse_moon.ops.sparse_conv2d import Geometry, _split, check_dense_grad, memory_format
 from sparse_moon.ops.sparse_conv2d import _dense_grad as _conv2d_dense_grad_reference
 from sparse_moon.ops.sparse_conv2d import _dense_grads as _conv2d_dense_grads
 from sparse_moon.ops.sparse_conv2d import _forward as _conv2d_reference
 from sparse_moon.ops.sparse_conv2d import _grads as _conv2d_separate_grads
 from sparse_moon.ops.sparse_conv2d import _input_grad as _conv2d_input_grad_reference
 from sparse_moon.ops.sparse_conv2d import _values_grad as _conv2d_values_grad_reference
+from sparse_moon.ops.sparse_linear import CHECKS as LINEAR_CHECKS
 from sparse_moon.ops.sparse_linear import _forward as _linear_reference
 from sparse_moon.ops.sparse_linear import _input_grad as _linear_input_grad_reference
 from sparse_moon.ops.sparse_linear import _values_grad as _linear_values_grad_reference
@@ -274,5 +276,7 @@ if native is not None:
         ("sparse_conv2d_grads", _conv2d_grads, _conv2d_dense_grads),
     ):
         _product = or_dense(native, _kernel, _reference)
-        implement(_name, "cpu", _product, dispatched=guarded(_product))
-    implement("sparse_conv2d_dense_grad", "cpu", _conv2d_dense_grad)
+        _check = (LINEAR_CHECKS | CONV2D_CHECKS)[_name]
+        implement(_name, "cpu", _product, dispatched=guarded(_product, _check))
+    _dispatched = behind(check_dense_grad, _conv2d_dense_grad)
+    implement("sparse_conv2d_dense_grad", "cpu", _conv2d_dense_grad, dispatched=_dispatched)

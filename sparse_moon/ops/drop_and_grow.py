@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.check_index import check_rows
 from sparse_moon.ops.index import Index, build_index, entry_positions
-from sparse_moon.ops.library import define, implement
+from sparse_moon.ops.library import behind, call, define, implement
 from sparse_moon.ops.native import native
 
 if TYPE_CHECKING:
@@ -73,8 +74,27 @@ def _cpu(
     return outputs
 
 
+def _check(drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, drop: int, grow: int) -> None:
+    if grow_score.dim() != 2:
+        raise ValueError(f"grow_score must have 2 dimensions, got shape {tuple(grow_score.shape)}")
+    check_rows(row_ptr, col, grow_score.shape[1])
+    _check_counts(drop_score, grow_score, col.numel(), (row_ptr.numel() - 1, grow_score.shape[1]), drop, grow)
+
+
+def _check_counts(drop_score: Tensor, grow_score: Tensor, n: int, grid: tuple[int, int], drop: int, grow: int) -> None:
+    if drop_score.shape != (n,) or grow_score.shape != grid:
+        raise ValueError(
+            f"expected scores of shape ({n},) and {grid}, got {tuple(drop_score.shape)} and {tuple(grow_score.shape)}"
+        )
+    if not 0 <= drop <= n:
+        raise ValueError(f"drop must be in [0, {n}], got {drop}")
+    room = grid[0] * grid[1] - n + drop
+    if not 0 <= grow <= room:
+        raise ValueError(f"grow must be in [0, {room}] after a drop of {drop}, got {grow}")
+
+
 if native is not None:
-    implement("drop_and_grow", "cpu", _cpu)
+    implement("drop_and_grow", "cpu", _cpu, dispatched=behind(_check, _cpu))
 
 
 def drop_and_grow(
@@ -101,16 +121,6 @@ def drop_and_grow(
         if grow:
             raise ValueError(f"to grow {grow} blocks a grow_score is needed, got None")
         grow_score = drop_score.new_zeros(()).expand(grid)
-    if drop_score.shape != (n,) or grow_score.shape != grid:
-        raise ValueError(
-            f"expected scores of shape ({n},) and {grid}, got {tuple(drop_score.shape)} and {tuple(grow_score.shape)}"
-        )
-    if not 0 <= drop <= n:
-        raise ValueError(f"drop must be in [0, {n}], got {drop}")
-    room = grid[0] * grid[1] - n + drop
-    if not 0 <= grow <= room:
-        raise ValueError(f"grow must be in [0, {room}] after a drop of {drop}, got {grow}")
-    *index, source = torch.ops.sparse_moon.drop_and_grow(
-        drop_score, grow_score, topology.row_ptr, topology.col, drop, grow
-    )
+    _check_counts(drop_score, grow_score, n, grid, drop, grow)
+    *index, source = call("drop_and_grow", drop_score, grow_score, topology.row_ptr, topology.col, drop, grow)
     return Regrown((index[0], index[1], index[2], index[3], index[4]), source)

@@ -260,4 +260,4 @@ _PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 for _name, (_sparse, _dense) in _PRODUCTS.items():
     _product = or_dense(native_cuda, _sparse, _dense)
-    implement(_name, "cuda", _product, dispatched=guarded(_product))
+    implement(_name, "cuda", _product, dispatched=guarded(_product, (linear.CHECKS | conv2d.CHECKS)[_name]))

@@ -57,6 +57,16 @@ def implement(
     _kernels[operator, device_type] = kernel
 
 
+def behind(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel behind a check of its inputs, as :func:`implement` takes it for ``dispatched``."""
+
+    def run(*inputs: Any) -> Any:
+        check(*inputs)
+        return kernel(*inputs)
+
+    return run
+
+
 def call(operator: str, *inputs: Any) -> Any:
     """Call an operator that has no gradient and whose first argument is a tensor."""
     kernel = None if torch.is_grad_enabled() else _direct_kernel(operator, inputs)

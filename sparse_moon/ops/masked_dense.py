@@ -6,14 +6,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.check_index import check_rows
 from sparse_moon.ops.index import (
+    block_grid,
     blocks_to_matrix,
     entry_positions,
+    matrix_shape,
     matrix_to_blocks,
     matrix_to_weight,
     weight_to_matrix,
 )
-from sparse_moon.ops.library import define, implement
+from sparse_moon.ops.library import behind, define, implement
 from sparse_moon.ops.native import has_triton, native
 
 # What GPU kernels take.
@@ -23,6 +26,18 @@ GPU_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 def block_of(values: Tensor) -> tuple[int, int]:
     """Block shape that compact values imply."""
     return (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
+
+
+def check_values(values: Tensor) -> None:
+    """Raise ``ValueError`` unless these are numbers (n,) or blocks (n, bh, bw)."""
+    if values.dim() not in (1, 3) or min(block_of(values)) < 1:
+        raise ValueError(f"values must have shape (n,) or (n, bh, bw), got {tuple(values.shape)}")
+
+
+def check_block(block: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless this is a block shape."""
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block must be two positive integers, got {list(block)}")
 
 
 def check_entries(values: Tensor, col: Tensor) -> None:
@@ -105,9 +120,29 @@ def _packed(weight: Tensor) -> torch.memory_format:
     return _layout(weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
 
 
+def _check_places(weight_shape: Sequence[int], block: Sequence[int], row_ptr: Tensor, col: Tensor) -> None:
+    check_block(block)
+    if len(weight_shape) not in (2, 4) or min(weight_shape) < 0:
+        raise ValueError(f"a weight has 2 or 4 dimensions, got shape {tuple(weight_shape)}")
+    block_grid((weight_shape[0], weight_shape[1]), (block[0], block[1]))
+    rows, cols = block_grid(matrix_shape(tuple(weight_shape)), (block[0], block[1]))
+    if row_ptr.numel() != rows + 1:
+        raise ValueError(f"the index has {row_ptr.numel() - 1} block rows, the weight {rows}")
+    check_rows(row_ptr, col, cols)
+
+
+def _check_scatter(values: Tensor, weight_shape: list[int], channels_last: bool, row_ptr: Tensor, col: Tensor) -> None:
+    check_values(values)
+    _check_places(weight_shape, block_of(values), row_ptr, col)
+
+
+def _check_gather(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) -> None:
+    _check_places(weight.shape, block, row_ptr, col)
+
+
 if native is not None:
-    implement("scatter_values", "cpu", _scatter_cpu)
-    implement("gather_values", "cpu", _gather_cpu)
+    implement("scatter_values", "cpu", _scatter_cpu, dispatched=behind(_check_scatter, _scatter_cpu))
+    implement("gather_values", "cpu", _gather_cpu, dispatched=behind(_check_gather, _gather_cpu))
 
 
 def scatter_values_cuda(

@@ -1,7 +1,7 @@
 """``sparse_conv2d``: a 2-d convolution with a block-sparse weight (O, C/groups, kh, kw) held as compact values."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sparse_moon.ops.check_index import guarded
 from sparse_moon.ops.index import blocks_to_matrix, entry_positions, matrix_shape, matrix_to_weight, weight_to_matrix
-from sparse_moon.ops.library import call, define, differentiable_gradients, register_autograd, to_autocast_dtype
-from sparse_moon.ops.masked_dense import block_of, values_shape
+from sparse_moon.ops.library import behind, call, define, differentiable_gradients, register_autograd, to_autocast_dtype
+from sparse_moon.ops.masked_dense import block_of, check_block, values_shape
 from sparse_moon.ops.recompute import itself, keep
-from sparse_moon.ops.sparse_linear import INDEX_SCHEMA, check_dtypes, check_operands
+from sparse_moon.ops.sparse_linear import INDEX_SCHEMA, check_dtypes, check_operands, expect_shape, weight_of
 
 if TYPE_CHECKING:
     from sparse_moon.topology import Topology
@@ -166,17 +166,81 @@ def _fake_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> tupl
     return input_grad, _fake_values_grad(grad, input, list(block_of(values)), *spec)
 
 
+def check_geometry(input_shape: Sequence[int], geometry: Geometry) -> None:
+    """Raise ``ValueError`` for a convolution that torch would not compute either."""
+    weight_shape, stride, padding, dilation, groups = geometry
+    if len(weight_shape) != 4 or min(weight_shape[2:]) < 1 or min(weight_shape[:2]) < 0:
+        raise ValueError(f"weight shape must be (O, C/groups, kh, kw), got {weight_shape}")
+    if groups < 1 or weight_shape[0] % groups:
+        raise ValueError(f"groups must divide {weight_shape[0]} output channels, got {groups}")
+    if len(input_shape) != 4 or input_shape[1] != weight_shape[1] * groups or min(input_shape) < 0:
+        raise ValueError(f"input must be (N, {weight_shape[1] * groups}, H, W), got shape {tuple(input_shape)}")
+    if {len(stride), len(padding), len(dilation)} != {2} or min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError(f"invalid stride {stride}, padding {padding} or dilation {dilation}")
+    if min(geometry.output_size(input_shape)) < 1:
+        raise ValueError(f"a {weight_shape[2]} x {weight_shape[3]} kernel does not fit input {tuple(input_shape)}")
+
+
+def _check(spec: tuple[Any, ...], block: Sequence[int], input_shape: Sequence[int], grad: Tensor | None) -> Geometry:
+    geometry, index = _split(spec)
+    check_geometry(input_shape, geometry)
+    check_block(block)
+    channels = geometry.weight_shape[:2]
+    if channels[0] % block[0] or channels[1] % block[1]:
+        raise ValueError(f"block {tuple(block)} does not divide the channels of a weight {geometry.weight_shape}")
+    if index:
+        shape = ((index[0].numel() - 1) * block[0], (index[2].numel() - 1) * block[1])
+        if shape != matrix_shape(geometry.weight_shape):
+            raise ValueError(f"weight shape {geometry.weight_shape} does not fit an index of a {shape} matrix")
+    if grad is not None:
+        expect_shape("grad", grad, (input_shape[0], channels[0], *geometry.output_size(input_shape)))
+    return geometry
+
+
+def _check_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *spec: Any) -> None:
+    weight_of(values, spec[5:])
+    geometry = _check(spec, block_of(values), input.shape, None)
+    if bias is not None:
+        expect_shape("bias", bias, geometry.weight_shape[:1])
+
+
+def _check_input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], *spec: Any) -> None:
+    weight_of(values, spec[5:])
+    _check(spec, block_of(values), input_shape, grad)
+
+
+def _check_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *spec: Any) -> None:
+    _check(spec, block, input.shape, grad)
+
+
+def _check_grads(grad: Tensor, input: Tensor, values: Tensor, *spec: Any) -> None:
+    _check_input_grad(grad, values, input.shape, *spec)
+
+
+def check_dense_grad(grad: Tensor, input: Tensor, block_width: int, *geometry: Any) -> None:
+    """As :data:`CHECKS`, for the operator without an index."""
+    _check(geometry, (1, block_width), input.shape, grad)
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "sparse_conv2d": _check_forward,
+    "sparse_conv2d_input_grad": _check_input_grad,
+    "sparse_conv2d_values_grad": _check_values_grad,
+    "sparse_conv2d_grads": _check_grads,
+}
+"""What the operators ask of the shapes of their arguments where others than this package call them."""
+
 _SPEC = f"{GEOMETRY_SCHEMA}, {INDEX_SCHEMA}"
 _OP = define(f"sparse_conv2d(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {_SPEC}) -> Tensor",
-             guarded(_forward), _fake_forward)  # fmt: skip
+             guarded(_forward, _check_forward), _fake_forward)  # fmt: skip
 define(f"sparse_conv2d_input_grad(Tensor grad, Tensor values, int[] input_shape, {_SPEC}) -> Tensor",
-       guarded(_input_grad), _fake_input_grad)  # fmt: skip
+       guarded(_input_grad, _check_input_grad), _fake_input_grad)  # fmt: skip
 define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {GEOMETRY_SCHEMA}) -> Tensor",
-       _dense_grad, _fake_dense_grad)  # fmt: skip
+       behind(check_dense_grad, _dense_grad), _fake_dense_grad)  # fmt: skip
 define(f"sparse_conv2d_values_grad(Tensor grad, Tensor input, int[] block, {_SPEC}) -> Tensor",
-       guarded(_values_grad), _fake_values_grad)  # fmt: skip
+       guarded(_values_grad, _check_values_grad), _fake_values_grad)  # fmt: skip
 define(f"sparse_conv2d_grads(Tensor grad, Tensor input, Tensor values, {_SPEC}) -> (Tensor, Tensor)",
-       guarded(_grads), _fake_grads)  # fmt: skip
+       guarded(_grads, _check_grads), _fake_grads)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -260,15 +324,8 @@ def sparse_conv2d(
     check_operands(input, values, topology, bias, probe)
     if matrix_shape(weight_shape) != topology.shape:
         raise ValueError(f"weight shape {weight_shape} does not fit a topology of shape {topology.shape}")
-    if groups < 1 or weight_shape[0] % groups:
-        raise ValueError(f"groups must divide {weight_shape[0]} output channels, got {groups}")
-    if input.dim() != 4 or input.shape[1] != weight_shape[1] * groups:
-        raise ValueError(f"input must be (N, {weight_shape[1] * groups}, H, W), got shape {tuple(input.shape)}")
-    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        raise ValueError(f"invalid stride {stride}, padding {padding} or dilation {dilation}")
     geometry = Geometry(tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-    if min(geometry.output_size(input.shape)) < 1:
-        raise ValueError(f"a {weight_shape[2]} x {weight_shape[3]} kernel does not fit input {tuple(input.shape)}")
+    check_geometry(input.shape, geometry)
     input, values, bias = to_autocast_dtype(input.device.type, input, values, bias)  # type: ignore[assignment]
     check_dtypes(input, values, bias)
     return _sparse_conv2d(input, values, bias, probe, *geometry, *topology.index)

@@ -1,7 +1,7 @@
 """``sparse_linear``: ``y = x W^T + b`` with a block-sparse ``W`` (O, I) held as compact values."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_moon.ops.check_index import guarded
 from sparse_moon.ops.index import blocks_to_matrix, entry_positions
 from sparse_moon.ops.library import call, define, differentiable_gradients, register_autograd, to_autocast_dtype
-from sparse_moon.ops.masked_dense import block_of, values_shape
+from sparse_moon.ops.masked_dense import block_of, check_block, check_entries, check_values, values_shape
 
 if TYPE_CHECKING:
     from sparse_moon.topology import Topology
@@ -74,13 +74,55 @@ def _fake_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *index:
     return input.new_empty(values_shape(index[1], block))
 
 
+def expect_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raise ``ValueError`` for another shape."""
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def weight_of(values: Tensor, index: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Shape of the matrix of these values; ``ValueError`` where they do not belong to the index."""
+    check_values(values)
+    check_entries(values, index[1])
+    return _matrix_of(block_of(values), index)
+
+
+def _matrix_of(block: Sequence[int], index: tuple[Tensor, ...]) -> tuple[int, int]:
+    check_block(block)
+    return (index[0].numel() - 1) * block[0], (index[2].numel() - 1) * block[1]
+
+
+def _check_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, *index: Tensor) -> None:
+    rows, cols = weight_of(values, index)
+    expect_shape("input", input, (*input.shape[:-1], cols))
+    if bias is not None:
+        expect_shape("bias", bias, (rows,))
+
+
+def _check_input_grad(grad: Tensor, values: Tensor, *index: Tensor) -> None:
+    expect_shape("grad", grad, (*grad.shape[:-1], weight_of(values, index)[0]))
+
+
+def _check_values_grad(grad: Tensor, input: Tensor, block: Sequence[int], *index: Tensor) -> None:
+    rows, cols = _matrix_of(block, index)
+    expect_shape("input", input, (*input.shape[:-1], cols))
+    expect_shape("grad", grad, (*input.shape[:-1], rows))
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "sparse_linear": _check_forward,
+    "sparse_linear_input_grad": _check_input_grad,
+    "sparse_linear_values_grad": _check_values_grad,
+}
+"""What the operators ask of the shapes of their arguments where others than this package call them."""
+
 _OP = define(f"sparse_linear(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {INDEX_SCHEMA}) -> Tensor",
-             guarded(_forward), _fake_forward)  # fmt: skip
+             guarded(_forward, _check_forward), _fake_forward)  # fmt: skip
 define(f"sparse_linear_input_grad(Tensor grad, Tensor values, {INDEX_SCHEMA}) -> Tensor",
-       guarded(_input_grad), _fake_input_grad)  # fmt: skip
+       guarded(_input_grad, _check_input_grad), _fake_input_grad)  # fmt: skip
 define("sparse_linear_dense_grad(Tensor grad, Tensor input) -> Tensor", _dense_grad, _fake_dense_grad)
 define(f"sparse_linear_values_grad(Tensor grad, Tensor input, int[] block, {INDEX_SCHEMA}) -> Tensor",
-       guarded(_values_grad), _fake_values_grad)  # fmt: skip
+       guarded(_values_grad, _check_values_grad), _fake_values_grad)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

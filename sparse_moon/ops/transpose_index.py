@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.check_index import check_rows
 from sparse_moon.ops.index import entry_rows
-from sparse_moon.ops.library import define, implement
+from sparse_moon.ops.library import behind, define, implement
 from sparse_moon.ops.native import native
 
 
@@ -36,4 +37,4 @@ def _cpu(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor, 
 
 
 if native is not None:
-    implement("transpose_index", "cpu", _cpu)
+    implement("transpose_index", "cpu", _cpu, dispatched=behind(check_rows, _cpu))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_moon.ops.choice import kernel_runs
 from sparse_moon.ops.labels import check_target, known_labels_reference, refuse_label, usable_labels
-from sparse_moon.ops.library import define, differentiable_gradients, implement, register_autograd
+from sparse_moon.ops.library import behind, define, differentiable_gradients, implement, register_autograd
 from sparse_moon.ops.native import has_triton, native
 
 
@@ -86,8 +86,21 @@ def _cpu(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Ten
     return outputs
 
 
+def _check(logits: Tensor, target: Tensor, w: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[0] == 0 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point (B, K+1), got {logits.dtype} {tuple(logits.shape)}")
+    check_target(target, logits)
+    if w.dim() != 0 or not w.is_floating_point() or w.requires_grad:
+        raise ValueError(
+            f"w must be a 0-d tensor, floating point and without gradient, got {w.dtype}, shape {tuple(w.shape)}, "
+            f"requires_grad={w.requires_grad}"
+        )
+    if w.device != logits.device:
+        raise ValueError(f"w must be on {logits.device}, got one on {w.device}")
+
+
 if native is not None:
-    implement("unknown_aware_loss", "cpu", _cpu)
+    implement("unknown_aware_loss", "cpu", _cpu, dispatched=behind(_check, _cpu))
 
 
 def _cuda(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,15 +159,6 @@ def unknown_aware_loss(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tenso
         ValueError: shapes, dtypes or devices that do not fit, a w that wants a gradient; on the CPU, a target outside
             [0, K).
     """
-    if logits.dim() != 2 or logits.shape[0] == 0 or logits.shape[1] < 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point (B, K+1), got {logits.dtype} {tuple(logits.shape)}")
-    check_target(target, logits)
-    if w.dim() != 0 or not w.is_floating_point() or w.requires_grad:
-        raise ValueError(
-            f"w must be a 0-d tensor, floating point and without gradient, got {w.dtype}, shape {tuple(w.shape)}, "
-            f"requires_grad={w.requires_grad}"
-        )
-    if w.device != logits.device:
-        raise ValueError(f"w must be on {logits.device}, got one on {w.device}")
+    _check(logits, target, w)
     loss, _, statistics = _unknown_aware_loss(logits, target, w)
     return loss, LossStatistics(*statistics.unbind())
