@@ -123,3 +123,13 @@ def test_errors():
         ops.drop_and_grow(torch.rand(6), torch.rand(3, 4), topology, 2, -1)
     with pytest.raises(ValueError, match="to grow 2 blocks a grow_score is needed, got None"):
         ops.drop_and_grow(torch.rand(6), None, topology, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_scores_of_minus_infinity_grow_last_and_no_entry_twice(dtype):
+    topology = Topology(torch.tensor([0, 4, 5]), (2, 4))
+    grow_score = torch.full((2, 4), -torch.inf, dtype=dtype)
+    grow_score[1, 3] = -1.0
+    found = ops.drop_and_grow(torch.tensor([3.0, 1.0, 2.0], dtype=dtype), grow_score, topology, 1, 3)
+    assert found.index[0].tolist() == [0, 3, 5] and found.index[1].tolist() == [0, 1, 2, 1, 3]
+    assert found.source.tolist() == [0, -1, -1, 2, -1]

@@ -38,8 +38,9 @@ def drop_and_grow_reference(
     """The specification, by stable sorts."""
     positions = entry_positions(row_ptr, col, grow_score.shape[1])
     survivors = positions[drop_score.sort(stable=True).indices[drop:]]
-    candidates = grow_score.flatten().index_fill(0, survivors, -torch.inf)
-    grown = candidates.sort(descending=True, stable=True).indices[:grow]
+    order = grow_score.flatten().sort(descending=True, stable=True).indices
+    survives = torch.zeros_like(order, dtype=torch.bool).index_fill(0, survivors, True)
+    grown = order[survives[order].sort(stable=True).indices[:grow]]  # candidates come before survivors
     updated = torch.cat([survivors, grown]).sort().values
 
     place = torch.searchsorted(positions, updated)
