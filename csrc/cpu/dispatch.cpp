@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 #include <stdexcept>
 
@@ -41,28 +40,40 @@ std::atomic<const Kernels*>& chosen() {
     return kernels;
 }
 
+// Bytes that a slot keeps for its next call. With none, each call has memory of its own, of just the size that it asked
+// for: then a sanitizer sees what is read or written past the end, or after its time (tests/fuzz_ops.py).
+#ifdef SPARSE_MOON_EXACT_SCRATCH
+constexpr std::size_t kKept = 0;
+#else
+constexpr std::size_t kKept = std::size_t{64} << 20;
+#endif
+
 class Buffer {
 public:
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { std::free(data_); }
+    ~Buffer() { release(); }
 
     char* reserve(std::size_t bytes) {
-        constexpr std::size_t kLine = 64, kKept = std::size_t{64} << 20;
         if (bytes > size_ || size_ > kKept) {
-            std::free(data_);
-            size_ = 0;
-            const std::size_t size = (bytes + kLine) / kLine * kLine;
-            data_ = static_cast<char*>(std::aligned_alloc(kLine, size));
-            if (!data_) throw std::bad_alloc();
-            size_ = size;
-            expect_writes(data_, size);
+            release();
+            data_ = static_cast<char*>(::operator new(bytes, kLine));
+            size_ = bytes;
+            expect_writes(data_, bytes);
         }
         return data_;
     }
 
 private:
+    static constexpr std::align_val_t kLine{64};
+
+    void release() {
+        ::operator delete(data_, kLine);
+        data_ = nullptr;
+        size_ = 0;
+    }
+
     char* data_ = nullptr;
     std::size_t size_ = 0;
 };
