@@ -1,6 +1,7 @@
 """What the source promises besides the contracts of ``lint-imports``: see ARCHITECTURE.md and CONTRIBUTING.md."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "sparse_moon").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Devices of one operator share its reference and its fake until they are one folder an operator.
 PRIVATE = {
@@ -92,3 +94,15 @@ def test_files_are_short():
     assert not long, "cut these files in two"
     short = [name for name in LONGER if lines.get(name, 0) <= MOST_LINES[name.split("/")[0]]]
     assert not short, "these are short now: take them from the list"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_files_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    folders = "|".join(
+        sorted(path.name for at in (ROOT, ROOT / "sparse_moon") for path in at.iterdir() if path.is_dir())
+    )
+    named = re.findall(rf"`((?:{folders})/[\w./]+)`", text)
+    missing = [name for name in named if not any((at / name).exists() for at in (ROOT, ROOT / "sparse_moon"))]
+    missing += [link for link in re.findall(r"\]\(([\w./-]+\.md)", text) if not (page.parent / link).exists()]
+    assert not missing
