@@ -14,7 +14,7 @@ import torch
 from sparse_moon.app.cli import _parser, _with_presets, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- prelude: (?P<prelude>\w+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 BLOCKS = [(page, match) for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
 
@@ -122,9 +122,9 @@ def test_commands_are_taken(command):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_exist(page, capsys):
     known = set()
-    for command in ("train", "compare", "eval", "flops", "export"):
+    for command in ([], ["train"], ["compare"], ["eval"], ["flops"], ["export"]):
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     named = {option for code in re.findall(r"`(--[^`]*|sparse-moon [^`]*)`", text)
