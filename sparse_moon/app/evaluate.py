@@ -5,28 +5,28 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sparse_moon.app import datasets, models, run_folder
 from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.names import Score
 from sparse_moon.app.run_data import RunData, load_dataset, plain_batches
 from sparse_moon.averaging import PredictionAverage, StochasticPasses
 from sparse_moon.nn import layer_densities, sparsify, weight_layers
 from sparse_moon.nn.fusion import fuse
 from sparse_moon.ood import (
-    DETECTORS,
     DICE,
+    SCORES,
     CosineHead,
     Detector,
     Energy,
-    GeneralizedODIN,
-    Unknown,
     choose_p,
     classifier_head,
     collect,
+    detector_class,
     evaluate,
     fit_detectors,
     threshold,
@@ -39,9 +39,6 @@ from sparse_moon.ood.metrics import (
     open_set_classification_rate,
 )
 from sparse_moon.random_mask import RandomMask
-
-SCORES = {**DETECTORS, GeneralizedODIN.name: GeneralizedODIN}
-"""Every score that a run can be evaluated with, by name."""
 
 
 def build_model(config: TrainConfig, dataset: datasets.DataSet) -> nn.Module:
@@ -164,14 +161,17 @@ def check_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:
 def scores_for(config: TrainConfig) -> list[str]:
     """Names of all scores that fit what a run predicts with."""
     several = config.averages_predictions or config.reliability == "mc-dropout"
-    linear = config.reliability != "generalized-odin" and not several
-    fitting = []
-    for name, make in SCORES.items():
-        kind = type(make(2))
-        wanted = {Unknown: config.unknown_unit, GeneralizedODIN: config.reliability == "generalized-odin"}
-        if wanted.get(kind, linear or not kind.linear_head):
-            fitting.append(name)
-    return fitting
+    cosine = config.reliability == "generalized-odin"
+
+    def fits(detector: type[Detector]) -> bool:
+        return (
+            (config.unknown_unit or not detector.unknown_output)
+            and (cosine or not detector.cosine_head)
+            and not (detector.linear_head and (cosine or several))
+        )
+
+    # ours in the order of the list, whatever was imported first
+    return [name for name in dict.fromkeys((*get_args(Score), *SCORES)) if fits(SCORES[name])]
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -191,8 +191,9 @@ def evaluate_model(
     Where the run holds training images out, they choose DICE's p and a temperature, too.
 
     Args:
-        scores: names in ``SCORES``; by default all that fit the model. Those among these that cannot be computed for
-            this data, such as KNN with fewer training images than neighbours, are left out with a warning.
+        scores: names or import paths of registered detectors; by default all that fit the model. Those among these
+            that cannot be computed for this data, such as KNN with fewer training images than neighbours, are left out
+            with a warning.
 
     Returns:
         The ``id``, ``ood`` and, with held-out images, ``calibration`` and ``dice`` parts of ``results.json``, with
@@ -268,9 +269,7 @@ def _identity(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, flo
 
 def _detector(name: str, model: nn.Module, config: TrainConfig, dataset: RunData) -> Detector:
     """The score of this name; DICE with the p that held-out images choose, where there are any."""
-    if name not in SCORES:
-        raise ValueError(f"unknown scores {[name]}, expected some of {sorted(SCORES)}")
-    detector = SCORES[name](dataset.num_classes)
+    detector = detector_class(name).make(dataset.num_classes)
     if isinstance(detector, DICE) and dataset.holdout is not None:
         fit_detectors(model, [detector], plain_batches(dataset.train, dataset, config), device=config.device)
         held = plain_batches(dataset.holdout, dataset, config)

@@ -1,6 +1,8 @@
 """Names that settings take, apart from what they name, which takes seconds to import."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse.typing import restricted_string_type
 
 TrainingMethod = Literal["dense", "static", "set", "rigl", "mest", "srigl", "gmp", "granet", "top-kast"]
 
@@ -15,3 +17,9 @@ Score = Literal[
     "msp", "maxlogit", "energy", "odin", "knn", "unknown", "klm", "mahalanobis", "dice", "react", "vim", "ash",
     "scale", "gen", "gradnorm", "godin",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+    ImportPath = str
+else:
+    ImportPath = restricted_string_type("ImportPath", r"^[^\W\d]\w*(\.[^\W\d]\w*)+$")
+    """Where something of the user's own is: ``package.module.name``."""

@@ -1,12 +1,13 @@
 """What every detector is, and a bounded sample of a stream for those that need one."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparse_moon.ood.outputs import Outputs
+from sparse_moon.ood.registry import register
 
 SAMPLES = 2**15
 """Samples that a `Sample` keeps at most: 64 MiB for 512 float32 features."""
@@ -18,10 +19,15 @@ class Detector(ABC):
     Everything is computed on the device of the outputs; fitting and `score` expect the same one. To be saved, the
     arguments of the constructor must be attributes of the same names.
 
+    A subclass that sets ``name``, at the top level of a module, is in `DETECTORS` and can be saved as soon as it is
+    defined. What it asks of the network are class attributes.
+
     Attributes:
         name: key in tables and in `DETECTORS`. To compare two settings of one detector, give an instance another.
         learned: names of the tensors that `finish` sets; a detector without any does not fit.
         linear_head: whether the score needs outputs of a network with a linear head.
+        cosine_head: whether it needs those of a network with a `CosineHead`; it is then not in `DETECTORS`.
+        unknown_output: whether it needs K + 1 outputs.
         num_classes: K; with K + 1 outputs the last is the unknown one.
         threshold: scores from here on are taken as in-distribution; see `sparse_moon.ood.threshold`.
     """
@@ -29,7 +35,18 @@ class Detector(ABC):
     name: str
     learned: ClassVar[tuple[str, ...]] = ()
     linear_head: ClassVar[bool] = False
+    cosine_head: ClassVar[bool] = False
+    unknown_output: ClassVar[bool] = False
     threshold: float | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register(cls)
+
+    @classmethod
+    def make(cls, num_classes: int) -> Self:
+        """The detector with its defaults; to be overridden where the constructor needs more than ``num_classes``."""
+        return cls(num_classes)
 
     def __init__(self, num_classes: int) -> None:
         if num_classes < 1:
@@ -97,7 +114,12 @@ class Detector(ABC):
             setattr(self, name, None if value is None else value.to(device))
         return self
 
-    def _fitted(self, value: Tensor | None) -> Tensor:
+    def fitted(self, value: Tensor | None) -> Tensor:
+        """``value``, one of those that `finish` sets.
+
+        Raises:
+            ValueError: it is None, the detector is not fitted.
+        """
         if value is None:
             raise ValueError(f"{type(self).__name__} is not fitted: call fit(train) first")
         return value

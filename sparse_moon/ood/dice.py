@@ -42,7 +42,7 @@ class DICE(Shaping):
         seed: of random selections.
     """
 
-    own_name = "dice"
+    name = "dice"
     learned = ("mean", "weight", "bias", "mask")
     mean: Tensor | None
     weight: Tensor | None
@@ -100,12 +100,12 @@ class DICE(Shaping):
         """The same fitted detector with another p."""
         other = DICE(self.detector, p, self.select, self.seed)
         other.name = self.name
-        other.mean, other.weight, other.bias = self._fitted(self.mean), self._fitted(self.weight), self.bias
+        other.mean, other.weight, other.bias = self.fitted(self.mean), self.fitted(self.weight), self.bias
         other.mask = other._choose(other.mean, other.weight)
         return other
 
     def shape(self, outputs: Outputs) -> Outputs:
-        weight, bias, mask = map(self._fitted, (self.weight, self.bias, self.mask))
+        weight, bias, mask = map(self.fitted, (self.weight, self.bias, self.mask))
         check_size(outputs, weight.shape[1])
         head = Head(weight * mask, bias)
         # With all weights the network's own logits, whatever kernel and precision computed them.
@@ -165,7 +165,7 @@ def choose_p(
             images, _ = read_batch(batch)
             yield torch.randn(images.shape, generator=generator).to(images.dtype)
 
-    there = dice._fitted(dice.mean).device
+    there = dice.fitted(dice.mean).device
     known, unknown = (collect(model, images, device=device, head=head).to(there) for images in (validation, noise()))
 
     def rank(p: float) -> tuple[float, float, float]:

@@ -9,32 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_moon.ood.detector import Detector
-from sparse_moon.ood.dice import DICE
-from sparse_moon.ood.features import KNN, GradNorm, Mahalanobis, ViM
-from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
 from sparse_moon.ood.metrics import ood_metrics
 from sparse_moon.ood.outputs import Outputs, joined, linear_head
 from sparse_moon.ood.passes import Batches, collect, each_batch, model_device
-from sparse_moon.ood.shaping import ASH, SCALE, ReAct
-
-DETECTORS: dict[str, Callable[[int], Detector]] = {
-    "msp": MSP,
-    "maxlogit": MaxLogit,
-    "energy": Energy,
-    "odin": ODIN,
-    "knn": KNN,
-    "unknown": Unknown,
-    "klm": KLM,
-    "mahalanobis": Mahalanobis,
-    "dice": lambda num_classes: DICE(Energy(num_classes)),
-    "react": lambda num_classes: ReAct(Energy(num_classes)),
-    "vim": ViM,
-    "ash": lambda num_classes: ASH(Energy(num_classes)),
-    "scale": lambda num_classes: SCALE(Energy(num_classes)),
-    "gen": GEN,
-    "gradnorm": GradNorm,
-}
-"""Detectors by name, each made from the number of classes alone, for a network with a linear head."""
 
 
 @dataclass(frozen=True, eq=False)

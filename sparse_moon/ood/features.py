@@ -58,7 +58,7 @@ class KNN(Detector):
         self.start()
 
     def score(self, outputs: Outputs) -> Tensor:
-        center, bank = map(self._fitted, (self.center, self.bank))
+        center, bank = map(self.fitted, (self.center, self.bank))
         check_size(outputs, bank.shape[1])
         half = bank.square().sum(1) / 2
         rows = max(1, self.chunk_elements // len(bank))
@@ -137,7 +137,7 @@ class Mahalanobis(Detector):
         Raises:
             ValueError: no training data.
         """
-        origins = self._fitted(self._origins)
+        origins = self.fitted(self._origins)
         present = self._counts > 0
         counts = self._counts[present, None]
         offsets = self._sums[present] / counts
@@ -155,7 +155,7 @@ class Mahalanobis(Detector):
         self.start()
 
     def score(self, outputs: Outputs) -> Tensor:
-        center, whitening, means = map(self._fitted, (self.center, self.whitening, self.means))
+        center, whitening, means = map(self.fitted, (self.center, self.whitening, self.means))
         check_size(outputs, len(center))
         points = (features_of(outputs).double() - center) @ whitening
         # Measured to the mean that is found: a difference of products loses the digits of a distance that is small
@@ -222,7 +222,7 @@ class ViM(Detector):
 
     def finish(self) -> None:
         """Set the (D,) ``origin``, the (D, D - dim) basis ``residual`` and the 0-d ``alpha``, all float64."""
-        origin = self._fitted(self._origin)
+        origin = self.fitted(self._origin)
         size = len(origin)
         dim = _principal_dim(size) if self.dim is None else self.dim
         self.residual = torch.linalg.eigh(self._products).eigenvectors[:, : size - dim].contiguous()
@@ -235,7 +235,7 @@ class ViM(Detector):
         del self._products, self._sample
 
     def score(self, outputs: Outputs) -> Tensor:
-        origin, residual, alpha = map(self._fitted, (self.origin, self.residual, self.alpha))
+        origin, residual, alpha = map(self.fitted, (self.origin, self.residual, self.alpha))
         check_size(outputs, len(origin))
         energy = known_logits(outputs, self.num_classes).double().logsumexp(1)
         return energy - alpha * ((features_of(outputs).double() - origin) @ residual).norm(dim=1)
@@ -275,6 +275,7 @@ class GeneralizedODIN(Detector):
     """
 
     name = "godin"
+    cosine_head = True
 
     def score(self, outputs: Outputs) -> Tensor:
         known_logits(outputs, self.num_classes)

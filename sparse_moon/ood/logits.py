@@ -155,7 +155,7 @@ class KLM(Detector):
         Raises:
             ValueError: no training data, or logits that are not finite.
         """
-        sums = self._fitted(self._sums)
+        sums = self.fitted(self._sums)
         if not sums.isfinite().all():
             raise ValueError("training logits must be finite")
         sums = sums[sums[:, -1] > 0]
@@ -163,7 +163,7 @@ class KLM(Detector):
         self.start()
 
     def score(self, outputs: Outputs) -> Tensor:
-        templates = self._fitted(self.templates)
+        templates = self.fitted(self.templates)
         known_logits(outputs, self.num_classes)
         if outputs.logits.shape[1] != templates.shape[1]:
             raise ValueError(f"fitted to {templates.shape[1]} outputs, got logits {tuple(outputs.logits.shape)}")
@@ -177,6 +177,7 @@ class Unknown(Detector):
     """``1 - u``, the mass that is not on the unknown output (MOON, arXiv 2403.20047)."""
 
     name = "unknown"
+    unknown_output = True
 
     def score(self, outputs: Outputs) -> Tensor:
         """(N,) float64.

@@ -10,35 +10,10 @@ from torch import Tensor
 
 from sparse_moon import files
 from sparse_moon.ood.detector import Detector
-from sparse_moon.ood.dice import DICE
-from sparse_moon.ood.features import KNN, GeneralizedODIN, GradNorm, Mahalanobis, ViM
-from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
 from sparse_moon.ood.metrics import check_scores
-from sparse_moon.ood.shaping import ASH, SCALE, ReAct
+from sparse_moon.ood.registry import SCORES, by_import_path, import_path
 
 FORMAT = "sparse_moon detector 1"
-
-_KINDS: dict[str, type[Detector]] = {
-    kind.__name__: kind
-    for kind in (
-        MSP,
-        MaxLogit,
-        Energy,
-        ODIN,
-        Unknown,
-        GEN,
-        KLM,
-        KNN,
-        Mahalanobis,
-        ViM,
-        GradNorm,
-        GeneralizedODIN,
-        DICE,
-        ReAct,
-        ASH,
-        SCALE,
-    )
-}
 
 
 def threshold(id_scores: Tensor, tpr: float = 0.95) -> float:
@@ -65,7 +40,7 @@ def save_detector(path: Path | str, detector: Detector) -> None:
     """Write a fitted detector with its settings, name and threshold; an existing file is replaced as a whole.
 
     Raises:
-        ValueError: a detector that is not fitted, or not one of this package.
+        ValueError: a detector that is not fitted, or of a class that is not registered, see `Detector`.
         OSError: the file cannot be written.
     """
     files.write_archive(Path(path), {"format": FORMAT, "detector": _to_dict(detector)})
@@ -74,8 +49,10 @@ def save_detector(path: Path | str, detector: Detector) -> None:
 def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detector:
     """The detector that `save_detector` wrote, on ``device``: same scores, bit for bit. Loading executes no code.
 
+    The class of a detector from outside this package must have been imported: nothing that a file names is.
+
     Raises:
-        ValueError: a file that is missing, damaged, or not a detector of this package.
+        ValueError: a file that is missing, damaged, or not a detector of a known class.
     """
     content = files.read_archive(Path(path), "a detector")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -83,26 +60,30 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detec
     try:
         detector = _from_dict(content["detector"])
     except Exception as error:  # what is wrong in a file has no one kind of error
-        raise ValueError(f"{path} does not describe a detector: {error!r}") from None
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} does not describe a detector: {reason}") from None
     return detector.to(device)
 
 
 def _to_dict(detector: Detector) -> dict[str, Any]:
     kind = type(detector)
-    if _KINDS.get(kind.__name__) is not kind:
-        raise ValueError(f"expected a detector of sparse_moon.ood, got {kind.__name__}")
+    if SCORES.get(kind.name) is not kind:
+        raise ValueError(
+            "expected a class with a name of its own at the top level of a module, or one of sparse_moon.ood, "
+            f"got {kind.__name__}"
+        )
     arguments = {name: getattr(detector, name) for name in signature(kind).parameters}
     return {
-        "kind": kind.__name__,
+        "kind": import_path(kind),
         "arguments": {k: _to_dict(v) if isinstance(v, Detector) else v for k, v in arguments.items()},
         "name": detector.name,
         "threshold": detector.threshold,
-        "learned": {name: detector._fitted(getattr(detector, name)).cpu() for name in detector.learned},
+        "learned": {name: detector.fitted(getattr(detector, name)).cpu() for name in detector.learned},
     }
 
 
 def _from_dict(content: dict[str, Any]) -> Detector:
-    kind = _KINDS[content["kind"]]
+    kind = by_import_path(content["kind"])
     arguments = content["arguments"].items()
     # The constructors differ, and check what they get.
     make: Any = kind

@@ -2,13 +2,14 @@
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_moon.ood.detector import Detector, Sample, check_share
+from sparse_moon.ood.logits import Energy
 from sparse_moon.ood.outputs import Outputs, features_of, linear_head
 
 
@@ -25,7 +26,6 @@ class Shaping(Detector):
         ValueError: a detector that learns from or perturbs unshaped outputs.
     """
 
-    own_name: ClassVar[str]
     linear_head = True
 
     def __init__(self, detector: Detector) -> None:
@@ -36,7 +36,13 @@ class Shaping(Detector):
             )
         self.detector = detector
         super().__init__(detector.num_classes)
-        self.name = self.own_name if detector.name == "energy" else f"{self.own_name}+{detector.name}"
+        own = type(self).name
+        self.name = own if detector.name == "energy" else f"{own}+{detector.name}"
+
+    @classmethod
+    def make(cls, num_classes: int) -> Self:
+        """The detector with its defaults, before `Energy`."""
+        return cls(Energy(num_classes))
 
     @abstractmethod
     def shape(self, outputs: Outputs) -> Outputs:
@@ -74,7 +80,7 @@ class ReAct(Shaping):
         percentile: in [0, 1]; the paper takes 0.9.
     """
 
-    own_name = "react"
+    name = "react"
     learned = ("clip",)
     clip: Tensor | None
 
@@ -110,7 +116,7 @@ class ReAct(Shaping):
         self._sample = Sample()
 
     def shape(self, outputs: Outputs) -> Outputs:
-        clip = self._fitted(self.clip)
+        clip = self.fitted(self.clip)
         return _with_features(outputs, features_of(outputs).double().clamp(max=clip))
 
 
@@ -126,7 +132,7 @@ class ASH(Shaping):
         percentile: share of activations that are set to zero, in [0, 1).
     """
 
-    own_name = "ash"
+    name = "ash"
 
     def __init__(self, detector: Detector, percentile: float = 0.9) -> None:
         super().__init__(detector)
@@ -146,7 +152,7 @@ class SCALE(Shaping):
         percentile: share of activations that are left out of s2, in [0, 1); the paper takes 0.85 on ImageNet.
     """
 
-    own_name = "scale"
+    name = "scale"
 
     def __init__(self, detector: Detector, percentile: float = 0.85) -> None:
         super().__init__(detector)
