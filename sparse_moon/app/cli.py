@@ -26,7 +26,8 @@ from jsonargparse import ArgumentParser
 import sparse_moon
 from sparse_moon.allocation import Allocation
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.names import ModelName, Score, TrainingMethod
+from sparse_moon.app.names import OR_IMPORT_PATH, ImportPath, ModelName, Score, TrainingMethod, is_import_path
+from sparse_moon.app.own import import_modules
 
 _COMMANDS = {
     "train": "train, evaluate and report one sparse model",
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments = _parser(program).parse_args(_with_presets(given))
             run = import_module(f"sparse_moon.app.commands.{arguments.command}").run
         options = arguments[arguments.command]
+        import_modules(filter(is_import_path, [options.get("model"), *(options.get("score") or ())]))
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing if options.get("quiet") else sys.stdout):
             run(options)
             sys.stdout.flush()
@@ -200,7 +202,8 @@ def _parse_message(message: str, known: Sequence[str]) -> str:
         kinds = [_KINDS[kind] for kind in re.findall(r"Expected an? <class '(\w+)'>", rest) if kind in _KINDS]
         if value and (choices := re.search(r"typing\.Literal\[(.*?)\]", rest)):
             names = re.findall(r"'(.*?)'", choices[1])
-            return f"{option} must be one of {_listing(names)}, got {value[1]}{_suggestion(value[1], names)}"
+            own = OR_IMPORT_PATH * ("ImportPath" in rest)
+            return f"{option} must be one of {_listing(names)}{own}, got {value[1]}{_suggestion(value[1], names)}"
         if value and kinds:
             return f"{option} must be {' or '.join(kinds)}, got {value[1]}"
         return f"{option}: {rest}"
@@ -322,8 +325,12 @@ def _eval_parser(description: str) -> _Parser:
     parser.add_argument("run", type=str, help="run folder")
     parser.add_argument("--ood", type=str, nargs="+", help="OOD sets, NAME or NAME=PATH; default the run's own")
     parser.add_argument(
-        "--score", type=str, nargs="+", help=f"scores to compute, of {scores}; default all that fit the model"
+        "--score",
+        type=str,
+        nargs="+",
+        help=f"scores to compute, of {scores}{OR_IMPORT_PATH}; default all that fit the model",
     )
+    _add_own_model(parser)
     parser.add_argument("--data-root", type=str | None, default=None, help="folder of the named data sets")
     parser.add_argument("--device", type=str | None, default=None, help="default the run's own")
     parser.add_argument("--save-detector", type=str | None, default=None, help="file to write the one --score to")
@@ -335,7 +342,7 @@ def _eval_parser(description: str) -> _Parser:
 def _flops_parser(description: str) -> _Parser:
     parser = _Parser(allow_abbrev=False, description=description)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", type=ModelName, default="resnet50", help="which network")
+    model.add_argument("--model", type=ModelName | ImportPath, default="resnet50", help="which network")
     model.add_argument("--width", type=int | None, default=None, help="its width, where it has one")
     model.add_argument("--input", type=str, default="3,224,224", help="channels, height and width of an image")
     model.add_argument("--classes", type=int, default=1000, help="number of classes")
@@ -360,8 +367,15 @@ def _flops_parser(description: str) -> _Parser:
 def _export_parser(description: str) -> _Parser:
     parser = _Parser(allow_abbrev=False, description=description)
     parser.add_argument("run", type=str, help="run folder")
+    _add_own_model(parser)
     parser.add_argument("--dense", type=str, required=True, help="file to write (.pt)")
     return parser
+
+
+def _add_own_model(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=ImportPath | None, default=None, help="your own model if the run has one, to import its module"
+    )
 
 
 def _add_settings(parser: ArgumentParser, leave_out: Collection[str] = ()) -> Any:

@@ -20,6 +20,7 @@ from sparse_moon.app import plots, run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.datasets import GROUPS, ood_group
 from sparse_moon.app.evaluate import evaluate_model, load_run
+from sparse_moon.app.names import is_import_path
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_ood_sets
 
@@ -82,12 +83,12 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> l
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = next(iter(waiting))
-                del waiting[name]
+                config = waiting.pop(name)
                 if _finished(folder / name):
                     done += 1
                     print(f"[{done}/{total}] {name}: finished before", flush=True)
                 else:
-                    running[name] = _start(folder / name)
+                    running[name] = _start(folder / name, config)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 done += 1
                 code = running.pop(name).returncode
@@ -130,8 +131,10 @@ def _finished(folder: Path) -> bool:
     return not (folder / run_folder.CHECKPOINT).exists() or bool(run_folder.read_checkpoint(folder)["finished"])
 
 
-def _start(folder: Path) -> "subprocess.Popen[bytes]":
+def _start(folder: Path, config: TrainConfig) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "sparse_moon", "train", "--resume", "--out", str(folder)]
+    if is_import_path(config.model):
+        command += ["--model", config.model]  # its module is to be imported
     # this package, rather than one in the working folder: a checkout there has no compiled kernels
     path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (folder / LOG).open("ab") as log:

@@ -4,10 +4,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sparse_moon.allocation import Allocation, check_sparsity
-from sparse_moon.app.names import ModelName, Reliability, Score, TrainingMethod
+from sparse_moon.app.names import (
+    OR_IMPORT_PATH,
+    ImportPath,
+    ModelName,
+    Reliability,
+    Score,
+    TrainingMethod,
+    is_import_path,
+)
 
 PARTS = {"moon": ("loss", "tuning", "voting"), "cigl": ("mask", "averaging")}
 """What ``without`` may leave out, by reliability method."""
@@ -30,8 +38,8 @@ class TrainConfig:
         image_size: side to resize an image folder to.
         ood: out-of-distribution sets, NAME or NAME=PATH; by default those that go with the data set.
         headline: the one score that tables lead with, whichever is best; fixed before the test sets are seen.
-        model: small-resnet, resnet18, resnet50, wrn-22-2 or mlp.
-        width: channels of the first stage (small-resnet) or of the hidden layers (mlp).
+        model: small-resnet, resnet18, resnet50, wrn-22-2, mlp, or your own as package.module.function.
+        width: channels of the first stage (small-resnet) or of the hidden layers (mlp); passed to a model of your own.
         method: dense, static, set, rigl, mest, srigl, gmp, granet or top-kast.
         reliability: training for reliability, none or one of the methods in docs/reliability.md.
         without: parts to leave out; of moon loss, tuning (w stays final_weight) or voting, of cigl mask or averaging.
@@ -80,7 +88,7 @@ class TrainConfig:
     image_size: int | None = None
     ood: list[str] | None = None
     headline: Score = "msp"
-    model: ModelName = "small-resnet"
+    model: ModelName | ImportPath = "small-resnet"
     width: int | None = None
     method: TrainingMethod = "rigl"
     reliability: Reliability = "moon"
@@ -129,6 +137,7 @@ class TrainConfig:
 
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
+        object.__setattr__(self, "model", str(self.model))  # the command line's paths are of a subclass
         check_sparsity(self.sparsity)
         block_shape(self.pattern)
         for name in ("epochs", "batch_size", "interval", "samples", "tickets", "width", "image_size"):
@@ -267,12 +276,13 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     expected = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "nothing"}
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    choices = get_args(hint)
-    if get_origin(hint) is Literal:
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    names = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    if names:
+        own = ImportPath in parts
+        if value not in names and not (own and is_import_path(value)):
+            raise ValueError(f"{name} must be one of {', '.join(names)}{OR_IMPORT_PATH * own}, got {value!r}")
         return
-    parts = choices if get_origin(hint) is UnionType else (hint,)
     for part in parts:
         if get_origin(part) in (list, tuple):
             fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)

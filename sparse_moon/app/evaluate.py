@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparse_moon.app import datasets, models, run_folder
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.names import Score
+from sparse_moon.app.names import Score, is_import_path
+from sparse_moon.app.own import imported
 from sparse_moon.app.run_data import RunData, load_dataset, plain_batches
 from sparse_moon.averaging import PredictionAverage, StochasticPasses
 from sparse_moon.nn import layer_densities, sparsify, weight_layers
@@ -82,7 +83,10 @@ def _start_sparsity(config: TrainConfig, dataset: datasets.DataSet) -> float | N
 def _dense_model(config: TrainConfig, dataset: datasets.DataSet) -> nn.Module:
     channels, size, _ = dataset.train.shape
     outputs = dataset.num_classes + config.unknown_unit
-    return models.build(config.model, outputs, in_channels=channels, image_size=size, width=config.width)
+    model = models.build(config.model, outputs, in_channels=channels, image_size=size, width=config.width)
+    if config.reliability == "generalized-odin" and not isinstance(getattr(model, "fc", None), nn.Linear):
+        raise ValueError(f"'generalized-odin' replaces the nn.Linear fc of a model, {config.model} has none")
+    return model
 
 
 def _exclude(config: TrainConfig) -> tuple[str, ...]:
@@ -136,12 +140,15 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
     """A finished run, its networks on ``device`` (default the run's own).
 
     Raises:
-        ValueError: a folder without a finished run, or damaged files.
+        ValueError: a folder without a finished run, damaged files, or a model of the user's own that has not been
+            imported.
     """
     state = run_folder.read_checkpoint(folder)
     if not state["finished"]:
         raise ValueError(f"the run in {folder} has not finished: continue it with --resume")
     config = TrainConfig.from_dict({**state["config"], **({} if device is None else {"device": device})})
+    if is_import_path(config.model):
+        imported(config.model)
     dataset = load_dataset(config)
     try:
         model = _loaded(config, dataset, state["model"]).to(config.device).eval()

@@ -1,13 +1,17 @@
 """Image classifiers by name, each with its head as the last module, an ``nn.Linear`` called ``fc``."""
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from sparse_moon.app.own import imported
 
 # Up to this side, in pixels, a ResNet has CIFAR's stem, above it ImageNet's.
 _LARGEST_SMALL_IMAGE = 64
@@ -32,13 +36,16 @@ def build(name: str, num_outputs: int, *, in_channels: int, image_size: int, wid
     """A freshly initialised network for images (B, in_channels, image_size, image_size).
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS`, or the import path of your own.
 
             - ``mlp``: two hidden layers of ``width`` units.
             - ``small-resnet``: 3 stages of two basic blocks (ResNet-14); for images of 8 to 32 pixels.
             - ``resnet18``, ``resnet50``: He et al. 2016, up to 64 pixels as used for CIFAR, with a 3x3 stem and no max
               pooling; for larger images torchvision's, with a 7x7 stem (RGB and width 64 only).
             - ``wrn-22-2``: pre-activation wide ResNet (Zagoruyko and Komodakis 2016), depth 22, widening factor 2.
+            - ``package.module.make``: what ``make(num_outputs=..., in_channels=..., image_size=...)`` returns, called
+              with ``width=...``, too, if one is given. Its module must have been imported.
+
         num_outputs: size of the head, at least 2. A network trained to know the unknown has one more than classes.
         in_channels: C of the images.
         image_size: H = W of the images, in pixels.
@@ -48,6 +55,8 @@ def build(name: str, num_outputs: int, *, in_channels: int, image_size: int, wid
     Raises:
         ValueError: an unknown name, or sizes that do not fit the network.
     """
+    if "." in name:
+        return _own(name, num_outputs, in_channels, image_size, width)
     if name not in MODELS:
         raise ValueError(f"no model {name!r}: expected one of {', '.join(MODELS)}")
     model = MODELS[name]
@@ -59,6 +68,29 @@ def build(name: str, num_outputs: int, *, in_channels: int, image_size: int, wid
     if image_size < model.smallest_image:
         raise ValueError(f"{name}: expected images of {model.smallest_image} pixels or more, got {image_size}")
     return model.build(num_outputs, in_channels, image_size, width)
+
+
+def _own(path: str, num_outputs: int, in_channels: int, image_size: int, width: int | None) -> nn.Module:
+    """The user's network at an import path, once it was seen to give the logits that are expected."""
+    make = imported(path)
+    sizes = {"num_outputs": num_outputs, "in_channels": in_channels, "image_size": image_size}
+    if width is not None:
+        sizes["width"] = width
+    try:
+        inspect.signature(make).bind(**sizes)
+    except (TypeError, ValueError) as error:
+        call = ", ".join(f"{size}={value}" for size, value in sizes.items())
+        raise ValueError(f"{path} cannot be called with {call}: {error}") from None
+    network = make(**sizes)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{path} must return an nn.Module, got {type(network).__name__}")
+    images = torch.zeros(1, in_channels, image_size, image_size)
+    with torch.no_grad():
+        logits = network.eval()(images)
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_outputs):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{path}: expected logits (1, {num_outputs}) for images {tuple(images.shape)}, got {got}")
+    return network.train()
 
 
 def _mlp(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:

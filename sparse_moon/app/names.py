@@ -1,5 +1,6 @@
 """Names that settings take, apart from what they name, which takes seconds to import."""
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import restricted_string_type
@@ -18,8 +19,18 @@ Score = Literal[
     "scale", "gen", "gradnorm", "godin",
 ]  # fmt: skip
 
+_PATH = r"^[^\W\d]\w*(\.[^\W\d]\w*)+$"
+
 if TYPE_CHECKING:
     ImportPath = str
 else:
-    ImportPath = restricted_string_type("ImportPath", r"^[^\W\d]\w*(\.[^\W\d]\w*)+$")
+    ImportPath = restricted_string_type("ImportPath", _PATH)
     """Where something of the user's own is: ``package.module.name``."""
+
+OR_IMPORT_PATH = " or your own as package.module.name"
+"""What messages add to a list of names that an `ImportPath` may take the place of."""
+
+
+def is_import_path(value: object) -> bool:
+    """Whether ``value`` has the form of an `ImportPath`."""
+    return isinstance(value, str) and re.match(_PATH, value) is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from sparse_moon import files
+from sparse_moon.app.commands import check_model
 from sparse_moon.app.evaluate import load_run
 from sparse_moon.nn import densify
 
@@ -16,6 +17,7 @@ def run(arguments: Namespace) -> None:
     if not target.parent.is_dir():
         raise ValueError(f"the folder {target.parent} does not exist")
     finished = load_run(Path(arguments.run), device="cpu")
+    check_model(arguments.model, finished.config)
     config, dataset = finished.config, finished.dataset
     if config.averages_predictions or config.reliability == "generalized-odin":
         what = "several networks" if config.averages_predictions else "a cosine head"
