@@ -83,12 +83,12 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> l
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = next(iter(waiting))
-                config = waiting.pop(name)
+                del waiting[name]
                 if _finished(folder / name):
                     done += 1
                     print(f"[{done}/{total}] {name}: finished before", flush=True)
                 else:
-                    running[name] = _start(folder / name, config)
+                    running[name] = _start(folder / name)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 done += 1
                 code = running.pop(name).returncode
@@ -131,10 +131,11 @@ def _finished(folder: Path) -> bool:
     return not (folder / run_folder.CHECKPOINT).exists() or bool(run_folder.read_checkpoint(folder)["finished"])
 
 
-def _start(folder: Path, config: TrainConfig) -> "subprocess.Popen[bytes]":
+def _start(folder: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "sparse_moon", "train", "--resume", "--out", str(folder)]
-    if is_import_path(config.model):
-        command += ["--model", config.model]  # its module is to be imported
+    model = files.read_json(folder / run_folder.CONFIG).get("model")
+    if is_import_path(model):
+        command += ["--model", model]  # its module is to be imported
     # this package, rather than one in the working folder: a checkout there has no compiled kernels
     path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (folder / LOG).open("ab") as log:

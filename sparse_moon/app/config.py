@@ -38,7 +38,7 @@ class TrainConfig:
         image_size: side to resize an image folder to.
         ood: out-of-distribution sets, NAME or NAME=PATH; by default those that go with the data set.
         headline: the one score that tables lead with, whichever is best; fixed before the test sets are seen.
-        model: small-resnet, resnet18, resnet50, wrn-22-2, mlp, or your own as package.module.function.
+        model: which network; your own as package.module.function.
         width: channels of the first stage (small-resnet) or of the hidden layers (mlp); passed to a model of your own.
         method: dense, static, set, rigl, mest, srigl, gmp, granet or top-kast.
         reliability: training for reliability, none or one of the methods in docs/reliability.md.
