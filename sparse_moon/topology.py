@@ -1,12 +1,13 @@
 """Which weights exist: block-compressed rows of a matrix, and its transpose index; see :mod:`sparse_moon.ops.index`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_moon.allocation import check_sparsity
 from sparse_moon.ops.check_index import FAULTS, index_form, versions
 from sparse_moon.ops.index import (
     Index,
@@ -25,6 +26,7 @@ from sparse_moon.ops.index import (
 
 __all__ = [
     "Index",
+    "Selection",
     "Topology",
     "block_grid",
     "block_shape",
@@ -33,9 +35,12 @@ __all__ = [
     "matrix_shape",
     "matrix_to_weight",
     "pattern_name",
+    "topology_of",
     "weight_to_matrix",
 ]
 
+
+Selection = Literal["random", "magnitude", "constant_fan_in"]
 
 _MOST_BLOCKS = 2**31 - 1
 
@@ -333,3 +338,23 @@ class Topology(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} x {self.shape[1]}, block={self.block}, sparsity={self.sparsity:.4f}"
+
+
+def topology_of(
+    weight: Tensor, mask: Tensor | None, sparsity: float | None, block: tuple[int, int], selection: str
+) -> Topology:
+    """Topology of a dense weight: of its mask, or of a share of it chosen at random or by magnitude."""
+    if (mask is None) == (sparsity is None):
+        raise ValueError("give either a mask or a sparsity")
+    if mask is not None:
+        if mask.shape != weight.shape:
+            raise ValueError(f"mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+        return Topology.from_mask(weight_to_matrix(mask, block[1]), block)
+    sparsity = cast(float, sparsity)
+    check_sparsity(sparsity)
+    if selection in ("random", "constant_fan_in"):
+        fan_in = selection == "constant_fan_in"
+        return Topology.random(matrix_shape(tuple(weight.shape)), 1.0 - sparsity, block, constant_fan_in=fan_in)
+    if selection == "magnitude":
+        return Topology.from_scores(weight_to_matrix(weight.detach().abs(), block[1]), 1.0 - sparsity, block)
+    raise ValueError(f"selection must be one of {get_args(Selection)}, got {selection!r}")

@@ -38,7 +38,6 @@ LONGER = {
     "tests/test_ood.py": 541,
     "tests/test_ood_detectors.py": 678,
     "tests/test_report.py": 504,
-    "tests/test_training_faults.py": 629,
     "benchmarks/flops_and_time.py": 774,
 }
 

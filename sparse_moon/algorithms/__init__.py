@@ -7,7 +7,8 @@ for images, labels in loader:
     optimizer.zero_grad()
 """
 
-from sparse_moon.algorithms.method import Dense, DynamicMethod, Method, Static
+from sparse_moon.algorithms.dynamic import DynamicMethod
+from sparse_moon.algorithms.method import Dense, Method, Static
 from sparse_moon.algorithms.pruning import GMP, GraNet
 from sparse_moon.algorithms.regrowth import MEST, SET, RigL
 from sparse_moon.algorithms.srigl import SRigL

@@ -1,32 +1,24 @@
 """What every training method does each batch, and the frame of those that change the topology."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
 
-from sparse_moon import ops
 from sparse_moon.algorithms.optimizers import (
     attach,
-    check_state,
     inner_optimizers,
-    is_stepping,
-    move_state,
     parameters_of,
     stepping,
     synchronizes,
-    unscale_,
 )
 from sparse_moon.distributed import check_same, launched_alone, world_size
-from sparse_moon.nn import SparseLayer, sparse_layers
-from sparse_moon.ops.drop_and_grow import Regrown
+from sparse_moon.nn import sparse_layers
 from sparse_moon.weight_decay import check_weight_decay
 
 
@@ -179,229 +171,6 @@ class Static(Method):
     """A random sparse network that keeps its topology."""
 
     name = "static"
-
-
-class DynamicMethod(Method):
-    """Every ``interval`` batches each layer drops its worst blocks and grows others, until ``stop``.
-
-    A method is what it answers to three questions: how many blocks go and come (:meth:`counts`), which go
-    (:meth:`drop_score`, lowest first) and which come (:meth:`grow_score`, highest first). A new weight and its
-    optimizer state start anew; one that is dropped and at once comes back keeps both. From ``stop`` on the topology is
-    frozen. A layer that has no gradient, or nothing but zeros, in an update batch keeps its topology.
-
-    Where the number of a layer's blocks changes, ``values`` stays the same parameter with fewer or more numbers, and a
-    model in DistributedDataParallel is to be wrapped anew after a :meth:`step` that returns True: its buffers have the
-    old size.
-
-    Args:
-        model: with sparse layers, possibly wrapped; all processes reach the same topology.
-        optimizer: over the model's parameters. State that it keeps for each weight moves with the weight: tensors of
-            as many rows as the layer has blocks.
-        total_steps: length of the training, in batches (optimizer steps).
-        interval: batches from update to update.
-        stop: share of the training after which the topology is frozen, in [0, 1].
-        moved_state: names of optimizer state that must be there and move.
-
-    Raises:
-        ValueError: no sparse layer to train, a number out of range, or an optimizer with one state for all weights
-            (LBFGS).
-    """
-
-    replaces_step = True
-    """Whether an update takes the place of that batch's optimizer step, or comes after it."""
-    resizes = False
-    """Whether the number of a layer's blocks changes during training."""
-    exchanges = True
-    """Whether an update needs the gradient of a layer: without one the layer keeps its topology, or is only pruned."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        total_steps: int,
-        interval: int = 100,
-        stop: float = 0.75,
-        moved_state: Collection[str] = (),
-    ) -> None:
-        if not sparse_layers(model):
-            raise ValueError(f"method {self.name!r} needs a model with sparse layers; call sparsify(model, ...) first")
-        super().__init__(model, optimizer)
-        if not self.layers:
-            raise ValueError(
-                f"method {self.name!r} needs sparse layers that train, all are frozen: {list(self.untouched)}"
-            )
-        if total_steps < 1 or interval < 1 or not 0.0 <= stop <= 1.0:
-            raise ValueError(
-                f"total_steps and interval must be positive and stop in [0, 1], got {total_steps}, {interval}, {stop}"
-            )
-        if any(isinstance(inner, LBFGS) for inner in inner_optimizers(optimizer)):
-            raise ValueError(
-                f"method {self.name!r} cannot train with LBFGS, whose history is of all weights at once and does not "
-                "move with them: take SGD or Adam, or method 'static'"
-            )
-        self.moved_state = frozenset(moved_state)
-        self.interval = interval
-        self.total_steps = total_steps
-        self.stop_step = round(stop * total_steps)
-        self.first_blocks = {layer: layer.topology.num_blocks for layer in self.layers.values()}
-        if stop > 0.0 and not self._ever_updates():
-            warnings.warn(
-                f"method {self.name!r} never updates the topology: with an update every {interval} batches the first "
-                f"comes after the last one that may update, {self.stop_step} of {total_steps}",
-                stacklevel=3,
-            )
-        self._stepped = False
-        self._hooks: list[RemovableHandle] = []
-        self._reached: set[SparseLayer] = set()  # by a backward pass of an update batch
-        self._told: set[str] = set()  # what was said once
-        inner_optimizers(optimizer)[-1].register_step_post_hook(self._notice)
-
-    def _ever_updates(self) -> bool:
-        return self.last_update > 0
-
-    def _notice(self, optimizer: Optimizer, *_: Any) -> None:
-        """After each step of the optimizer."""
-        if not self._stepped and not is_stepping(optimizer):
-            self._stepped = True  # one warning is enough
-            warnings.warn(
-                f"optimizer.step() was called and not {type(self).__name__}.step(), so the topology never changes: "
-                "call method.step() in its place, or method.attach() once",
-                stacklevel=3,
-            )
-
-    def counts(self, layer: SparseLayer) -> tuple[int, int]:
-        """How many blocks go, and how many come."""
-        raise NotImplementedError
-
-    def drop_score(self, layer: SparseLayer) -> Tensor:
-        """One score an existing block (n,): the lowest go. Here the sum of ``|w|``."""
-        return layer.topology.value_scores(layer.values.detach())
-
-    def grow_score(self, layer: SparseLayer) -> Tensor | None:
-        """One score a block of the grid (rows / bh, cols / bw): the highest come. None where nothing ever grows."""
-        return None
-
-    @property
-    def updates_now(self) -> bool:
-        return 0 < self.steps < self.stop_step and self.steps % self.interval == 0
-
-    @property
-    def last_update(self) -> int:
-        """Number of the batch with the last update, 0 where there is none."""
-        return max(self.stop_step - 1, 0) // self.interval * self.interval
-
-    def step(self, scaler: GradScaler | None = None, closure: Callable[[], Any] | None = None) -> bool:
-        if not self._steps_now():
-            return False
-        self._stepped = True
-        updates = updated = self.updates_now
-        if updates and self.replaces_step:
-            if closure is not None:
-                with torch.enable_grad():
-                    closure()
-            updated = self._check_gradients(scaler)
-        else:
-            self._step_optimizer(scaler, closure)
-        if updated:
-            self._update()
-        if updates:
-            self.optimizer.zero_grad()  # these gradients belong to the topology before the update
-        self.steps += 1
-        self._prepare()
-        return updated
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "first_blocks": list(self.first_blocks.values())}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.first_blocks = dict(zip(self.layers.values(), state["first_blocks"], strict=True))
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """Called before each batch."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._reached = [], set()
-        if self.updates_now and self.exchanges:
-            for layer in self.layers.values():
-                if layer.values.requires_grad:
-                    hook = layer.values.register_post_accumulate_grad_hook(partial(self._note_gradient, layer))
-                    self._hooks.append(hook)
-
-    def _note_gradient(self, layer: SparseLayer, _: Tensor) -> None:
-        self._reached.add(layer)
-
-    def _check_gradients(self, scaler: GradScaler | None) -> bool:
-        """Whether the update may use this batch's gradients; without a scaler others than finite ones are an error."""
-        if scaler is not None:
-            unscale_(scaler, self.optimizer)  # which also notes overflows
-        finite = self._gradients_finite()
-        if scaler is not None:
-            scaler.update()
-        elif not finite:
-            raise ValueError(f"the gradients at batch {self.steps} are not finite, the topology cannot be updated")
-        return finite
-
-    def _gradients_finite(self) -> bool:
-        """Whether the gradients that the scores read are finite, on every process."""
-        return True
-
-    def takes_part(self, layer: SparseLayer) -> bool:
-        """Whether the layer has a gradient in this batch."""
-        grad = layer.values.grad
-        return grad is not None and (layer in self._reached or bool(grad.any()))
-
-    def regrow(self, layer: SparseLayer) -> Regrown | None:
-        """Choose the layer's next topology; None where it stays as it is."""
-        drop, grow = self.counts(layer)
-        if self.exchanges and not self.takes_part(layer):
-            drop, grow = max(drop - grow, 0), 0
-            if not drop:
-                return None
-        score = self.grow_score(layer) if grow else None
-        return ops.drop_and_grow(self.drop_score(layer), score, layer.topology, drop, grow)
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        self._check_layers()
-        training = [layer for layer in self.layers.values() if layer.values.requires_grad]
-        for layer in training:  # before anything has moved
-            check_state(self.optimizer, layer.values, self.moved_state)
-        moved = 0
-        for layer in training:
-            regrown = self.regrow(layer)
-            if regrown is not None:
-                moved += 1
-                move_state(self.optimizer, layer.values, regrown)
-                layer.replace_(regrown.index, regrown.remap(layer.values))
-        if not moved:
-            self._tell_once(
-                f"no layer had a gradient in the update of {type(self).__name__} at batch {self.steps}, so no topology "
-                "changed: it looks at what backward() leaves in the parameters' grad, not at gradients that are "
-                "computed and assigned by other ways"
-            )
-        self._check_processes(f"after the update at batch {self.steps}")
-
-    def _check_layers(self) -> None:
-        """Whether the optimizer trains what it trained when the method was made."""
-        held = {id(parameter) for parameter in parameters_of(self.optimizer)}
-        gone = [name for name, layer in self.layers.items() if id(layer.values) not in held]
-        if gone:
-            raise ValueError(f"the optimizer of method {self.name!r} does not hold the values of {gone} any more")
-        new = [n for n, layer in self.untouched.items() if layer.values.requires_grad and id(layer.values) in held]
-        if new:
-            self._tell_once(
-                f"{new} train now, but were frozen when method {self.name!r} was made: they keep their topology; make "
-                "the method anew"
-            )
-
-    def _tell_once(self, message: str) -> None:
-        kind = message.split(" ", 3)[1]
-        if kind not in self._told:
-            self._told.add(kind)
-            warnings.warn(message, stacklevel=4)
 
 
 def plain_names(names: Iterable[str]) -> list[str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from sparse_moon.algorithms.method import DynamicMethod, plain_names
+from sparse_moon.algorithms.dynamic import DynamicMethod
+from sparse_moon.algorithms.method import plain_names
 from sparse_moon.algorithms.regrowth import RigL
 from sparse_moon.nn import SparseLayer
 from sparse_moon.schedules import Cubic, Schedule

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_moon.algorithms.dense_gradient import DenseGradient
-from sparse_moon.algorithms.method import DynamicMethod
+from sparse_moon.algorithms.dynamic import DynamicMethod
 from sparse_moon.distributed import mean_over_processes_, sum_over_processes, world_size
 from sparse_moon.nn import SparseLayer
 from sparse_moon.ops.bernoulli_mask import random_scores

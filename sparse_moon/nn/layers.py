@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,20 @@ from sparse_moon.nn.guards import Anchor, ReadOnlyWeight, resize
 from sparse_moon.ops.library import transformed
 from sparse_moon.topology import (
     Index,
+    Selection,
     Topology,
     block_grid,
     block_shape,
     matrix_shape,
     matrix_to_weight,
     pattern_name,
+    topology_of,
     weight_to_matrix,
 )
 
 Pattern = str | tuple[int, int]
 Exclude = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Size2d = int | tuple[int, int]
-Selection = Literal["random", "magnitude", "constant_fan_in"]
 
 
 class SparseLayer(nn.Module):
@@ -201,26 +202,6 @@ class SparseLayer(nn.Module):
         return f"sparsity={self.sparsity:.4f}, pattern={pattern_name(self.topology.block)!r}"
 
 
-def _topology_of(
-    weight: Tensor, mask: Tensor | None, sparsity: float | None, block: tuple[int, int], selection: str
-) -> Topology:
-    """Topology of a dense weight: of its mask, or of a share of it chosen at random or by magnitude."""
-    if (mask is None) == (sparsity is None):
-        raise ValueError("give either a mask or a sparsity")
-    if mask is not None:
-        if mask.shape != weight.shape:
-            raise ValueError(f"mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
-        return Topology.from_mask(weight_to_matrix(mask, block[1]), block)
-    sparsity = cast(float, sparsity)
-    check_sparsity(sparsity)
-    if selection in ("random", "constant_fan_in"):
-        fan_in = selection == "constant_fan_in"
-        return Topology.random(matrix_shape(tuple(weight.shape)), 1.0 - sparsity, block, constant_fan_in=fan_in)
-    if selection == "magnitude":
-        return Topology.from_scores(weight_to_matrix(weight.detach().abs(), block[1]), 1.0 - sparsity, block)
-    raise ValueError(f"selection must be one of {get_args(Selection)}, got {selection!r}")
-
-
 class SparseLinear(SparseLayer):
     """``nn.Linear`` whose weight (out, in) exists only in part.
 
@@ -281,7 +262,7 @@ class SparseLinear(SparseLayer):
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        topology = _topology_of(dense.weight, mask, sparsity, block_shape(pattern), selection)
+        topology = topology_of(dense.weight, mask, sparsity, block_shape(pattern), selection)
         self._init_linear(dense, topology, dense.weight.device, dense.weight.dtype)
         self._take_over(dense)
         return self
@@ -369,7 +350,7 @@ class SparseConv2d(SparseLayer):
         nn.Module.__init__(self)
         block = block_shape(pattern)
         _check_block(tuple(dense.weight.shape), block)
-        topology = _topology_of(dense.weight, mask, sparsity, block, selection)
+        topology = topology_of(dense.weight, mask, sparsity, block, selection)
         self._init_conv(dense, topology, dense.weight.device, dense.weight.dtype)
         self._take_over(dense)
         return self

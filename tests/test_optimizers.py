@@ -1,0 +1,326 @@
+"""Any optimizer: its state moves with the weights, and its step can be the method's."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import sparse_moon as sm
+
+METHODS = {
+    "set": sm.SET,
+    "rigl": sm.RigL,
+    "srigl": sm.SRigL,
+    "mest": sm.MEST,
+    "mest-soft": lambda *args, **options: sm.MEST(*args, soft_memory_bound=True, **options),
+    "granet": lambda *args, **options: sm.GraNet(*args, densities=0.1, **options),
+    "gmp": lambda *args, **options: sm.GMP(*args, densities=0.1, **options),
+    "top-kast": sm.TopKAST,
+}
+EXCHANGES = ["set", "rigl", "srigl", "mest", "top-kast"]
+
+
+def net(sparsity=0.6):
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 6))
+    return sm.sparsify(model, sparsity, "uniform", first_dense=False, selection="constant_fan_in")
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr, momentum=0.9)
+
+
+def make(kind, model, optimizer=None, **options):
+    return METHODS[kind](model, optimizer or sgd(model), **{"total_steps": 60, "interval": 5, **options})
+
+
+def batch():
+    return torch.randn(16, 32), torch.randint(0, 6, (16,))
+
+
+def backward(model, batch):
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def train(model, method, steps):
+    for _ in range(steps):
+        backward(model, batch())
+        method.step()
+        method.optimizer.zero_grad()
+
+
+def masks(model):
+    return {name: layer.mask() for name, layer in sm.sparse_layers(model).items()}
+
+
+def changed(before, model):
+    return [name for name, mask in masks(model).items() if not torch.equal(mask, before[name])]
+
+
+# --- updates that never come
+
+
+def test_a_method_that_never_updates_says_so():
+    for kind in ("set", "rigl", "mest", "srigl"):
+        with pytest.warns(UserWarning, match="never updates the topology"):
+            make(kind, net(), total_steps=50, interval=100)
+    make("rigl", net(), total_steps=50, interval=100, stop=0.0)  # asked for
+
+
+def test_a_step_past_the_method_warns_once():
+    model = net()
+    optimizer = sgd(model)
+    sm.RigL(model, optimizer, total_steps=60, interval=5)
+    backward(model, batch())
+    with pytest.warns(UserWarning, match=r"optimizer\.step\(\) was called and not RigL\.step\(\)"):
+        optimizer.step()
+    optimizer.step()
+    method = sm.RigL(model, optimizer, total_steps=60, interval=5)
+    train(model, method, 7)
+
+
+@pytest.mark.parametrize("schedule", ["none", "before", "after"])
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("kind", [*METHODS, "static"])
+def test_an_attached_method_trains_like_a_called_one(kind, closure, schedule):
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches = [batch() for _ in range(17)]
+    for model, attached in zip(models, (False, True), strict=True):
+        optimizer = sgd(model)
+        scheduler = CosineAnnealingLR(optimizer, 17) if schedule == "before" else None
+        method = sm.Static(model, optimizer) if kind == "static" else make(kind, model, optimizer)
+        if attached:
+            assert method.attach() is method
+        scheduler = CosineAnnealingLR(optimizer, 17) if schedule == "after" else scheduler
+        for one in batches:
+            if attached and closure:
+
+                def compute(model=model, optimizer=optimizer, one=one):
+                    optimizer.zero_grad()
+                    return backward(model, one)
+
+                assert optimizer.step(compute) > 0
+            else:
+                optimizer.zero_grad()
+                backward(model, one)
+                optimizer.step() if attached else method.step()
+            if scheduler is not None:
+                scheduler.step()
+        assert method.steps == 17
+        if attached:
+            with pytest.raises(ValueError, match="attached to method"):
+                method.attach()
+    for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_attached_method_reads_gradients_without_their_scale(fused):
+    seen = []
+    for scale in (1.0, 65536.0):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+        method = make("mest", model, optimizer, interval=2, gradient_weight=1.0).attach()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(5):
+            scaler.scale(F.cross_entropy(model(batch()[0]), batch()[1])).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert method.steps == 5
+        seen.append(copy.deepcopy(model.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in seen), strict=True))
+
+
+def test_an_attached_method_is_not_called_besides():
+    model = net()
+    method = make("rigl", model).attach()
+    backward(model, batch())
+    with pytest.raises(RuntimeError, match="is attached to its optimizer"):
+        method.step()
+
+
+def test_a_copy_and_a_method_after_it_know_nothing_of_an_update_batch():
+    model = net()
+    method = make("rigl", model)
+    train(model, method, 5)
+    copied = copy.deepcopy(model)
+    assert all(layer.topology.probe is None for layer in sm.sparse_layers(copied).values())
+    static = sm.Static(model, method.optimizer)
+    for _ in range(2):
+        backward(model, batch())
+    static.step()
+
+
+def test_names_that_begin_with_module_are_kept_apart():
+    model = nn.Module()
+    model.fc, model.module = nn.Linear(32, 32), nn.Module()
+    model.module.fc = nn.Linear(32, 6)
+    sm.sparsify(model, 0.6, "uniform", first_dense=False)
+    assert list(make("rigl", model).layers) == ["fc", "module.fc"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_attached_method_with_a_gradient_scaler(fused):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+    method = make("rigl", model, optimizer, interval=2).attach()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = masks(model)
+    for step in range(7):
+        x, y = batch()
+        scaler.scale(F.cross_entropy(model(x * (float("inf") if step == 2 else 1.0)), y)).backward()
+        scaler.step(method.optimizer)
+        scaler.update()
+        method.optimizer.zero_grad()
+        assert bool(changed(before, model)) == (step > 2)
+    assert method.steps == 6
+
+
+def test_accumulation_by_accelerate_counts_steps():
+    """Its wrapper steps only where gradients are synchronised."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer, self.gradient_state = optimizer, SimpleNamespace(sync_gradients=True)
+            self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+        def step(self, closure=None):
+            if self.gradient_state.sync_gradients:
+                self.optimizer.step(closure)
+
+        def zero_grad(self, set_to_none=True):
+            if self.gradient_state.sync_gradients:
+                self.optimizer.zero_grad(set_to_none)
+
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches = [batch() for _ in range(24)]
+    for model, how in zip(models, ("step", "attach"), strict=True):
+        wrapper = Wrapper(sgd(model))
+        method = make("rigl", model, wrapper, backwards_per_step=2, interval=3)
+        method = method.attach() if how == "attach" else method
+        for number, one in enumerate(batches):
+            wrapper.gradient_state.sync_gradients = number % 2 == 1
+            backward(model, one)
+            method.step() if how == "step" else wrapper.step()
+            wrapper.zero_grad()
+        assert method.steps == 12
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+# --- optimizers
+
+
+class MyAdamW(torch.optim.AdamW):
+    pass
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Slow weights in a state of its own, around another optimizer."""
+
+    def __init__(self, base):
+        self.base = base
+        super().__init__(base.param_groups, {})
+        self.slow = 0
+
+    def step(self, closure=None):
+        loss = self.base.step(closure)
+        self.slow += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                slow = self.state[p].setdefault("slow", p.detach().clone())
+                if self.slow % 3 == 0:
+                    with torch.no_grad():
+                        slow.lerp_(p, 0.5)
+                        p.copy_(slow)
+        return loss
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "ASGD": torch.optim.ASGD,
+    "Adagrad": lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.3),
+    "Adadelta": torch.optim.Adadelta,
+    "Adamax": torch.optim.Adamax,
+    "Adafactor": torch.optim.Adafactor,
+    "RMSprop": lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.5),
+    "Rprop": torch.optim.Rprop,
+    "AdamW subclass": MyAdamW,
+    "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "Adam capturable": lambda p: torch.optim.Adam(p, amsgrad=True, foreach=True),
+    "Lookahead": lambda p: Lookahead(torch.optim.Adam(p)),
+}
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block2"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_of_every_optimizer_moves_with_its_weight(name, pattern):
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 6))
+    sm.sparsify(model, 0.7, "uniform", first_dense=False, pattern=pattern)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    method = make("set", model, optimizer, interval=4)
+    train(model, method, 4)
+    values, topology = model[0].values, model[0].topology
+
+    def rows():
+        states = [
+            (k, v) for o in (optimizer, getattr(optimizer, "base", None)) if o for k, v in o.state[values].items()
+        ]
+        kept = {k: v.flatten(1) if v.dim() > 1 else v[:, None] for k, v in states
+                if isinstance(v, torch.Tensor) and v.shape[:1] == values.shape[:1] and v.dim()}  # fmt: skip
+        places = topology.positions().tolist()
+        return kept.keys(), dict(zip(places, zip(*(t.tolist() for t in kept.values()), strict=True), strict=True))
+
+    names, before = rows()
+    start = {"step_size": 0.01, "sum": 0.3}
+    train(model, method, 1)
+    moved, after = rows()
+    assert names == moved and names and after.keys() != before.keys()
+    for place, row in after.items():
+        fresh = tuple([start.get(key, 0.0)] * len(part) for key, part in zip(names, row, strict=True))
+        expected = before.get(place, fresh)
+        assert all(pytest.approx(a) == b for a, b in zip(row, expected, strict=True)), (place, row, expected)
+    train(model, method, 3)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_optimizers_whose_state_cannot_move_say_so():
+    model = net()
+    with pytest.raises(ValueError, match="LBFGS"):
+        make("rigl", model, torch.optim.LBFGS(model.parameters()))
+    static = sm.Static(model, torch.optim.LBFGS(model.parameters(), 0.1, max_iter=2))
+    one = batch()
+
+    def closure():
+        static.optimizer.zero_grad()
+        return backward(model, one)
+
+    first = float(F.cross_entropy(model(one[0]), one[1]).detach())
+    for _ in range(3):
+        static.step(closure=closure)
+    assert float(closure().detach()) < first
+
+    class Quantized(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["codes"] = torch.zeros(p.numel(), dtype=torch.uint8)
+
+    method = make("set", model, Quantized(model.parameters(), 0.1))
+    with pytest.raises(ValueError, match=r"Quantized keeps 'codes' \(\(832,\)\)"):
+        train(model, method, 6)
+    with pytest.raises(ValueError, match="moved_state names"):
+        train(model, make("set", model, moved_state=["exp_avg"]), 6)
+    with pytest.raises(ValueError, match=r"must be a torch\.optim\.Optimizer"):
+        make("set", model, object.__new__(type("Nothing", (), {})))
