@@ -22,9 +22,11 @@ OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 
 SOURCES = [
     str(path)
-    for path in sorted([*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])
+    for path in [Path("csrc/register_cpu.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
     if X86 or not path.name.endswith(("_avx512.cpp", "_avx2.cpp"))
 ]
+
+HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
 
 # A100, H100 and H200, B200; what comes later compiles the newest one's PTX when it is first used.
 CUDA_ARCHITECTURES = (80, 90, 100)
@@ -57,7 +59,7 @@ def cuda_targets(nvcc: Path) -> list[str]:
 def compile_cuda(nvcc: Path, build_temp: Path) -> list[str]:
     """Objects of ``csrc/cuda/*.cu``; one that is newer than its source and every header is kept."""
     targets = cuda_targets(nvcc)
-    headers = max(path.stat().st_mtime for path in Path("csrc").rglob("*.h"))
+    headers = max(Path(path).stat().st_mtime for path in HEADERS)
 
     def compile_one(source: Path) -> str:
         out = build_temp / source.with_suffix(".o")
@@ -115,7 +117,7 @@ class OptionalBuildExt(build_ext):
         if nvcc is None:
             raise ExecError("nvcc is neither in CUDA_HOME/bin nor on the path")
         ext.extra_objects = compile_cuda(nvcc, Path(self.build_temp))
-        ext.depends = [*ext.extra_objects, *map(str, Path("csrc/cuda").glob("*.h"))]
+        ext.depends = [*ext.extra_objects, *HEADERS]
         ext.library_dirs = [str(path) for path in (cuda_root(nvcc) / "lib64", cuda_root(nvcc) / "lib") if path.exists()]
         ext.libraries = ["cudart_static", "dl", "rt", "pthread"]
 
@@ -153,11 +155,11 @@ setup(
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-ffp-contract=fast", *OPENMP_FLAGS],
             extra_link_args=OPENMP_FLAGS,
-            depends=[*map(str, Path("csrc/cpu").glob("*.h"))],
+            depends=HEADERS,
         ),
         Pybind11Extension(
             "sparse_moon._C_cuda",
-            ["csrc/cuda/bindings.cpp"],
+            ["csrc/register_cuda.cpp"],
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],

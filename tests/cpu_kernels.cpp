@@ -7,11 +7,11 @@
 #include <vector>
 
 #include "cpu/batch_norm_relu.h"
+#include "cpu/conv2d_winograd.h"
 #include "cpu/dispatch.h"
 #include "cpu/sparse_conv2d.h"
 #include "cpu/sparse_linear.h"
 #include "cpu/transpose_index.h"
-#include "cpu/winograd.h"
 
 using namespace sparse_moon;
 

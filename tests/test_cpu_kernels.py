@@ -1,11 +1,7 @@
 """The compiled CPU products in every instruction set that this processor has, against dense float64."""
 
-import platform
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +20,6 @@ from sparse_moon.topology import Topology, matrix_to_weight, weight_to_matrix
 if native is None:
     pytest.skip("the compiled kernels were not built", allow_module_level=True)
 
-ROOT = Path(__file__).parents[1]
 OPS = torch.ops.sparse_moon
 ISAS = native.supported_isas()
 
@@ -394,46 +389,3 @@ def test_other_dtypes_take_the_reference(dtype):
     torch.testing.assert_close(y, F.linear(x, topology.to_dense(values)))
     assert cpu._linear_input_grad(grad, values, *topology.index).dtype == dtype
     assert cpu._linear_values_grad(grad, x, [1, 1], *topology.index).dtype == dtype
-
-
-def test_unknown_instruction_set():
-    with pytest.raises(ValueError, match="no sse9 kernels"):
-        native.set_isa("sse9")
-    assert ISAS[-1] == "generic" and native.isa() == ISAS[0]
-    with pytest.raises(ValueError, match="faster, possible or never, got often"):
-        native.set_flat_panels("often")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_one_openmp_runtime():
-    """In a process of its own: other libraries that the tests import bring theirs."""
-    program = """
-import sparse_moon, torch
-sparse_moon.SparseLinear(64, 64, sparsity=0.9)(torch.randn(64, 64))
-print(open("/proc/self/maps").read())
-"""
-    maps = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    runtimes = {line.split()[-1] for line in maps.splitlines() if "omp" in line.rsplit("/", 1)[-1]}
-    assert len(runtimes) == 1 and "/torch/" in runtimes.pop()
-
-
-def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path, sanitizing_compiler):
-    compile_ = sanitizing_compiler("-O0", "-g1", "-fopenmp")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    extra = {"kernels_avx512": ["-mavx512f", "-mfma"], "kernels_avx2": ["-mavx2", "-mfma"]} if x86 else {}
-    products = ["sparse_conv2d", "sparse_linear", "winograd", "batch_norm_relu"]
-    names = ["kernels_avx512", "kernels_avx2", "kernels_generic", "dispatch", "transpose_index", *products]
-    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in names]
-    sources.append(ROOT / "tests" / "cpu_kernels.cpp")
-    objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
-    builds = [
-        subprocess.Popen([
-            *compile_, *extra.get(source.stem, []), "-I", str(ROOT / "csrc"), "-c", str(source), "-o", target,
-        ])
-        for source, target in zip(sources, objects, strict=True)
-    ]  # fmt: skip
-    assert [build.wait() for build in builds] == [0] * len(builds)
-    program = str(tmp_path / "driver")
-    subprocess.run([*compile_, *objects, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout == "passed\n", result.stdout + result.stderr

@@ -1,5 +1,5 @@
 // What the instruction-set-specific kernels are asked to do: plain structs of raw pointers and geometry, prepared by
-// sparse_conv2d.cpp and sparse_linear.cpp, so that nothing but inner loops is compiled once for each instruction set.
+// each op's .cpp, so that nothing but inner loops is compiled once for each instruction set.
 //
 // A *panel* holds a part of an activation with kLanes images (or tokens) interleaved: position i of channel c is the
 // vector at panel + c channel_stride + i, and zero padding is stored in it, so that inner loops test no boundary.

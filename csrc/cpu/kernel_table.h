@@ -1,10 +1,10 @@
 // Everything that is compiled once for each instruction set, behind one table.
 #pragma once
 #include "batch_norm_relu_kernels.h"
-#include "flat_kernels.h"
-#include "sparse_conv2d_kernels.h"
+#include "conv2d_winograd_kernels.h"
+#include "sparse_conv2d_flat_panels_kernels.h"
+#include "sparse_conv2d_panels_kernels.h"
 #include "sparse_linear_kernels.h"
-#include "winograd_kernels.h"
 
 #define SPARSE_MOON_STRING(name) #name
 #define SPARSE_MOON_NAME(name) SPARSE_MOON_STRING(name)

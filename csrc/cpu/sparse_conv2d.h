@@ -1,16 +1,10 @@
 #pragma once
+#include "conv2d.h"
 #include "jobs.h"
 
 namespace sparse_moon {
 
-// A convolution as F.conv2d takes it; pairs are (vertical, horizontal), in elements.
-struct Conv2d {
-    int64_t batch;
-    int64_t in_channels, in_size[2];
-    int64_t out_channels, out_size[2];
-    int64_t kernel[2], stride[2], padding[2], dilation[2];
-    int64_t groups;
-};
+using Conv2d = Conv2dOf<int64_t>;
 
 // Which convolutions run from flat panels (see jobs.h): where that is faster, unless something else is asked for, for
 // tests and measurements, in all threads from the next call on.

@@ -1,16 +1,10 @@
 #pragma once
+#include "conv2d.h"
 #include "cuda/common.h"
 
 namespace sparse_moon::cuda {
 
-// A convolution as F.conv2d takes it; pairs are (vertical, horizontal), in elements.
-struct Conv2d {
-    int32_t batch;
-    int32_t in_channels, in_size[2];
-    int32_t out_channels, out_size[2];
-    int32_t kernel[2], stride[2], padding[2], dilation[2];
-    int32_t groups;
-};
+using Conv2d = Conv2dOf<int32_t>;
 
 // Unstructured weight: a matrix (out_channels, in_channels / groups * kernel[0] * kernel[1]) with n entries in
 // compressed rows and their transpose index, as in sparse_moon/topology.py. All on the device.

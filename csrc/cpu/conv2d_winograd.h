@@ -3,9 +3,10 @@
 
 namespace sparse_moon {
 
-// Dense 3 x 3 convolutions with stride, dilation and groups of 1, by Winograd's products (see winograd_kernels.h): what
-// runs where a weight is not sparse enough to gain from that. Weights are (out_channels, in_channels, 3, 3),
-// activations contiguous or channels_last, all float32. Throws std::bad_alloc without memory.
+// Dense 3 x 3 convolutions with stride, dilation and groups of 1, by Winograd's products (see
+// conv2d_winograd_kernels.h): what runs where a weight is not sparse enough to gain from that. Weights are
+// (out_channels, in_channels, 3, 3), activations contiguous or channels_last, all float32. Throws std::bad_alloc
+// without memory.
 
 // output = conv(input) + bias; bias may be null.
 void winograd_conv2d(const Conv2d& conv, const float* weight, const float* input, const float* bias, float* output,

@@ -1,14 +1,17 @@
-#include "winograd.h"
+#include "conv2d_winograd.h"
 
 #include <algorithm>
 #include <cstdint>
 
 #include "dispatch.h"
+#include "sparse_conv2d_plan.h"
 
 namespace sparse_moon {
 namespace {
 
-constexpr int64_t kFloat = sizeof(float);
+using conv2d::kFloat;
+using conv2d::planes;
+
 constexpr int64_t kProducts = 16;
 // Tiles a chunk: enough of them that loading and storing sums (or weights) is little work, few enough for the cache.
 constexpr int64_t kChunk = 128, kLeastChunk = 16;
@@ -22,10 +25,6 @@ constexpr int64_t kThreadsBytes = int64_t{256} << 20;
 int64_t whole_vectors(int64_t channels) {
     const int64_t lanes = kernels().lanes;
     return (channels + lanes - 1) / lanes * lanes;
-}
-
-Planes planes(const float* data, int64_t channels, const int64_t* size, bool channels_last) {
-    return {const_cast<float*>(data), channels, size[0], size[1], channels_last};
 }
 
 // For `rows` rows of kLanes channels, with zeros in `before` columns and more in front of each row and `after` behind.
