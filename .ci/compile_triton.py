@@ -57,8 +57,10 @@ def check(op: str) -> tuple[int, list[str]]:
 
 
 def main() -> None:
-    shared = ("dot", "launch")  # what kernels have in common
-    ops = sys.argv[1:] or [m.name for m in iter_modules(sparse_moon.kernels.__path__) if m.name not in shared]
+    modules = {
+        m.name: import_module(f"sparse_moon.kernels.{m.name}") for m in iter_modules(sparse_moon.kernels.__path__)
+    }
+    ops = sys.argv[1:] or [name for name, module in modules.items() if hasattr(module, "variants")]
     # said explicitly, because Triton's default is about to change
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     failed = False

@@ -1,5 +1,6 @@
 """The tile product of all kernels, in the precision that PyTorch's own products have."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -27,3 +28,8 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
     if x.dtype == tl.float32:
         return tl.dot(round_to_tf32(x), round_to_tf32(y), acc, input_precision="tf32")
     return tl.dot(x, y, acc)
+
+
+def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """PRECISION for operands of this dtype."""
+    return "tf32" if allow_tf32 or dtype != torch.float32 else "ieee"

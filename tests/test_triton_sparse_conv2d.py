@@ -165,7 +165,7 @@ def test_splits_and_image_groups(block, monkeypatch):
         for launch in kernels._values_grad_launches(
             case.dy, case.x, *case.topology.index[:2], case.values, kernels._Geometry(**case.geometry), False
         )
-        if launch.kernel is kernels._values_grad
+        if launch.kernel is kernels.values_grad_kernel
     ]
     assert sum(grid[1] for grid in grids) > 1
     assert len(grids) == (1 if block[1] > 1 else 3)
