@@ -52,7 +52,7 @@ def build(compiler: str, folder: Path) -> Path:
             subprocess.run([*common, *flags, *isa, "-c", str(source), "-o", str(out)], check=True)
         return str(out)
 
-    sources = [CSRC / "bindings.cpp", *(CSRC / "cpu").glob("*.cpp")]
+    sources = [CSRC / "register_cpu.cpp", *(CSRC / "cpu").glob("*.cpp")]
     sources = [path for path in sources if x86 or path.stem not in _ISA_FLAGS]
     sources.sort(key=lambda path: -path.stat().st_size * ("kernels" in path.stem or path.stem == "bindings"))
     with ThreadPoolExecutor(2) as pool:
