@@ -45,7 +45,7 @@ def build(compiler: str, folder: Path) -> Path:
     def compile_one(source: Path) -> str:
         out = folder / f"{source.stem}.o"
         flags = ["-O1", "-g1", "-ffp-contract=fast", "-DSPARSE_MOON_EXACT_SCRATCH", *_SANITIZE]
-        if source.stem == "bindings":
+        if source.stem == "register_cpu":
             flags = ["-O0"]  # it only hands addresses on
         if not out.exists() or out.stat().st_mtime < newest:
             isa = _ISA_FLAGS.get(source.stem, [])
@@ -54,7 +54,7 @@ def build(compiler: str, folder: Path) -> Path:
 
     sources = [CSRC / "register_cpu.cpp", *(CSRC / "cpu").glob("*.cpp")]
     sources = [path for path in sources if x86 or path.stem not in _ISA_FLAGS]
-    sources.sort(key=lambda path: -path.stat().st_size * ("kernels" in path.stem or path.stem == "bindings"))
+    sources.sort(key=lambda path: -path.stat().st_size * ("kernels" in path.stem or path.stem == "register_cpu"))
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     library = folder / "_C.so"
