@@ -14,7 +14,7 @@ from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
 from sparse_moon.topology import weight_to_matrix
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),  # torch's forward derivatives
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # torch's forward derivatives
     pytest.mark.filterwarnings("ignore:.* outputs have no weight:UserWarning"),
 ]
 
