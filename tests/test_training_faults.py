@@ -315,6 +315,22 @@ def test_an_update_refused_for_infinite_gradients_is_not_the_end():
         assert changed(before, model)
 
 
+def test_an_update_that_was_refused_leaves_no_choice_behind():
+    model = sm.sparsify(Skips(), 0.75, "uniform", first_dense=False)
+    method = make("rigl", model)
+    for step in range(7):
+        nan, skip = step == 5, step == 6
+        model(torch.full((8, 32), float("nan")) if nan else torch.randn(8, 32), skip).square().mean().backward()
+        before = masks(model)
+        if nan:
+            with pytest.raises(ValueError, match="not finite"):
+                method.step()
+        else:
+            method.step()
+        method.optimizer.zero_grad()
+    assert changed(before, model) == ["a"]  # the update of the batch after, in which b took no part
+
+
 # --- wrapped models
 
 
@@ -323,6 +339,7 @@ def test_an_update_refused_for_infinite_gradients_is_not_the_end():
 def test_wrapped_models_have_plain_names(kind, wrap):
     model = net(0.3)
     densities = {"0": 0.2, "2": 0.1, "4": 0.3}
+    torch._dynamo.reset()  # resizes use up the compilations of nn.Sequential, which tests share
     wrapped = torch.compile(model, backend="eager") if wrap == "compile" else nn.DataParallel(model)
     options = {} if kind == "rigl" else {"densities": densities}
     kinds = {"gmp": sm.GMP, "granet": sm.GraNet, "rigl": sm.RigL}

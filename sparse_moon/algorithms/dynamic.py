@@ -222,9 +222,10 @@ class DynamicMethod(Method):
                 layer.replace_(regrown.index, regrown.remap(layer.values))
         if not moved:
             self._tell_once(
+                "no gradient",
                 f"no layer had a gradient in the update of {type(self).__name__} at batch {self.steps}, so no topology "
                 "changed: it looks at what backward() leaves in the parameters' grad, not at gradients that are "
-                "computed and assigned by other ways"
+                "computed and assigned by other ways",
             )
         self._check_processes(f"after the update at batch {self.steps}")
 
@@ -237,12 +238,12 @@ class DynamicMethod(Method):
         new = [n for n, layer in self.untouched.items() if layer.values.requires_grad and id(layer.values) in held]
         if new:
             self._tell_once(
+                "trains later",
                 f"{new} train now, but were frozen when method {self.name!r} was made: they keep their topology; make "
-                "the method anew"
+                "the method anew",
             )
 
-    def _tell_once(self, message: str) -> None:
-        kind = message.split(" ", 3)[1]
+    def _tell_once(self, kind: str, message: str) -> None:
         if kind not in self._told:
             self._told.add(kind)
             warnings.warn(message, stacklevel=4)

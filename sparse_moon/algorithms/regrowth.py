@@ -181,9 +181,10 @@ class RigL(SET):
 
     def _gradients_finite(self) -> bool:
         gradients = self._gradients
-        there = torch.tensor([float(gradient.there) for gradient in gradients.values()], dtype=torch.float32)
+        self._choices = {}  # a try that was refused may have left some
         if not gradients:
             return True
+        there = torch.tensor([float(gradient.there) for gradient in gradients.values()], dtype=torch.float32)
         device = next(iter(gradients)).values.device
         anywhere = sum_over_processes(there.to(device)).tolist()  # the same layers take part on every process
         for (layer, gradient), count in zip(gradients.items(), anywhere, strict=True):
