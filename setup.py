@@ -138,13 +138,15 @@ setup(
         "sparse_moon.nn",
         "sparse_moon.ood",
         "sparse_moon.ops",
+        "sparse_moon.ops.sparse_conv2d",
+        "sparse_moon.ops.sparse_linear",
         "sparse_moon.kernels",
         "sparse_moon.app.presets",
     ],
     package_dir={"sparse_moon.kernels": "kernels"},
     package_data={
         "sparse_moon": ["py.typed", "*.pyi"],
-        "sparse_moon.ops": ["*.json"],
+        "sparse_moon.ops": ["tables/*.json"],
         "sparse_moon.app.presets": ["*.yaml"],
     },
     ext_modules=[

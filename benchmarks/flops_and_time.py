@@ -198,7 +198,7 @@ def _layer(bench: Bench, case: Case, sparsity: float, pattern: str, dtype: torch
         runs["sparse"] = runner(sparse, *(last if bench.device.type == "cuda" else (inputs, grads)), pass_)
         if not arguments.graph:  # what synchronises cannot be captured
             # what runs where kernels do not pay; torch's product, or on the CPU Winograd's where that is faster
-            runs["masked dense"] = on_backend("reference", runs["sparse"])
+            runs["masked dense"] = on_backend("dense", runs["sparse"])
         if isinstance(dense, nn.Linear) and pass_ == "fwd" and not arguments.graph:
             if pattern == "unstructured" and (bench.device.type == "cuda" or dtype == torch.float32):
                 runs["torch.sparse CSR"] = compressed_runner(masked, inputs, None)

@@ -37,25 +37,30 @@ struct FromPython<T*> {
     static T* convert(Address address) { return pointer<T>(address); }
 };
 
-// Batch, (channels, height, width) of input and output, kernel, stride, padding, dilation, groups.
+// From (channels, height, width) of input and output, and pairs (vertical, horizontal).
+template <class Int>
+Conv2dOf<Int> conv2d(Int batch, const std::array<Int, 3>& in, const std::array<Int, 3>& out,
+                     const std::array<Int, 2>& kernel, const std::array<Int, 2>& stride,
+                     const std::array<Int, 2>& padding, const std::array<Int, 2>& dilation, Int groups) {
+    return {batch,
+            in[0],
+            {in[1], in[2]},
+            out[0],
+            {out[1], out[2]},
+            {kernel[0], kernel[1]},
+            {stride[0], stride[1]},
+            {padding[0], padding[1]},
+            {dilation[0], dilation[1]},
+            groups};
+}
+
+// The arguments of conv2d() as a tuple.
 template <class Int>
 struct FromPython<Conv2dOf<Int>> {
     using Plane = std::array<Int, 3>;
     using Pair = std::array<Int, 2>;
     using Type = std::tuple<Int, Plane, Plane, Pair, Pair, Pair, Pair, Int>;
-    static Conv2dOf<Int> convert(const Type& c) {
-        const auto& [batch, in, out, kernel, stride, padding, dilation, groups] = c;
-        return {batch,
-                in[0],
-                {in[1], in[2]},
-                out[0],
-                {out[1], out[2]},
-                {kernel[0], kernel[1]},
-                {stride[0], stride[1]},
-                {padding[0], padding[1]},
-                {dilation[0], dilation[1]},
-                groups};
-    }
+    static Conv2dOf<Int> convert(const Type& c) { return std::apply(conv2d<Int>, c); }
 };
 
 // Defines m.name(names...) as the function; the guard says whether Python's lock is given up meanwhile.

@@ -16,23 +16,22 @@
 
 namespace sparse_moon {
 
-// rows, cols, block rows, block cols, then the addresses of row_ptr, col, t_ptr, t_row, t_perm and values.
+// A SparseMatrix without values, which Python keeps from call to call, and the address of its values.
 template <>
 struct FromPython<SparseMatrix> {
-    using Type = std::tuple<int64_t, int64_t, int64_t, int64_t, Address, Address, Address, Address, Address, Address>;
+    using Type = std::pair<SparseMatrix, Address>;
     static SparseMatrix convert(const Type& m) {
-        const auto& [rows, cols, block_rows, block_cols, row_ptr, col, t_ptr, t_row, t_perm, values] = m;
-        return {rows,
-                cols,
-                block_rows,
-                block_cols,
-                pointer<const int32_t>(row_ptr),
-                pointer<const int32_t>(col),
-                pointer<const int32_t>(t_ptr),
-                pointer<const int32_t>(t_row),
-                pointer<const int32_t>(t_perm),
-                pointer<const float>(values)};
+        SparseMatrix matrix = m.first;
+        matrix.values = pointer<const float>(m.second);
+        return matrix;
     }
+};
+
+// Kept from call to call, too.
+template <>
+struct FromPython<Conv2d> {
+    using Type = Conv2d;
+    static const Conv2d& convert(const Conv2d& conv) { return conv; }
 };
 
 // Block rows, block shape, elements of a dense row, taps, strides of channel and tap, addresses of row_ptr and col,
@@ -63,6 +62,20 @@ struct FromPython<BatchNormReLU> {
 };
 
 namespace {
+
+SparseMatrix sparse_matrix(int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols, Address row_ptr,
+                           Address col, Address t_ptr, Address t_row, Address t_perm) {
+    return {rows,
+            cols,
+            block_rows,
+            block_cols,
+            pointer<const int32_t>(row_ptr),
+            pointer<const int32_t>(col),
+            pointer<const int32_t>(t_ptr),
+            pointer<const int32_t>(t_row),
+            pointer<const int32_t>(t_perm),
+            nullptr};
+}
 
 void set_flat_panels_where(const std::string& where) {
     if (where == "faster") return set_flat_panels(FlatPanels::kWhereFaster);
@@ -128,6 +141,14 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return kernels().name; });
     m.def("set_isa", &set_isa, py::arg("name"));
     m.def("set_flat_panels", &set_flat_panels_where, py::arg("where"));
+
+    // valid as long as the index lies where it lay
+    py::class_<SparseMatrix>(m, "SparseMatrix")
+        .def(py::init(&sparse_matrix), py::arg("rows"), py::arg("cols"), py::arg("block_rows"), py::arg("block_cols"),
+             py::arg("row_ptr"), py::arg("col"), py::arg("t_ptr"), py::arg("t_row"), py::arg("t_perm"));
+    py::class_<Conv2d>(m, "Conv2d")
+        .def(py::init(&conv2d<int64_t>), py::arg("batch"), py::arg("input"), py::arg("output"), py::arg("kernel"),
+             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"));
 
     def("sparse_linear", &sparse_linear, "tokens", "weight", "input", "bias", "output", "threads");
     def("sparse_linear_input_grad", &sparse_linear_input_grad, "tokens", "weight", "grad", "input_grad", "threads");

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_moon import ops
-from sparse_moon.nn import SparseLayer, sparse_layers
+from sparse_moon.nn import SparseLayer
+from sparse_moon.nn.inspect import tied_layers
 
 
 class RandomMask:
@@ -44,7 +45,8 @@ class RandomMask:
     def __init__(self, model: nn.Module, keep: float = 0.9, seed: int = 0) -> None:
         if not 0.0 < keep <= 1.0:
             raise ValueError(f"keep must be in (0, 1], got {keep}")
-        self.layers = list(sparse_layers(model).values())
+        self._tied = tied_layers(model)
+        self.layers = list(self._tied)
         if not self.layers:
             raise ValueError("a random mask needs a model with sparse layers; call sparsify(model, ...) first")
         self.keep, self.seed = keep, seed
@@ -54,12 +56,15 @@ class RandomMask:
         """Hide other weights from now on."""
         self.step = self.step + 1
         for stream, layer in enumerate(self.layers):
-            layer.topology.transform = _Hide(self.mask(stream, layer))
+            hide = _Hide(self.mask(stream, layer))
+            for tied in self._tied[layer]:
+                tied.transform = hide
 
     def clear(self) -> None:
         """Hide nothing from now on."""
-        for layer in self.layers:
-            layer.topology.transform = None
+        for layers in self._tied.values():
+            for layer in layers:
+                layer.transform = None
 
     def mask(self, stream: int, layer: SparseLayer) -> Tensor:
         """The present draw's mask (shape of ``values``, bool) of layer number ``stream``."""

@@ -1,6 +1,6 @@
 """Which weights exist: block-compressed rows of a matrix, and its transpose index; see :mod:`sparse_moon.ops.index`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
@@ -8,21 +8,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_moon.allocation import check_sparsity
-from sparse_moon.ops.check_index import FAULTS, index_form, versions
+from sparse_moon.ops.check_index import FAULTS, check_index
 from sparse_moon.ops.index import (
     Index,
     block_grid,
     block_shape,
     blocks_to_matrix,
-    build_index,
     entry_positions,
     grid_view,
     matrix_shape,
     matrix_to_blocks,
     matrix_to_weight,
     pattern_name,
+    values_shape,
     weight_to_matrix,
 )
+from sparse_moon.ops.plan import Geometry, Plan, index_state, is_plain
+from sparse_moon.ops.transpose_index import build_index, transpose_index
 
 __all__ = [
     "Index",
@@ -57,10 +59,6 @@ class Topology(nn.Module):
         col: (n,) block column of each entry, ascending within a row.
         t_ptr, t_row, t_perm: the transpose index: start of each block column, and for each entry in column order its
             block row and its place among the row-ordered entries. Not part of ``state_dict``: rebuilt on load.
-        probe: None, or in a batch that ends with a topology update a leaf of this shape whose gradient is to be the
-            dense weight gradient (see :class:`sparse_moon.algorithms.RigL`).
-        transform: None, or what layers of this topology apply to their values before each product (see
-            :class:`sparse_moon.random_mask.RandomMask`). Here, because layers that share values share it.
         fingerprint: of the set of entries (see :mod:`sparse_moon.ops.check_index`); None without memory.
         past: fingerprints that it had before it moved to this one.
         moves: how often any topology of this process has moved.
@@ -84,8 +82,6 @@ class Topology(nn.Module):
             raise ValueError(
                 f"indices have 32 bits: at most {_MOST_BLOCKS} blocks, got {positions.numel()} of {self.grid}"
             )
-        self.probe: Tensor | None = None
-        self.transform: Callable[[Tensor], Tensor] | None = None
         row_ptr, col, t_ptr, t_row, t_perm = build_index(positions, self.grid)
         self.register_buffer("row_ptr", row_ptr)
         self.register_buffer("col", col)
@@ -97,15 +93,15 @@ class Topology(nn.Module):
 
     def _adopt(self) -> None:
         """Take the present index for the right one; what other code makes of it is found by :meth:`check`."""
-        index = self.index
-        self._seen: tuple[Any, ...] = (*index, versions(index))
-        self.fingerprint: int | None = None
-        if index[1].device.type != "meta":
-            with torch.no_grad():
-                self.fingerprint = int(torch.ops.sparse_moon.check_index(*index)[1])
+        self._note(self.index)
+        self.fingerprint = None if self.col.device.type == "meta" else check_index(self.index)[1]
         self._broadcast = False
 
-    def check(self, *, broadcast: bool = False) -> None:
+    def _note(self, index: Index) -> None:
+        """Take note of the index as it is now."""
+        self._index, self._state = index, index_state(index)
+
+    def check(self, *, broadcast: bool = False) -> Index:
         """Look at the index where it was written to since the last look; every product asks for that.
 
         Averaging of a model's buffers, copying into them, ``to_empty``: what does not come in through
@@ -116,42 +112,41 @@ class Topology(nn.Module):
             broadcast: other entries are taken over where they are an index: those of rank 0, which
                 DistributedDataParallel sends with the values when it is built, and again before each forward pass.
 
+        Returns:
+            The index tensors; the same tuple as long as nothing writes to them.
+
         Raises:
             RuntimeError: the index is not the one that this topology was given.
         """
+        index = self.index
         if torch.compiler.is_compiling():
-            return  # operators look for themselves when they are called by the dispatcher
-        index, seen = self.index, self._seen
-        row_ptr, col, t_ptr, t_row, t_perm = index
-        now = versions(index)
+            return index  # operators look for themselves when they are called by the dispatcher
+        seen = self._index
         if (
-            seen[5] == now
-            and seen[0] is row_ptr
-            and seen[1] is col
-            and seen[2] is t_ptr
-            and seen[3] is t_row
-            and seen[4] is t_perm
+            seen[0] is index[0]
+            and seen[1] is index[1]
+            and seen[2] is index[2]
+            and seen[3] is index[3]
+            and seen[4] is index[4]
+            and self._state == index_state(index)
         ):
-            return
-        if type(col) is not Tensor or col.device.type == "meta":
-            return
+            return seen
+        if not is_plain(index[1]):
+            return index
         ddp = DistributedDataParallel._get_active_ddp_module()
         in_parallel = ddp is not None and any(module is self for module in ddp.modules())
         # where a look waits for the device, one is enough for what comes from rank 0 before each forward pass
-        if not (in_parallel and self._broadcast and col.is_cuda):
+        if not (in_parallel and self._broadcast and self.col.is_cuda):
             self._check_now(index, adopt=(in_parallel and not self._broadcast) or broadcast)
             self._broadcast |= in_parallel
-        self._seen = (*index, now)
+        self._note(index)
+        return index
 
-    @torch.no_grad()
     def _check_now(self, index: Index, *, adopt: bool) -> None:
-        fault, finding = index_form(index), [0, 0]
-        if not fault:
-            finding = torch.ops.sparse_moon.check_index(*index).tolist()
-            fault = FAULTS[finding[0]]
+        fault, fingerprint = check_index(index)
         if not fault and adopt:
-            self.fingerprint = finding[1]
-        elif not fault and finding[1] != self.fingerprint:
+            self.fingerprint = fingerprint
+        elif not fault and fingerprint != self.fingerprint:
             fault = "it lists other entries"
         if fault:
             raise RuntimeError(
@@ -159,6 +154,12 @@ class Topology(nn.Module):
                 f"its values have lost their places: {fault}. Average models with sm.EMA or sm.WeightAverage; write "
                 "into a model with load_state_dict, also after to_empty and after loading in place"
             )
+
+    def plan(self, geometry: Geometry | None = None) -> Plan:
+        """What operators take: the index, checked, and the convolution where it is one."""
+        index = self.check()
+        geometry = None if geometry is None else Geometry.of(*geometry)
+        return Plan(index, self.block, geometry, index_state(index) if is_plain(index[1]) else None)
 
     @classmethod
     def random(
@@ -235,7 +236,7 @@ class Topology(nn.Module):
     @property
     def values_shape(self) -> tuple[int, ...]:
         """Shape of the compact values: (n,) for block (1, 1), else (n, bh, bw)."""
-        return (self.num_blocks,) if self.block == (1, 1) else (self.num_blocks, *self.block)
+        return values_shape(self.col, self.block)
 
     def positions(self) -> Tensor:
         """Row-major place of each existing block in the block grid, int64, ascending."""
@@ -317,7 +318,7 @@ class Topology(nn.Module):
         """Make the index of what was loaded: int32 tensors that belong to no other model, with their transpose."""
         row_ptr, col = (t.detach().to(torch.int32, copy=copy or t.is_inference()) for t in (self.row_ptr, self.col))
         self.row_ptr, self.col = row_ptr, col
-        self.t_ptr, self.t_row, self.t_perm = torch.ops.sparse_moon.transpose_index(row_ptr, col, self.grid[1])
+        self.t_ptr, self.t_row, self.t_perm = transpose_index(row_ptr, col, self.grid[1])
 
     def problem(self, row_ptr: Tensor, col: Tensor, prefix: str) -> str | None:
         """What is wrong with foreign indices, or None."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import sparse_moon as sm
 from sparse_moon import ops
 from sparse_moon.nn import SparseLayer
-from sparse_moon.ops import choice, cpu
+from sparse_moon.ops import choice
 from sparse_moon.ops.native import native
+from sparse_moon.ops.sparse_conv2d.cpu import shapes_of
 from sparse_moon.topology import matrix_to_weight, weight_to_matrix
 
 SIZES = (1, 1, 2, 3, 8, 16, 17, 33, 63, 64, 65, 257)
@@ -61,8 +62,8 @@ def settings(draw: Draw) -> Any:
     native.set_flat_panels(draw("flat", ("faster", "possible", "never")))
     torch.set_num_threads(draw("threads", (1, 2, 3)))
     choice._WINOGRAD_TILES = draw("winograd_tiles", (1, 32))
-    cpu._plan.cache_clear()
-    return ops.use_backend(draw("backend", ("auto", "kernel", "kernel", "reference")))
+    shapes_of.cache_clear()
+    return ops.use_backend(draw("backend", ("auto", "kernel", "kernel", "dense", "reference")))
 
 
 def laid_out(draw: Draw, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -148,7 +149,7 @@ def compare_layer(draw: Draw, layer: SparseLayer, dense: nn.Module, shape: tuple
     probe = None
     if draw.chance("probe", 0.2):
         probe = torch.zeros((), dtype=dtype).expand(layer.topology.shape).requires_grad_()
-        layer.topology.probe = probe
+        layer.probe = probe
     leaves = [t for t in (layer.values, layer.bias, probe) if t is not None]
     with settings(draw):
         try:

@@ -170,7 +170,7 @@ def test_the_dense_gradient_exists_only_on_update_batches():
     method = sm.RigL(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=20, interval=2)
     probes = []
     for _ in range(6):
-        probes.append(all(m.topology.probe is not None for m in sm.sparse_layers(model).values()))
+        probes.append(all(m.probe is not None for m in sm.sparse_layers(model).values()))
         train(model, method, 1)
     assert probes == [False, False, True, False, True, False]
 
@@ -181,7 +181,7 @@ def test_only_one_dense_gradient_at_a_time():
     train(model, method, 1)
     x, y = batch()
     F.cross_entropy(model(x), y).backward()
-    assert all(m.topology.probe.grad is None for m in sm.sparse_layers(model).values())
+    assert all(m.probe.grad is None for m in sm.sparse_layers(model).values())
 
 
 def test_gradient_accumulation_equals_the_large_batch():

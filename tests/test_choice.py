@@ -48,7 +48,7 @@ def test_backends_agree_and_are_really_different(monkeypatch):
     calls = []
     real = native.sparse_conv2d
     monkeypatch.setattr(native, "sparse_conv2d", lambda *a: (calls.append(1), real(*a))[1], raising=True)
-    with sm.ops.use_backend("reference"):
+    with sm.ops.use_backend("dense"):
         expected = layer(x)
     assert not calls
     with sm.ops.use_backend("kernel"):
@@ -88,7 +88,7 @@ def test_the_crossover_decides():
     for pass_ in PASSES:
         work = Work(pass_, 4, 4, 16, 25, 9, 2, 2)
         choice.remember(work, 0.05)
-        assert tuning.chosen_backends(layer, shape)[pass_] == "reference"
+        assert tuning.chosen_backends(layer, shape)[pass_] == "dense"
         choice.remember(work, 0.2)
         assert tuning.chosen_backends(layer, shape)[pass_] == "kernel"
 
@@ -150,7 +150,11 @@ def test_stored_table_covers_every_pass(isa, monkeypatch):
 
 
 def test_each_instruction_set_has_its_table(monkeypatch):
-    stored = {path.name for path in files("sparse_moon.ops").iterdir() if path.name.startswith("crossover_cpu")}
+    stored = {
+        path.name
+        for path in files("sparse_moon.ops").joinpath("tables").iterdir()
+        if path.name.startswith("crossover_cpu")
+    }
     found = set()
     for isa in ("avx512", "avx2", "generic"):
         monkeypatch.setattr(choice, "native", SimpleNamespace(isa=lambda isa=isa: isa))
@@ -176,7 +180,7 @@ def test_tune_takes_what_is_faster(monkeypatch):
     assert model.training and not model[0]._forward_pre_hooks
     monkeypatch.setattr(tuning, "kernel_gain", lambda run, device: 0.6)
     sm.tune(model, (3, 8, 8), 5)
-    assert tuning.chosen_backends(model[3], (5, 8 * 36)) == dict.fromkeys(LINEAR_PASSES, "reference")
+    assert tuning.chosen_backends(model[3], (5, 8 * 36)) == dict.fromkeys(LINEAR_PASSES, "dense")
     assert set(choice._measured) == {
         *[Work(p, 5, 3, 8, 36, 9, 1, 1) for p in PASSES],
         *[Work(p, 5, 8 * 36, 32, 1, 1, 1, 1) for p in LINEAR_PASSES],
@@ -186,12 +190,12 @@ def test_tune_takes_what_is_faster(monkeypatch):
 def test_tune_really_measures():
     layer, shape = conv()
     chosen = tuning.tune_layer(layer, shape)
-    assert chosen.keys() == set(PASSES) and set(chosen.values()) <= {"kernel", "reference"}
+    assert chosen.keys() == set(PASSES) and set(chosen.values()) <= {"kernel", "dense"}
     assert tuning.chosen_backends(layer, shape) == chosen
 
 
 def test_use_backend_restores_and_refuses():
-    with pytest.raises(RuntimeError), sm.ops.use_backend("reference"):
+    with pytest.raises(RuntimeError), sm.ops.use_backend("dense"):
         raise RuntimeError
     assert choice.current_backend() == "auto"
     with pytest.raises(ValueError, match="backend must be one of"), sm.ops.use_backend("fast"):
@@ -205,11 +209,11 @@ def test_blocks_of_use_backend_may_overlap():
         with sm.ops.use_backend(backend):
             yield
 
-    first, second = block("kernel"), block("reference")
+    first, second = block("kernel"), block("dense")
     next(first), next(second)
-    assert choice.current_backend() == "reference"
+    assert choice.current_backend() == "dense"
     first.close()
-    assert choice.current_backend() == "reference"
+    assert choice.current_backend() == "dense"
     with ThreadPoolExecutor(1) as pool:  # another thread is not in the block
         seen.append(pool.submit(choice.current_backend).result())
     second.close()
@@ -248,7 +252,7 @@ def test_bfloat16_runs_on_the_kernel_with_float32_sums(make):
     x = torch.randn(shape).bfloat16().requires_grad_()
     upstream = None
     found = []
-    for backend in ("kernel", "reference"):
+    for backend in ("kernel", "dense"):
         x.grad = layer.values.grad = None
         with sm.ops.use_backend(backend):
             y = layer(x)

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 import sparse_moon as sm
-from sparse_moon.ops import choice, cpu, use_backend
+from sparse_moon.ops import Geometry, choice, use_backend
 from sparse_moon.ops.native import native
-from sparse_moon.ops.sparse_conv2d import Geometry
+from sparse_moon.ops.sparse_conv2d import cpu as conv2d
+from sparse_moon.ops.sparse_linear import cpu as linear
 from sparse_moon.topology import Topology, matrix_to_weight, weight_to_matrix
 
 if native is None:
@@ -58,7 +59,7 @@ def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: t
     topology = Topology.random((outputs, features), density, block)
     values = torch.randn(topology.values_shape)
     x, grad, bias = torch.randn(*leading, features), torch.randn(*leading, outputs), torch.randn(outputs)
-    weight, index = topology.to_dense(values), topology.index
+    weight, plan = topology.to_dense(values), topology.plan()
 
     def products(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         d_weight = grad.reshape(-1, outputs).t() @ x.reshape(-1, features)
@@ -70,9 +71,9 @@ def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: t
     for name in ISAS:
         native.set_isa(name)
         ours = (
-            cpu._linear(x, values, bias, None, *index),
-            cpu._linear_input_grad(grad, values, *index),
-            cpu._linear_values_grad(grad, x, list(block), *index),
+            linear.forward(x, values, bias, None, plan),
+            linear.input_grad(grad, values, plan),
+            linear.values_grad(grad, x, plan),
         )
         for result in zip(ours, dense, exact, sizes, strict=True):
             assert_as_good_as_dense(*result)
@@ -82,13 +83,13 @@ def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: t
 def by_winograd():
     """Dense products instead of the sparse kernels, those of Winograd also where they are slow."""
     before, choice._WINOGRAD_TILES = choice._WINOGRAD_TILES, 1
-    cpu._plan.cache_clear()
+    conv2d.shapes_of.cache_clear()
     try:
-        with use_backend("reference"):
+        with use_backend("dense"):
             yield
     finally:
         choice._WINOGRAD_TILES = before
-        cpu._plan.cache_clear()
+        conv2d.shapes_of.cache_clear()
 
 
 def check_conv2d(
@@ -99,7 +100,7 @@ def check_conv2d(
     shape, options = tuple(geometry.weight_shape), geometry[1:4]
     topology = Topology.random((shape[0], shape[1] * shape[2] * shape[3]), density, block)
     values = torch.randn(topology.values_shape)
-    weight, index = matrix_to_weight(topology.to_dense(values), shape, block[1]), topology.index
+    weight, plan = matrix_to_weight(topology.to_dense(values), shape, block[1]), topology.plan(geometry)
     added = torch.randn(shape[0]) if bias else None
     grad = torch.randn(x.shape[0], shape[0], *geometry.output_size(x.shape))
     grad = in_layout(grad, grad_channels_last)
@@ -122,11 +123,11 @@ def check_conv2d(
         native.set_flat_panels("never" if way == "winograd" else way)
         with by_winograd() if way == "winograd" else nullcontext():
             ours = (
-                cpu._conv2d(x, values, added, None, *geometry, *index),
-                cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
-                cpu._conv2d_values_grad(grad, x, list(block), *geometry, *index),
+                conv2d.forward(x, values, added, None, plan),
+                conv2d.input_grad(grad, values, x.shape, plan),
+                conv2d.values_grad(grad, x, plan),
             )
-            together = cpu._conv2d_grads(grad, x, values, *geometry, *index)
+            together = conv2d.grads(grad, x, values, plan)
         for result in zip((*ours, *together), *(r + r[1:] for r in (dense, exact, sizes)), strict=True):
             assert_as_good_as_dense(*result)
 
@@ -178,7 +179,7 @@ def test_conv2d(
     batch, size, kernel, stride, padding, dilation, groups, channels, block, density, bias, layouts
 ):  # fmt: skip
     shape = [channels[1] * groups * block[0], channels[0] * block[1], *kernel]
-    geometry = Geometry(shape, list(stride), list(padding), list(dilation), groups)
+    geometry = Geometry(shape, stride, padding, dilation, groups)
     x = in_layout(torch.randn(batch, shape[1] * groups, *size), layouts[0])
     assume(min(geometry.output_size(x.shape)) >= 1)
     check_conv2d(x, geometry, block, density, layouts[1], bias)
@@ -187,7 +188,7 @@ def test_conv2d(
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_conv2d_plane_in_blocks_of_rows(channels_last):
     """A plane whose panel outgrows its size limit, in full groups of images and in bands of single images."""
-    geometry = Geometry([8, 48, 3, 3], [1, 1], [1, 1], [1, 1], 1)
+    geometry = Geometry((8, 48, 3, 3), (1, 1), (1, 1), (1, 1), 1)
     for batch in (1, 17):
         x = in_layout(torch.randn(batch, 48, 40, 41), channels_last)
         check_conv2d(x, geometry, (1, 1), 0.05, channels_last, False)
@@ -199,7 +200,7 @@ def test_conv2d_plane_in_blocks_of_rows(channels_last):
 @pytest.mark.parametrize("layouts", [(False, False), (True, True), (False, True)])
 def test_conv2d_that_keeps_the_height(kernel, padding, dilation, groups, layouts):
     """Both gradients from one panel of the output's gradient."""
-    geometry = Geometry([12, 8 // groups, *kernel], [1, 1], list(padding), list(dilation), groups)
+    geometry = Geometry((12, 8 // groups, *kernel), (1, 1), padding, dilation, groups)
     for batch, size in ((17, (7, 9)), (32, (30, 12))):
         x = in_layout(torch.randn(batch, 8, *size), layouts[0])
         assert geometry.output_size(x.shape)[0] == size[0]
@@ -212,14 +213,14 @@ def test_conv2d_that_keeps_the_height(kernel, padding, dilation, groups, layouts
 ])  # fmt: skip
 def test_conv2d_of_few_entries(size, kernel, padding):
     """Several images in a flat panel and fewer in the last, long and short rows, some channels without entries."""
-    geometry = Geometry([18, 17, kernel, kernel], [1, 1], [padding] * 2, [1, 1], 1)
+    geometry = Geometry((18, 17, kernel, kernel), (1, 1), (padding,) * 2, (1, 1), 1)
     check_conv2d(torch.randn(37, 17, *size), geometry, (1, 1), 0.02, False, True)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2])
 def test_conv2d_of_large_images(padding):
     """Flat panels of blocks of rows; fewer, as many and more rows out than in."""
-    geometry = Geometry([3, 50, 3, 2], [1, 1], [padding, 1], [1, 1], 1)
+    geometry = Geometry((3, 50, 3, 2), (1, 1), (padding, 1), (1, 1), 1)
     check_conv2d(torch.randn(5, 50, 70, 90), geometry, (1, 1), 0.02, False, True)
 
 
@@ -246,7 +247,7 @@ def test_conv2d_by_winograd(batch, size, padding, channels, block, density, bias
     x = in_layout(torch.randn(batch, channels[0], *size), layouts[0])
     assume(min(geometry.output_size(x.shape)) >= 4)
     with by_winograd():
-        assert cpu._plan(tuple(x.shape), geometry, torch.contiguous_format).winograd
+        assert conv2d.shapes_of(x.shape, geometry, torch.contiguous_format).winograd
     check_conv2d(x, geometry, block, density, layouts[1], bias, ("winograd",))
 
 
@@ -264,21 +265,21 @@ def test_conv2d_by_winograd_with_sums_of_some_outputs_at_a_time():
 
 def test_winograd_with_any_number_of_threads():
     """Fewer units of work than threads too; only the sums of the weight's gradient depend on their number."""
-    x, values, index = torch.randn(2, 16, 9, 40), torch.randn(20 * 16 * 9), Topology.random((20, 144), 1.0).index
+    x, values, topology = torch.randn(2, 16, 9, 40), torch.randn(20 * 16 * 9), Topology.random((20, 144), 1.0)
     geometry, grad = Geometry((20, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1), torch.randn(2, 20, 9, 40)
-    exact = conv2d_weight(x.double(), geometry.weight_shape, grad.double(), padding=1).flatten(1)
+    exact, plan = conv2d_weight(x.double(), geometry.weight_shape, grad.double(), padding=1), topology.plan(geometry)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 16):
             torch.set_num_threads(threads)
             with by_winograd():
                 results.append((
-                    cpu._conv2d(x, values, None, None, *geometry, *index),
-                    cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
+                    conv2d.forward(x, values, None, None, plan),
+                    conv2d.input_grad(grad, values, x.shape, plan),
                 ))  # fmt: skip
-                weight_grad, again = (cpu._conv2d_dense_grad(grad, x, 1, *geometry) for _ in range(2))
+                weight_grad, again = (conv2d.dense_grad(grad, x, 1, *geometry) for _ in range(2))
             assert torch.equal(weight_grad, again)
-            torch.testing.assert_close(weight_grad.double(), exact, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(weight_grad.double(), exact.flatten(1), rtol=1e-5, atol=1e-4)
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -292,7 +293,7 @@ def test_winograd_where_it_is_the_faster_one(monkeypatch):
         real = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
 
-    def calls_of(shape=(8, 16, 8, 8), dtype=torch.float32, backend="reference", **options):
+    def calls_of(shape=(8, 16, 8, 8), dtype=torch.float32, backend="dense", **options):
         layer = sm.SparseConv2d(shape[1], 16, sparsity=0.5, bias=False, **{"kernel_size": 3, "padding": 1} | options)
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
         calls.clear()
@@ -311,7 +312,7 @@ def test_not_a_number_stays_one_by_winograd():
     topology, x = Topology.random((16, 144), 1.0), torch.randn(8, 16, 8, 8)
     x[3, 5, 2, 2] = torch.nan
     with by_winograd():
-        y = cpu._conv2d(x, torch.randn(topology.nnz), None, None, *geometry, *topology.index)
+        y = conv2d.forward(x, torch.randn(topology.nnz), None, None, topology.plan(geometry))
     assert y[3, :, 1:4, 1:4].isnan().all() and y[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
 
 
@@ -323,30 +324,30 @@ def test_linear_with_results_written_past_the_caches():
 
 def test_conv2d_with_results_written_past_the_caches():
     x = torch.randn(16, 4, 64, 64)
-    check_conv2d(x, Geometry([32, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1), (1, 1), 0.1, False, True)
+    check_conv2d(x, Geometry((32, 4, 3, 3), (1, 1), (1, 1), (1, 1), 1), (1, 1), 0.1, False, True)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(kernels):
     topology = Topology.random((24, 9 * 20), 0.2)
     values, x, grad = torch.randn(topology.nnz), torch.randn(35, 20, 12, 12), torch.randn(35, 24, 12, 12)
-    geometry = Geometry([24, 20, 3, 3], [1, 1], [1, 1], [1, 1], 1)
+    plan = topology.plan(Geometry((24, 20, 3, 3), (1, 1), (1, 1), (1, 1), 1))
     tokens, token_grad = torch.randn(50, 180), torch.randn(50, 24)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append((
-                cpu._conv2d(x, values, None, None, *geometry, *topology.index),
-                cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *topology.index),
-                cpu._conv2d_grads(grad, x, values, *geometry, *topology.index)[0],
-                cpu._linear(tokens, values, None, None, *topology.index),
-                cpu._linear_input_grad(token_grad, values, *topology.index),
-                cpu._linear_values_grad(token_grad, tokens, [1, 1], *topology.index),
+                conv2d.forward(x, values, None, None, plan),
+                conv2d.input_grad(grad, values, x.shape, plan),
+                conv2d.grads(grad, x, values, plan)[0],
+                linear.forward(tokens, values, None, None, plan),
+                linear.input_grad(token_grad, values, plan),
+                linear.values_grad(token_grad, tokens, plan),
             ))  # fmt: skip
-            first = cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *topology.index)
-            again = cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *topology.index)
+            first = conv2d.values_grad(grad, x, plan)
+            again = conv2d.values_grad(grad, x, plan)
             assert torch.equal(first, again)
-            first, again = (cpu._conv2d_grads(grad, x, values, *geometry, *topology.index)[1] for _ in range(2))
+            first, again = (conv2d.grads(grad, x, values, plan)[1] for _ in range(2))
             assert torch.equal(first, again)
     finally:
         torch.set_num_threads(before)
@@ -357,7 +358,7 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels):
 def test_operands_in_other_layouts(kernels):
     """Slices, transposes and expanded tensors give what their contiguous copies give."""
     topology = Topology.random((6, 36), 0.5)
-    geometry, index = Geometry([6, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1), topology.index
+    plan = topology.plan(Geometry((6, 4, 3, 3), (1, 1), (1, 1), (1, 1), 1))
     values = torch.randn(2 * topology.nnz)[::2]
     x = torch.randn(18, 9, 4, 14).transpose(1, 2)[..., ::2]
     grad = torch.randn(6, 1, 1).expand(18, 6, 9, 7)
@@ -365,13 +366,13 @@ def test_operands_in_other_layouts(kernels):
 
     def products(x: Tensor, grad: Tensor, values: Tensor, tokens: Tensor, token_grad: Tensor) -> list[Tensor]:
         return [
-            cpu._conv2d(x, values, None, None, *geometry, *index),
-            cpu._conv2d_input_grad(grad, values, list(x.shape), *geometry, *index),
-            cpu._conv2d_values_grad(grad, x, [1, 1], *geometry, *index),
-            *cpu._conv2d_grads(grad, x, values, *geometry, *index),
-            cpu._linear(tokens, values, None, None, *index),
-            cpu._linear_input_grad(token_grad, values, *index),
-            cpu._linear_values_grad(token_grad, tokens, [1, 1], *index),
+            conv2d.forward(x, values, None, None, plan),
+            conv2d.input_grad(grad, values, x.shape, plan),
+            conv2d.values_grad(grad, x, plan),
+            *conv2d.grads(grad, x, values, plan),
+            linear.forward(tokens, values, None, None, plan),
+            linear.input_grad(token_grad, values, plan),
+            linear.values_grad(token_grad, tokens, plan),
         ]
 
     operands = (x, grad, values, tokens, token_grad)
@@ -384,8 +385,9 @@ def test_operands_in_other_layouts(kernels):
 def test_other_dtypes_take_the_reference(dtype):
     topology = Topology.random((6, 36), 0.5)
     values, x, grad = (torch.randn(n, dtype=dtype) for n in ((topology.nnz,), (5, 36), (5, 6)))
-    y = cpu._linear(x, values, None, None, *topology.index)
+    plan = topology.plan()
+    y = linear.forward(x, values, None, None, plan)
     assert y.dtype == dtype
     torch.testing.assert_close(y, F.linear(x, topology.to_dense(values)))
-    assert cpu._linear_input_grad(grad, values, *topology.index).dtype == dtype
-    assert cpu._linear_values_grad(grad, x, [1, 1], *topology.index).dtype == dtype
+    assert linear.input_grad(grad, values, plan).dtype == dtype
+    assert linear.values_grad(grad, x, plan).dtype == dtype

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from sparse_moon import ops
-from sparse_moon.ops import cuda_small_ops
 from sparse_moon.ops.average_ import average_reference_
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, random_scores_reference
-from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
+from sparse_moon.ops.drop_and_grow import drop_and_grow_layers_cuda, drop_and_grow_reference
 from sparse_moon.ops.native import native
 from sparse_moon.ops.transpose_index import transpose_index_reference
 from sparse_moon.topology import Topology
@@ -47,7 +46,7 @@ def layer(topology, drop, grow, drops, grows=None):
 
 def assert_same_updates(layers):
     expected = [drop_and_grow_reference(*one) for one in layers]
-    got = cuda_small_ops.drop_and_grow_layers([tuple(on_gpu(one)) for one in layers])
+    got = drop_and_grow_layers_cuda([tuple(on_gpu(one)) for one in layers])
     for one, a, b in zip(layers, got, expected, strict=True):
         assert_same(a, b, one)
 
@@ -154,7 +153,7 @@ def test_strided_scores_other_dtypes_and_empty_grids():
 def test_counts_out_of_range(counts):
     topology = Topology.random((8, 8), 0.5)
     with pytest.raises(ValueError, match=rf"drop 0 to 32 of 64 .* got {counts[0]} and {counts[1]}"):
-        cuda_small_ops.drop_and_grow(*layer(topology, torch.rand(32), torch.rand(8, 8), *counts))
+        drop_and_grow_layers_cuda([layer(topology, torch.rand(32), torch.rand(8, 8), *counts)])
 
 
 @pytest.mark.gpu
@@ -162,10 +161,10 @@ def test_updates_are_captured_in_a_graph_and_repeat_bit_by_bit():
     topologies = [Topology.random(grid, 0.2) for grid in ((300, 500), (7, 3), (64, 2000))]
     layers = [layer(t, torch.rand(t.num_blocks), torch.rand(t.grid), t.num_blocks // 3) for t in topologies]
     static = [tuple(on_gpu(one)) for one in layers]
-    cuda_small_ops.drop_and_grow_layers(static)
+    drop_and_grow_layers_cuda(static)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda_small_ops.drop_and_grow_layers(static)
+        captured = drop_and_grow_layers_cuda(static)
     for _ in range(3):
         changed = [layer(t, torch.rand(t.num_blocks), torch.rand(t.grid), t.num_blocks // 3) for t in topologies]
         for one, new in zip(static, changed, strict=True):
@@ -185,7 +184,7 @@ def test_updates_are_captured_in_a_graph_and_repeat_bit_by_bit():
 def test_transpose_index(grid, density):
     topology = Topology.random(grid, density)
     arguments = topology.row_ptr, topology.col, grid[1]
-    assert_same(cuda_small_ops.transpose_index(*on_gpu(arguments)), transpose_index_reference(*arguments), grid)
+    assert_same(torch.ops.sparse_moon.transpose_index(*on_gpu(arguments)), transpose_index_reference(*arguments), grid)
 
 
 # random words: the same bits as the reference
@@ -200,20 +199,20 @@ def test_masks_and_random_scores(counters):
     seed, stream, step = counters[0], counters[1], torch.tensor(counters[2])
     for size in SIZES:
         expected = random_scores_reference(size, seed, stream, step)
-        assert_same([cuda_small_ops.random_scores(size, seed, stream, step.cuda())], [expected], size)
+        assert_same([torch.ops.sparse_moon.random_scores(size, seed, stream, step.cuda())], [expected], size)
         like = torch.empty(size)
         for keep in (0.0, 2.0**-32, 0.5, 1 - 2.0**-40, 1.0):
-            mask = cuda_small_ops.bernoulli_mask(like.cuda(), keep, seed, stream, step)
+            mask = torch.ops.sparse_moon.bernoulli_mask(like.cuda(), keep, seed, stream, step)
             assert_same([mask], [bernoulli_mask_reference(like, keep, seed, stream, step)], (size, keep))
 
 
 @pytest.mark.gpu
 def test_a_captured_mask_follows_its_step():
     like, step = torch.empty(5000, device="cuda"), torch.tensor(3, device="cuda")
-    cuda_small_ops.bernoulli_mask(like, 0.3, 1, 2, step)
+    torch.ops.sparse_moon.bernoulli_mask(like, 0.3, 1, 2, step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        mask = cuda_small_ops.bernoulli_mask(like, 0.3, 1, 2, step)
+        mask = torch.ops.sparse_moon.bernoulli_mask(like, 0.3, 1, 2, step)
     for now in (3, 2**40):
         step.fill_(now)
         graph.replay()
@@ -240,7 +239,7 @@ def test_average_of_mixed_tensors(keep, count):
     ours = [a.cuda() for a in averages]
     versions = [a._version for a in ours]
     average_reference_(averages, values, n, keep, 5, step)
-    cuda_small_ops.average_(ours, on_gpu(values), n, keep, 5, step)
+    torch.ops.sparse_moon.average_(ours, on_gpu(values), n, keep, 5, step)
     for a, b in zip(ours, averages, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-6 if a.dtype == torch.float32 else None,
                                    atol=1e-7 if a.dtype == torch.float32 else None)  # fmt: skip
@@ -259,7 +258,7 @@ def test_averages_have_the_bits_of_the_cpu_kernel(dtype, keep):
     for count in range(12):
         values = [torch.randn(size, dtype=dtype) for size in sizes]
         ops.average_(averages, values, torch.tensor(count), keep=keep, seed=3, step=torch.tensor(count))
-        cuda_small_ops.average_(ours, on_gpu(values), torch.tensor(count), keep, 3, torch.tensor(count))
+        torch.ops.sparse_moon.average_(ours, on_gpu(values), torch.tensor(count), keep, 3, torch.tensor(count))
         assert_same(ours, averages, count)
 
 
@@ -267,13 +266,13 @@ def test_averages_have_the_bits_of_the_cpu_kernel(dtype, keep):
 def test_first_value_fixed_point_and_what_is_not_finite():
     value, average = torch.randn(99_999, device="cuda"), torch.full((99_999,), 1e30, device="cuda")
     zero, six = torch.tensor(0, device="cuda"), torch.tensor(6, device="cuda")
-    cuda_small_ops.average_([average], [value], zero, 1.0, 0, zero)
+    torch.ops.sparse_moon.average_([average], [value], zero, 1.0, 0, zero)
     assert torch.equal(average, value)
-    cuda_small_ops.average_([average], [average], six, 1.0, 0, zero)
+    torch.ops.sparse_moon.average_([average], [average], six, 1.0, 0, zero)
     assert torch.equal(average, value)
     average = torch.zeros(64, device="cuda")
-    cuda_small_ops.average_([average], [torch.full((64,), INF, device="cuda")], six, 0.5, 0, zero)
-    mask = cuda_small_ops.bernoulli_mask(average, 0.5, 0, 0, zero)
+    torch.ops.sparse_moon.average_([average], [torch.full((64,), INF, device="cuda")], six, 0.5, 0, zero)
+    mask = torch.ops.sparse_moon.bernoulli_mask(average, 0.5, 0, 0, zero)
     assert (average[mask] == INF).all() and average[~mask].isnan().all() and mask.any() and not mask.all()
 
 
@@ -281,10 +280,10 @@ def test_first_value_fixed_point_and_what_is_not_finite():
 def test_a_captured_average_follows_its_counters():
     value, average = torch.empty(10_000, device="cuda"), torch.zeros(10_000, device="cuda")
     counter, expected = torch.tensor(0, device="cuda"), torch.zeros(10_000)
-    cuda_small_ops.average_([average], [average.clone()], counter, 0.8, 1, counter)
+    torch.ops.sparse_moon.average_([average], [average.clone()], counter, 0.8, 1, counter)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        cuda_small_ops.average_([average], [value], counter, 0.8, 1, counter)
+        torch.ops.sparse_moon.average_([average], [value], counter, 0.8, 1, counter)
         counter += 1
     counter.zero_()
     for step in range(4):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops import cuda_conv2d
+from sparse_moon.ops import Geometry
 from sparse_moon.ops.native import native_cuda
-from sparse_moon.ops.sparse_conv2d import Geometry
+from sparse_moon.ops.sparse_conv2d import cuda
 from sparse_moon.topology import Topology, matrix_to_weight, weight_to_matrix
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +37,8 @@ class Problem:
     def __init__(
         self, shape, weight_shape, stride=1, padding=0, dilation=1, groups=1, density=0.2, dtype=torch.float32
     ):
-        options = [[p, p] if isinstance(p, int) else list(p) for p in (stride, padding, dilation)]
-        self.geometry = Geometry(list(weight_shape), *options, groups)
+        options = [(p, p) if isinstance(p, int) else p for p in (stride, padding, dilation)]
+        self.geometry = Geometry(weight_shape, *options, groups)
         mask = torch.rand(weight_shape[0], torch.Size(weight_shape[1:]).numel()) < density
         mask[::5] = False
         self.topology = Topology.from_mask(mask).cuda()
@@ -49,11 +49,11 @@ class Problem:
         self.grad = torch.randn(out_shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
 
     def ours(self) -> tuple[Tensor, Tensor, Tensor]:
-        index = self.topology.index
+        plan = self.topology.plan(self.geometry)
         return (
-            cuda_conv2d.forward(self.x, self.values, self.bias, self.geometry, index),
-            cuda_conv2d.input_grad(self.grad, self.values, list(self.x.shape), self.geometry, index),
-            cuda_conv2d.values_grad(self.grad, self.x, self.geometry, index),
+            cuda.forward(self.x, self.values, self.bias, plan),
+            cuda.input_grad(self.grad, self.values, self.x.shape, plan),
+            cuda.values_grad(self.grad, self.x, plan),
         )
 
     def dense(self, absolute: bool = False, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +151,7 @@ def test_without_entries_the_output_is_the_bias():
     problem = Problem((2, 4, 6, 6), (5, 4, 3, 3), density=0.0)
     y, dx, dv = problem.ours()
     assert torch.equal(y, problem.bias[:, None, None].expand_as(y)) and not dx.any() and dv.shape == (0,)
-    y = cuda_conv2d.forward(problem.x, problem.values, None, problem.geometry, problem.topology.index)
+    y = cuda.forward(problem.x, problem.values, None, problem.topology.plan(problem.geometry))
     assert not y.any()
 
 

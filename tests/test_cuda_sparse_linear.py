@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_moon.ops import native as extensions
-from sparse_moon.ops.cuda_linear import sparse_linear, sparse_linear_input_grad, sparse_linear_values_grad
+from sparse_moon.ops.sparse_linear import cuda
 from sparse_moon.topology import Topology
 
 ROOT = Path(__file__).parents[1]
@@ -69,11 +69,11 @@ class Case:
         return F.linear(x, weight, bias), dy @ weight, self.topology.gather(weight_grad)
 
     def ours(self) -> tuple[torch.Tensor, ...]:
-        t = self.topology
+        plan = self.topology.plan()
         return (
-            sparse_linear(self.x, self.values, self.bias, t.row_ptr, t.col),
-            sparse_linear_input_grad(self.dy, self.values, t.t_ptr, t.t_row, t.t_perm),
-            sparse_linear_values_grad(self.dy, self.x, t.row_ptr, t.col),
+            cuda.forward(self.x, self.values, self.bias, plan),
+            cuda.input_grad(self.dy, self.values, plan),
+            cuda.values_grad(self.dy, self.x, plan),
         )
 
     def check(self) -> None:
@@ -137,7 +137,7 @@ def test_missing_entries_ignore_what_is_not_finite():
     topology = Topology.from_mask(mask).cuda()
     x = torch.tensor([[2.0, float("inf")], [3.0, float("nan")]], device="cuda")
     values = torch.tensor([10.0, 100.0], device="cuda")
-    y = sparse_linear(x, values, None, topology.row_ptr, topology.col)
+    y = cuda.forward(x, values, None, topology.plan())
     assert y.tolist() == [[20.0, 0.0, 200.0], [30.0, 0.0, 300.0]]
 
 

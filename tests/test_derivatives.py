@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import sparse_moon as sm
-from sparse_moon.ops import library
+from sparse_moon.ops import registry
 from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
 from sparse_moon.topology import weight_to_matrix
 
@@ -79,7 +79,7 @@ def test_gradient_penalty(kind, images, training):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_penalty_in_float32(kind, images, kernels, monkeypatch):
     if not kernels:
-        monkeypatch.setattr(library, "_kernels", {})
+        monkeypatch.setattr(registry, "_kernels", {})
     images = images.detach().float().requires_grad_()
     pair = [model.float() for model in networks(kind)]
     with sm.ops.use_backend("kernel" if kernels else "auto"):
@@ -167,7 +167,7 @@ def test_a_dense_gradient_has_the_penalty_in_it(images):
     model, dense = networks("conv2d")
     layer = model[2]
     probe = torch.zeros((), dtype=torch.float64).expand(layer.topology.shape).detach().requires_grad_()
-    layer.topology.probe = probe
+    layer.probe = probe
     for m in (model, dense):
         (grad,) = torch.autograd.grad(m(images).square().sum(), images, create_graph=True)
         (grad.flatten(1).norm(dim=1) - 1).square().mean().backward()

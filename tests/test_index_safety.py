@@ -279,7 +279,7 @@ def test_a_graph_older_than_a_resize_raises(kind, read):
         layer(x) if read in ("call", "masked") else getattr(layer, read)() if read == "dense_weight" else layer.weight
     ).sum()
     loss.backward(retain_graph=True)
-    layer.topology.transform = None
+    layer.transform = None
     resized(layer)
     with pytest.raises(RuntimeError, match=r"in place|inplace"):
         loss.backward()

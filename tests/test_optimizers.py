@@ -103,7 +103,7 @@ def test_a_copy_and_a_method_after_it_know_nothing_of_an_update_batch():
     method = make("rigl", model)
     train(model, method, 5)
     copied = copy.deepcopy(model)
-    assert all(layer.topology.probe is None for layer in sm.sparse_layers(copied).values())
+    assert all(layer.probe is None for layer in sm.sparse_layers(copied).values())
     static = sm.Static(model, method.optimizer)
     for _ in range(2):
         backward(model, batch())

@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from torch.library import opcheck
 from torch.nn.grad import conv2d_weight
 
 from sparse_moon import SparseConv2d, ops
+from sparse_moon.ops.sparse_conv2d import dense
 from sparse_moon.topology import Topology, matrix_to_weight, weight_to_matrix
 
 pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -74,7 +73,8 @@ def test_dense_gradient_through_the_probe(block):
     values = torch.randn(topology.values_shape, dtype=torch.float64, requires_grad=True)
     probe = torch.zeros((), dtype=torch.float64).expand(topology.shape).detach().requires_grad_()
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    y = ops.sparse_conv2d(x, values, topology, weight_shape=(4, 4, 3, 3), padding=(1, 1), probe=probe)
+    plan = topology.plan(ops.Geometry((4, 4, 3, 3), (1, 1), (1, 1), (1, 1), 1))
+    y = ops.sparse_conv2d(x, values, None, plan, probe=probe)
     y.square().sum().backward()
     weight = matrix_to_weight(topology.to_dense(values.detach()), (4, 4, 3, 3), block[1]).requires_grad_()
     F.conv2d(x, weight, padding=1).square().sum().backward()
@@ -87,10 +87,8 @@ def test_gradcheck():
     x = torch.randn(2, 8, 5, 4, dtype=torch.float64, requires_grad=True)
     values = torch.randn(topology.values_shape, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    geometry = dict(weight_shape=(4, 4, 2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
-    assert torch.autograd.gradcheck(
-        lambda *a: ops.sparse_conv2d(a[0], a[1], topology, a[2], **geometry), (x, values, bias)
-    )
+    plan = topology.plan(ops.Geometry((4, 4, 2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2))
+    assert torch.autograd.gradcheck(lambda *a: ops.sparse_conv2d(*a, plan), (x, values, bias))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
@@ -118,15 +116,16 @@ def test_bad_operands():
     topology = Topology.random((4, 27), 0.5)
     x, values = torch.randn(1, 3, 8, 8), torch.randn(topology.values_shape)
 
-    def conv(x=x, weight_shape=(4, 3, 3, 3), **rest):
-        return ops.sparse_conv2d(x, values, topology, weight_shape=weight_shape, **rest)
+    def conv(x=x, weight_shape=(4, 3, 3, 3), stride=(1, 1), groups=1):
+        plan = topology.plan(ops.Geometry(weight_shape, stride, (0, 0), (1, 1), groups))
+        return ops.sparse_conv2d(x, values, None, plan)
 
     conv()
     with pytest.raises(ValueError, match=r"input must be \(N, 3, H, W\), got shape \(1, 2, 8, 8\)"):
         conv(x[:, :2])
     with pytest.raises(ValueError, match="input must be"):
         conv(x[0])
-    with pytest.raises(ValueError, match="does not fit a topology"):
+    with pytest.raises(ValueError, match=r"does not fit an index of a \(4, 27\) matrix"):
         conv(weight_shape=(4, 3, 1, 3))
     with pytest.raises(ValueError, match="kernel does not fit"):
         conv(x[..., :2])
@@ -139,13 +138,12 @@ def test_bad_operands():
 
 
 def test_dense_gradient_in_parts_of_the_batch(monkeypatch):
-    module = sys.modules["sparse_moon.ops.sparse_conv2d"]
     grad, input = torch.randn(5, 4, 6, 6, dtype=torch.float64), torch.randn(5, 3, 6, 6, dtype=torch.float64)
     arguments = (grad, input, 1, [4, 3, 3, 3], [1, 1], [1, 1], [1, 1], 1)
     whole = torch.ops.sparse_moon.sparse_conv2d_dense_grad(*arguments)
-    calls, weight_grad = [], module._weight_grad
-    monkeypatch.setattr(module, "_weight_grad", lambda *given: calls.append(given) or weight_grad(*given))
-    monkeypatch.setattr(module, "_PART_BYTES", (grad.nbytes + input.nbytes) // 2)
+    calls, weight_grad = [], dense.weight_grad
+    monkeypatch.setattr(dense, "weight_grad", lambda *given: calls.append(given) or weight_grad(*given))
+    monkeypatch.setattr(dense, "PART_BYTES", (grad.nbytes + input.nbytes) // 2)
     torch.testing.assert_close(torch.ops.sparse_moon.sparse_conv2d_dense_grad(*arguments), whole)
     assert [len(given[0]) for given in calls] == [3, 2]
     torch.testing.assert_close(whole, conv2d_weight(input, [4, 3, 3, 3], grad, padding=1).flatten(1))

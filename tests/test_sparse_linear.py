@@ -31,7 +31,7 @@ def test_agrees_with_a_masked_dense_layer(lead, grid, block, density, bias, prob
     base = torch.randn(*lead, 2 * cols, dtype=torch.float64)
     x = (base[..., ::2] if strided else base[..., :cols].contiguous()).requires_grad_()
     p = probe_for(topology) if probe else None
-    y = ops.sparse_linear(x, values, topology, b, probe=p)
+    y = ops.sparse_linear(x, values, b, topology.plan(), probe=p)
     upstream = torch.randn_like(y)
     y.backward(upstream)
 
@@ -54,7 +54,7 @@ def test_gradcheck(block):
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     values = torch.randn(topology.values_shape, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: ops.sparse_linear(a[0], a[1], topology, a[2]), (x, values, bias))
+    assert torch.autograd.gradcheck(lambda *a: ops.sparse_linear(*a, topology.plan()), (x, values, bias))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
@@ -75,23 +75,23 @@ def test_opcheck(block):
 
 def test_bad_operands():
     topology = Topology.random((4, 6), 0.5)
-    x, values = torch.randn(2, 6), torch.randn(topology.values_shape)
+    x, values, plan = torch.randn(2, 6), torch.randn(topology.values_shape), topology.plan()
     with pytest.raises(ValueError, match=r"6 features last, got shape \(2, 5\)"):
-        ops.sparse_linear(x[:, :5], values, topology)
+        ops.sparse_linear(x[:, :5], values, None, plan)
     with pytest.raises(ValueError, match="features last"):
-        ops.sparse_linear(torch.tensor(1.0), values, topology)
+        ops.sparse_linear(torch.tensor(1.0), values, None, plan)
     with pytest.raises(ValueError, match=r"values must have shape \(12,\), got \(11,\)"):
-        ops.sparse_linear(x, values[1:], topology)
+        ops.sparse_linear(x, values[1:], None, plan)
     with pytest.raises(ValueError, match=r"bias must have shape \(4,\)"):
-        ops.sparse_linear(x, values, topology, torch.zeros(5))
+        ops.sparse_linear(x, values, torch.zeros(5), plan)
     with pytest.raises(ValueError, match="one floating point dtype"):
-        ops.sparse_linear(x.double(), values, topology)
+        ops.sparse_linear(x.double(), values, None, plan)
     with pytest.raises(ValueError, match="one floating point dtype"):
-        ops.sparse_linear(x.long(), values.long(), topology)
+        ops.sparse_linear(x.long(), values.long(), None, plan)
     with pytest.raises(ValueError, match="one device"):
-        ops.sparse_linear(x.to("meta"), values, topology)
+        ops.sparse_linear(x.to("meta"), values, None, plan)
     with pytest.raises(ValueError, match="probe must have shape"):
-        ops.sparse_linear(x, values, topology, probe=torch.zeros(4))
+        ops.sparse_linear(x, values, None, plan, probe=torch.zeros(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

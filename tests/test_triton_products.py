@@ -11,15 +11,14 @@ from torch import nn
 from torch.library import opcheck
 
 import sparse_moon as sm
-from sparse_moon.ops import choice, gpu
+from sparse_moon.nn import tune as tuning
+from sparse_moon.ops import Geometry, Plan, choice
+from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.native import native_cuda
-from sparse_moon.ops.sparse_conv2d import Geometry, memory_format
-from sparse_moon.ops.sparse_conv2d import _forward as conv2d_reference
-from sparse_moon.ops.sparse_conv2d import _input_grad as conv2d_input_grad_reference
-from sparse_moon.ops.sparse_conv2d import _values_grad as conv2d_values_grad_reference
-from sparse_moon.ops.sparse_linear import _forward as linear_reference
-from sparse_moon.ops.sparse_linear import _input_grad as linear_input_grad_reference
-from sparse_moon.ops.sparse_linear import _values_grad as linear_values_grad_reference
+from sparse_moon.ops.sparse_conv2d import dense as dense_conv2d
+from sparse_moon.ops.sparse_conv2d import gpu as conv2d
+from sparse_moon.ops.sparse_linear import dense as dense_linear
+from sparse_moon.ops.sparse_linear import gpu as linear
 from sparse_moon.topology import Topology
 
 pytest.importorskip("triton")
@@ -47,65 +46,59 @@ def test_linear_products(block):
     topology = Topology.random((32, 48), 0.4, block).to(DEVICE)
     values = torch.randn(topology.values_shape, device=DEVICE)
     x, grad = torch.randn(3, 5, 48, device=DEVICE), torch.randn(3, 5, 32, device=DEVICE)
-    bias, index = torch.randn(32, device=DEVICE), topology.index
+    bias, plan = torch.randn(32, device=DEVICE), topology.plan()
     with choice.use_backend("triton"):
-        close(gpu.sparse_linear(x, values, bias, None, *index), linear_reference(x, values, bias, None, *index))
-        close(gpu.sparse_linear_input_grad(grad, values, *index), linear_input_grad_reference(grad, values, *index))
-        close(
-            gpu.sparse_linear_values_grad(grad, x, list(block), *index),
-            linear_values_grad_reference(grad, x, list(block), *index),
-        )
+        close(linear.forward(x, values, bias, None, plan), dense_linear.forward(x, values, bias, None, plan))
+        close(linear.input_grad(grad, values, plan), dense_linear.input_grad(grad, values, plan))
+        close(linear.values_grad(grad, x, plan), dense_linear.values_grad(grad, x, plan))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.usefixtures("no_tf32")
 def test_conv2d_products(block, layout):
-    geometry = Geometry([16, 16, 3, 3], [2, 1], [1, 0], [1, 1], 1)
+    geometry = Geometry((16, 16, 3, 3), (2, 1), (1, 0), (1, 1), 1)
     topology = Topology.random((16, 144), 0.4, block).to(DEVICE)
     values = torch.randn(topology.values_shape, device=DEVICE)
     x = torch.randn(2, 16, 5, 6, device=DEVICE).contiguous(memory_format=layout)
     grad = torch.randn(2, 16, *geometry.output_size(x.shape), device=DEVICE).contiguous(memory_format=layout)
-    spec = (*geometry, *topology.index)
+    plan = topology.plan(geometry)
     with choice.use_backend("triton"):
-        close(gpu.sparse_conv2d(x, values, None, None, *spec), conv2d_reference(x, values, None, None, *spec))
-        got = gpu.sparse_conv2d_input_grad(grad, values, list(x.shape), *spec)
-        close(got, conv2d_input_grad_reference(grad, values, list(x.shape), *spec))
+        close(conv2d.forward(x, values, None, None, plan), dense_conv2d.forward(x, values, None, None, plan))
+        got = conv2d.input_grad(grad, values, x.shape, plan)
+        close(got, dense_conv2d.input_grad(grad, values, x.shape, plan))
         assert memory_format(got) == layout
-        close(
-            gpu.sparse_conv2d_values_grad(grad, x, list(block), *spec),
-            conv2d_values_grad_reference(grad, x, list(block), *spec),
-        )
+        close(conv2d.values_grad(grad, x, plan), dense_conv2d.values_grad(grad, x, plan))
 
 
 @pytest.mark.parametrize(("block", "backend", "expected"), [
-    ((16, 16), "auto", "reference"), ((16, 16), "reference", "reference"), ((16, 16), "cuda", "reference"),
+    ((16, 16), "auto", "dense"), ((16, 16), "dense", "dense"), ((16, 16), "cuda", "dense"),
     ((16, 16), "triton", "triton"), ((16, 16), "kernel", "triton"),
-    ((2, 2), "triton", "reference"), ((2, 2), "auto", "reference"), ((1, 1), "triton", "reference"),
-    ((1, 1), "cuda", "cuda"), ((1, 1), "kernel", "cuda"), ((1, 1), "auto", "reference"),
+    ((2, 2), "triton", "dense"), ((2, 2), "auto", "dense"), ((1, 1), "triton", "dense"),
+    ((1, 1), "cuda", "cuda"), ((1, 1), "kernel", "cuda"), ((1, 1), "auto", "dense"),
 ])  # fmt: skip
 def test_what_runs(block, backend, expected, monkeypatch):
     if expected == "cuda" and native_cuda is None:
-        expected = "reference"
+        expected = "dense"
     monkeypatch.setattr(choice, "_measured", {})
     topology = Topology.random((32, 32), 0.5, block)
     x, values = torch.randn(4, 32), torch.randn(topology.values_shape)
-    meta = [t.to("meta") for t in topology.index]
+    plan = Plan(tuple(t.to("meta") for t in topology.index), block)
     with choice.use_backend(backend), choice.asked_for() as works:
         # of a kind of device that nothing was measured on
-        got = gpu._linear_choice("forward", x.to("meta"), block, tuple(meta), x, values)
+        got = linear.choice("forward", x.to("meta"), plan, x, values)
         assert got == expected
-        assert gpu._linear_choice("forward", x.to("meta"), block, tuple(meta), x.double(), values) == "reference"
+        assert linear.choice("forward", x.to("meta"), plan, x.double(), values) == "dense"
     for work in works:
         assert work == choice.Work("forward", 4, 32, 32, 1, 1, 1, 1, "meta", block, "float32")
         choice.remember(work, 0.6)
     with choice.use_backend("auto"):  # what this process has measured is used
-        got = gpu._linear_choice("forward", x.to("meta"), block, tuple(meta), x, values)
-        assert got == ({(1, 1): "cuda", (16, 16): "triton"}[block] if works else "reference")
+        got = linear.choice("forward", x.to("meta"), plan, x, values)
+        assert got == ({(1, 1): "cuda", (16, 16): "triton"}[block] if works else "dense")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "kernel", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "kernel", "triton", "cuda", "dense"])
 @pytest.mark.parametrize("pattern", ["unstructured", "vector16", "block32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("no_tf32")
@@ -139,9 +132,9 @@ def test_layers_on_the_gpu(pattern, dtype, backend):
 def test_tune_takes_the_kernel_of_a_very_sparse_layer_on_the_gpu(pattern, monkeypatch):
     monkeypatch.setattr(choice, "_measured", {})
     layer = sm.SparseLinear(4096, 4096, sparsity=0.99, pattern=pattern, device="cuda")
-    chosen = sm.tuning.tune_layer(layer, (4096, 4096))
+    chosen = tuning.tune_layer(layer, (4096, 4096))
     assert set(chosen.values()) == {"kernel"}  # many times as fast
-    assert sm.tuning.chosen_backends(layer, (4096, 4096)) == chosen
+    assert tuning.chosen_backends(layer, (4096, 4096)) == chosen
 
 
 @pytest.mark.gpu

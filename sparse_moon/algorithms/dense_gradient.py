@@ -1,6 +1,6 @@
 """The dense weight gradient of a layer on an update batch, which growth is chosen by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,33 +16,37 @@ class DenseGradient:
     what came before is thrown away here, too. So growth sees what the optimizer would see.
 
     Args:
-        layer: it gets a probe, a leaf without memory of its own whose gradient is the dense gradient.
+        layers: all layers that share the weight. They get a probe, a leaf without memory of its own whose gradient is
+            the dense gradient.
         reduce: what to keep of the gradient of a single pass, called as soon as it is there, so that only one layer's
             gradient exists at a time; a second pass that adds to the first is an error then. None keeps the sum.
     """
 
-    def __init__(self, layer: SparseLayer, reduce: Callable[[Tensor], object] | None = None) -> None:
-        self.layer, self.reduce = layer, reduce
+    def __init__(self, layers: Sequence[SparseLayer], reduce: Callable[[Tensor], object] | None = None) -> None:
+        self.layers, self.reduce = layers, reduce
+        self.values = layers[0].values
         self.total: Tensor | None = None
         self.reduced: object = None
         self._pass = -1  # number of the backward pass that was looked at last
         self._passes = 0
-        probe = layer.values.detach().new_zeros(()).expand(layer.topology.shape).detach().requires_grad_()
-        layer.topology.probe = probe
+        probe = self.values.detach().new_zeros(()).expand(layers[0].topology.shape).detach().requires_grad_()
+        for layer in layers:
+            layer.probe = probe
         self._hooks = [
-            layer.values.register_hook(lambda _: self._look()),
+            self.values.register_hook(lambda _: self._look()),
             probe.register_post_accumulate_grad_hook(self._take),
         ]
 
     @property
     def there(self) -> bool:
         """Whether a backward pass has come by and has not been thrown away."""
-        grad = self.layer.values.grad
+        grad = self.values.grad
         return self._passes > 0 and grad is not None
 
     def close(self) -> None:
-        """Take no more part in the layer's products."""
-        self.layer.topology.probe = None
+        """Take no more part in the layers' products."""
+        for layer in self.layers:
+            layer.probe = None
         for hook in self._hooks:
             hook.remove()
 
@@ -52,7 +56,7 @@ class DenseGradient:
         if number == self._pass:
             return
         self._pass = number
-        grad = self.layer.values.grad
+        grad = self.values.grad
         if grad is None or (grad.numel() and not grad.any()):
             self.total, self.reduced, self._passes = None, None, 0
 

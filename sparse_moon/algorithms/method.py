@@ -19,6 +19,7 @@ from sparse_moon.algorithms.optimizers import (
 )
 from sparse_moon.distributed import check_same, launched_alone, world_size
 from sparse_moon.nn import sparse_layers
+from sparse_moon.nn.inspect import tied_layers
 from sparse_moon.weight_decay import check_weight_decay
 
 
@@ -51,8 +52,11 @@ class Method:
                 layer.topology.check(broadcast=True)
         found = sparse_layers(model)
         every = dict(zip(plain_names(found), found.values(), strict=True))
-        for layer in every.values():
-            layer.topology.probe = None  # of a method that was left in an update batch
+        self.tied = tied_layers(model)
+        """For each layer all that share its weight, itself first."""
+        for layers in self.tied.values():
+            for layer in layers:
+                layer.probe = None  # of a method that was left in an update batch
         held = {id(parameter) for parameter in parameters_of(optimizer)}
         trainable = {name: layer for name, layer in every.items() if layer.values.requires_grad}
         self.layers = {name: layer for name, layer in trainable.items() if id(layer.values) in held}

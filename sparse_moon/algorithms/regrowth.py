@@ -156,7 +156,7 @@ class RigL(SET):
             if not layer.values.requires_grad:  # frozen by now
                 continue
             reduce = partial(self._choose, layer) if at_once else None
-            self._gradients[layer] = DenseGradient(layer, reduce)
+            self._gradients[layer] = DenseGradient(self.tied[layer], reduce)
 
     @torch.no_grad()
     def _choose(self, layer: SparseLayer, grad: Tensor) -> "_Choice":

@@ -21,7 +21,7 @@ from sparse_moon.ops.index import entry_rows
 from sparse_moon.topology import Topology
 
 if TYPE_CHECKING:
-    from sparse_moon.nn.layers import SparseLayer
+    from sparse_moon.nn.sparse_layer import SparseLayer
 
 _MOST_SLOTS = 16384
 _LEAST_SLOTS = 32

@@ -63,6 +63,15 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     return {name: layer for name, layer in weight_layers(model).items() if isinstance(layer, SparseLayer)}
 
 
+def tied_layers(model: nn.Module) -> dict[SparseLayer, list[SparseLayer]]:
+    """For each layer of :func:`sparse_layers` all that have its weight: itself first, then those that share it."""
+    groups: dict[frozenset[int], list[SparseLayer]] = {}
+    for module in model.modules():
+        if isinstance(module, SparseLayer):
+            groups.setdefault(_layer_key(module), []).append(module)
+    return {layers[0]: layers for layers in groups.values()}
+
+
 def weight_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d | SparseLayer]:
     """Every linear and convolution layer, sparse or dense, by name; layers that share their weight are listed once."""
     seen: set[frozenset[int]] = set()

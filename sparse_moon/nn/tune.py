@@ -12,7 +12,7 @@ from sparse_moon.nn.inspect import evaluation_mode, sparse_layers
 from sparse_moon.nn.layers import SparseConv2d, SparseLayer
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Backend, Pass
-from sparse_moon.ops.sparse_conv2d import memory_format as layout_of
+from sparse_moon.ops.layout import memory_format as layout_of
 
 
 def tune(
@@ -32,7 +32,7 @@ def tune(
         memory_format: ``torch.channels_last`` where training gives images in that.
 
     Returns:
-        For each layer by name, ``"kernel"`` or ``"reference"`` for each pass.
+        For each layer by name, ``"kernel"`` or ``"dense"`` for each pass.
     """
     layers = sparse_layers(model)
     found: dict[nn.Module, tuple[tuple[int, ...], torch.memory_format]] = {}
@@ -59,7 +59,7 @@ def tune_layer(
     chosen: dict[Pass, Backend] = {}
     density = 1.0 - layer.sparsity
     for pass_, run in products(layer, input_shape, memory_format).items():
-        chosen[pass_] = "kernel" if kernel_gain(run, layer.values.device) >= 1.0 else "reference"
+        chosen[pass_] = "kernel" if kernel_gain(run, layer.values.device) >= 1.0 else "dense"
         with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
         for work in works:
@@ -70,14 +70,14 @@ def tune_layer(
 def chosen_backends(
     layer: SparseLayer, input_shape: tuple[int, ...], memory_format: torch.memory_format = torch.contiguous_format
 ) -> dict[Pass, Backend]:
-    """What the layer would use for inputs of this shape and layout: ``"kernel"`` or ``"reference"`` for each pass."""
+    """What the layer would use for inputs of this shape and layout: ``"kernel"`` or ``"dense"`` for each pass."""
     density = 1.0 - layer.sparsity
     chosen: dict[Pass, Backend] = {}
     for pass_, run in products(layer, input_shape, memory_format).items():
         with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
         kernel = works and all(density <= choice.crossover(work) for work in works)
-        chosen[pass_] = "kernel" if kernel else "reference"
+        chosen[pass_] = "kernel" if kernel else "dense"
     return chosen
 
 
@@ -102,7 +102,7 @@ def products(
 
         # a graph for each backend: on a GPU a backward pass takes that of its forward pass
         graphs: dict[Backend, torch.Tensor] = {}
-        backends: tuple[Backend, ...] = ("auto", "kernel", "reference")
+        backends: tuple[Backend, ...] = ("auto", "kernel", "dense")
         for backend in backends:
             with choice.use_backend(backend), torch.enable_grad():
                 graphs[backend] = torch.func.functional_call(layer, {"values": values}, (input,))
@@ -134,7 +134,7 @@ def kernel_gain(run: Callable[[], Any], device: torch.device, *, seconds: float 
     ahead, and in a CUDA graph it has nothing to do.
     """
     measure = _gpu_ms if device.type == "cuda" else _host_ms
-    best: dict[Backend, float] = {"kernel": math.inf, "reference": math.inf}
+    best: dict[Backend, float] = {"kernel": math.inf, "dense": math.inf}
     for backend in best:
         with choice.use_backend(backend):
             run()
@@ -145,7 +145,7 @@ def kernel_gain(run: Callable[[], Any], device: torch.device, *, seconds: float 
                 taken = measure(run)
             best[backend], spent = min(best[backend], taken), spent + 1e-3 * taken
         rounds += 1
-    return best["reference"] / best["kernel"]
+    return best["dense"] / best["kernel"]
 
 
 def _host_ms(run: Callable[[], Any]) -> float:

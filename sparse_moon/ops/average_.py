@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask_reference, check_counters, mask_threshold
-from sparse_moon.ops.library import define, implement
-from sparse_moon.ops.native import native
+from sparse_moon.ops.choice import cuda_or
+from sparse_moon.ops.native import current_stream, native, require_cuda
+from sparse_moon.ops.registry import define, implement
 
 
 def average_reference_(
@@ -38,7 +39,7 @@ define("average_(Tensor(a!)[] averages, Tensor[] values, Tensor count, float kee
        average_reference_, _fake)  # fmt: skip
 
 
-def kernel_tasks(
+def _kernel_tasks(
     averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor, keep: float, seed: int, step: Tensor
 ) -> dict[torch.dtype, list[tuple[int, int, int, int]]]:
     """What kernels take, by dtype: addresses of average and value, length, stream. Other pairs are averaged at once."""
@@ -57,7 +58,7 @@ def _cpu(
 ) -> None:
     assert native is not None
     kernels = {torch.float32: native.average_float32, torch.float64: native.average_float64}
-    tasks = kernel_tasks(averages, values, count, keep, seed, step)
+    tasks = _kernel_tasks(averages, values, count, keep, seed, step)
     weight = 1.0 / (count.item() + 1.0)
     for dtype, kernel in kernels.items():
         kernel(tasks[dtype], weight, mask_threshold(keep), seed, step.item(), torch.get_num_threads())
@@ -66,6 +67,23 @@ def _cpu(
 
 if native is not None:
     implement("average_", "cpu", _cpu)
+
+
+def _cuda(
+    averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor, keep: float, seed: int, step: Tensor
+) -> None:
+    """One launch for up to 96 pairs of contiguous float32 tensors, and as many for float64; others one by one."""
+    kernels = {torch.float32: require_cuda().average_float32, torch.float64: require_cuda().average_float64}
+    tasks = _kernel_tasks(averages, values, count, keep, seed, step)
+    device = averages[0].device
+    count, step = count.to(device), step.to(device)
+    with torch.cuda.device(device):
+        for dtype, kernel in kernels.items():
+            kernel(tasks[dtype], mask_threshold(keep), seed, count.data_ptr(), step.data_ptr(), current_stream())
+    torch.autograd.graph.increment_version(averages)  # written behind torch's back
+
+
+implement("average_", "cuda", cuda_or(average_reference_, _cuda))
 
 
 def average_(

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.library import (
+from sparse_moon.ops.layout import memory_format
+from sparse_moon.ops.native import native
+from sparse_moon.ops.recompute import hang_recipe
+from sparse_moon.ops.registry import (
     behind,
     call,
     define,
@@ -21,9 +24,6 @@ from sparse_moon.ops.library import (
     register_autograd,
     transformed,
 )
-from sparse_moon.ops.native import native
-from sparse_moon.ops.recompute import hang_recipe
-from sparse_moon.ops.sparse_conv2d import memory_format
 
 _PLANE = (0, 2, 3)
 

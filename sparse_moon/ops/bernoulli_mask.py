@@ -9,8 +9,9 @@ bits on every device.
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.library import define, implement
-from sparse_moon.ops.native import native
+from sparse_moon.ops.choice import cuda_or
+from sparse_moon.ops.native import current_stream, native, require_cuda
+from sparse_moon.ops.registry import define, implement
 
 _WORD = 0xFFFFFFFF
 
@@ -77,6 +78,26 @@ def _cpu_scores(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
 if native is not None:
     implement("bernoulli_mask", "cpu", _cpu)
     implement("random_scores", "cpu", _cpu_scores)
+
+
+def _cuda(like: Tensor, keep: float, seed: int, stream: int, step: Tensor) -> Tensor:
+    mask, step = _fake(like, keep, seed, stream, step), step.to(like.device)
+    with torch.cuda.device(like.device):
+        require_cuda().bernoulli_mask(
+            seed, stream, step.data_ptr(), mask_threshold(keep), mask.numel(), mask.data_ptr(), current_stream()
+        )
+    return mask
+
+
+def _cuda_scores(size: int, seed: int, stream: int, step: Tensor) -> Tensor:
+    scores = _fake_scores(size, seed, stream, step)
+    with torch.cuda.device(step.device):
+        require_cuda().random_scores(seed, stream, step.data_ptr(), size, scores.data_ptr(), current_stream())
+    return scores
+
+
+implement("bernoulli_mask", "cuda", cuda_or(bernoulli_mask_reference, _cuda))
+implement("random_scores", "cuda", cuda_or(random_scores_reference, _cuda_scores))
 
 
 def bernoulli_mask(like: Tensor, keep: float, *, seed: int, stream: int, step: Tensor) -> Tensor:

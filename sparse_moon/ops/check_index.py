@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.index import entry_positions
-from sparse_moon.ops.library import behind, define, implement
+from sparse_moon.ops.index import Index, entry_positions
 from sparse_moon.ops.native import native
+from sparse_moon.ops.plan import versions
+from sparse_moon.ops.registry import behind, call, define, implement
 
 FAULTS = (
     "",
@@ -103,33 +104,32 @@ def index_form(index: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def versions(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
-    """Writes in place to each; of tensors of inference mode, which do not count them, something new each time."""
-    try:
-        return tuple([t._version for t in tensors])
-    except RuntimeError:
-        return tuple([object() if t.is_inference() else t._version for t in tensors])
-
-
-def guarded(kernel: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel behind a check of its last five arguments, an index: once for each state of these tensors.
 
-    ``check`` then looks at the shapes of all arguments, in every call. For calls through the dispatcher: from compiled
-    graphs and from other code. The package's own calls in eager execution bring the index of a
-    :class:`sparse_moon.topology.Topology`, which checks itself.
+    For calls through the dispatcher: from compiled graphs and from other code. The package's own calls in eager
+    execution bring the index of a :class:`sparse_moon.topology.Topology`, which checks itself.
     """
 
     def run(*inputs: Any) -> Any:
-        index: tuple[Tensor, ...] = inputs[-5:]
-        row_ptr, col, *transpose = index
-        others, now = (row_ptr, *transpose), versions(index)
+        row_ptr, col, t_ptr, t_row, t_perm = index = inputs[-5:]
+        others, now = (row_ptr, t_ptr, t_row, t_perm), versions(index)
         seen = getattr(col, _ATTRIBUTE, None)
         if seen is None or seen[1] != now or any(a is not b for a, b in zip(seen[0], others, strict=True)):
-            fault = index_form(index) or FAULTS[int(torch.ops.sparse_moon.check_index(*index)[0])]
+            fault = index_form(index) or FAULTS[int(call("check_index", *index)[0])]
             if fault:
                 raise ValueError(f"the index is damaged: {fault}")
             setattr(col, _ATTRIBUTE, (others, now))
-        check(*inputs)
         return kernel(*inputs)
 
     return run
+
+
+def check_index(index: Index) -> tuple[str, int]:
+    """What is wrong with an index, empty if nothing is, and the fingerprint of its entries. Waits for the device."""
+    fault = index_form(index)
+    if fault:
+        return fault, 0
+    with torch.no_grad():
+        number, fingerprint = call("check_index", *index).tolist()
+    return FAULTS[number], fingerprint

@@ -1,6 +1,6 @@
 """Which implementation of a product runs: the sparse kernel, or a dense product on the scattered weight.
 
-The dense one (the operator's reference, or on the CPU Winograd's products) wins where little is sparse. Each pass of
+The dense one (on the CPU perhaps by Winograd's) wins where little is sparse. Each pass of
 each shape has a crossover, the density up to which the kernel is faster. Crossovers of many shapes were measured
 (``crossover_cpu_avx2.json`` and its like, which ``benchmarks/tune.py`` writes); a shape that is not among them takes
 that of its nearest neighbour, or the one that :func:`sparse_moon.nn.tune.tune` has measured for it. On a kind of device
@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from sparse_moon.ops.native import native
+from sparse_moon.ops.native import native, native_cuda
 
-Backend = Literal["auto", "kernel", "triton", "cuda", "reference"]
+Backend = Literal["auto", "kernel", "triton", "cuda", "dense", "reference"]
 Pass = Literal["forward", "input_grad", "values_grad", "grads"]
 """The last is both gradients of a convolution at once, which share work on either side; on the CPU only."""
 PASSES: tuple[Pass, ...] = get_args(Pass)
@@ -73,7 +73,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
     thread of its own.
 
     ``"kernel"`` where there is one for pattern, dtype and device, ``"triton"`` or ``"cuda"`` where there is one of that
-    kind, ``"reference"`` for dense products, ``"auto"`` whichever is faster as far as that was measured.
+    kind, ``"dense"`` for dense products on the scattered weight, ``"reference"`` for the specification in torch's own
+    operators (under ``torch.compile`` as ``"dense"``), ``"auto"`` whichever is faster as far as that was measured.
 
     Raises:
         ValueError: another name.
@@ -110,10 +111,17 @@ def kernel_pays(work: Work, density: float, kind: Literal["cpu", "triton", "cuda
     return backend in ("kernel", kind) or (backend == "auto" and density <= crossover(work))
 
 
-def or_dense(
-    extension: ModuleType | None, kernel: Callable[..., Any], reference: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The kernel, or the reference where the kernel cannot take the shapes and was not asked for by name."""
+def cuda_or(reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The CUDA kernel of an operator that is no product, where it was built and nothing else is asked for."""
+
+    def run(*inputs: Any) -> Any:
+        return (kernel if native_cuda is not None and kernel_runs("cuda") else reference)(*inputs)
+
+    return run
+
+
+def or_dense(extension: ModuleType | None, kernel: Callable[..., Any], dense: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, or the dense product where the kernel cannot take the shapes and was not asked for by name."""
     if extension is None:
         return kernel
     too_large = extension.TooLarge
@@ -124,7 +132,7 @@ def or_dense(
         except too_large:
             if current_backend() != "auto":
                 raise
-            return reference(*inputs)
+            return dense(*inputs)
 
     return run
 
@@ -176,7 +184,7 @@ def table_name(device: str) -> str:
 @cache
 def table(device: str) -> list[tuple[Work, float]]:
     """The products that were measured on this kind of device and their crossovers; empty where nothing was."""
-    path = files("sparse_moon.ops").joinpath(table_name(device))
+    path = files("sparse_moon.ops").joinpath("tables", table_name(device))
     if not path.is_file():
         return []
     rows = json.loads(path.read_text())["rows"]

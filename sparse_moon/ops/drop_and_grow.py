@@ -1,5 +1,6 @@
 """``drop_and_grow``: one topology update: drop the weakest entries, grow the strongest candidates, exact in count."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,12 +8,23 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.check_index import check_rows
-from sparse_moon.ops.index import Index, build_index, entry_positions
-from sparse_moon.ops.library import behind, call, define, implement
-from sparse_moon.ops.native import native
+from sparse_moon.ops.choice import cuda_or
+from sparse_moon.ops.index import Index, entry_positions
+from sparse_moon.ops.native import current_stream, native, require_cuda
+from sparse_moon.ops.registry import behind, call, define, implement
+from sparse_moon.ops.transpose_index import build_index
 
 if TYPE_CHECKING:
     from sparse_moon.topology import Topology
+
+Layer = tuple[Tensor, Tensor, Tensor, Tensor, int, int]
+"""``(drop_score, grow_score, row_ptr, col, drop, grow)`` of one layer."""
+
+Updated = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""``(row_ptr, col, t_ptr, t_row, t_perm, source)`` of one layer after the update."""
+
+_MOST_POSITIONS = 2**31 - 1
+_EXACT_IN_FLOAT32 = {torch.float32, torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class Regrown:
 
 def drop_and_grow_reference(
     drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, drop: int, grow: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Updated:
     """The specification, by stable sorts."""
     positions = entry_positions(row_ptr, col, grow_score.shape[1])
     survivors = positions[drop_score.sort(stable=True).indices[drop:]]
@@ -49,9 +61,7 @@ def drop_and_grow_reference(
     return *build_index(updated, (grow_score.shape[0], grow_score.shape[1])), source.int()
 
 
-def _fake(
-    drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, drop: int, grow: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, drop: int, grow: int) -> Updated:
     t_ptr = row_ptr.new_empty(grow_score.shape[1] + 1)
     entries = [col.new_empty(col.shape[0] - drop + grow) for _ in range(4)]
     return torch.empty_like(row_ptr), entries[0], t_ptr, entries[1], entries[2], entries[3]
@@ -61,9 +71,7 @@ define("drop_and_grow(Tensor drop_score, Tensor grow_score, Tensor row_ptr, Tens
        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", drop_and_grow_reference, _fake)  # fmt: skip
 
 
-def _cpu(
-    drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, drop: int, grow: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _cpu(drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, drop: int, grow: int) -> Updated:
     assert native is not None
     if drop_score.dtype != torch.float32 or grow_score.dtype != torch.float32:
         return drop_and_grow_reference(drop_score, grow_score, row_ptr, col, drop, grow)
@@ -96,6 +104,58 @@ def _check_counts(drop_score: Tensor, grow_score: Tensor, n: int, grid: tuple[in
 
 if native is not None:
     implement("drop_and_grow", "cpu", _cpu, dispatched=behind(_check, _cpu))
+
+
+def drop_and_grow_layers_cuda(layers: Sequence[Layer]) -> list[Updated]:
+    """Update all layers at once: about a dozen launches for up to 36 of them.
+
+    Float64 scores, an empty grid and one of 2^31 positions or more take the reference path, layer by layer.
+
+    Args:
+        layers: ``drop_score`` (n,), ``grow_score`` (R, C), int32 ``row_ptr`` (R + 1,) and ``col`` (n,), ``drop`` in
+            [0, n] and ``grow`` in [0, R C - n + drop]; all on one GPU.
+
+    Raises:
+        ValueError: a count outside its range.
+    """
+    for _, grow_score, _, col, drop, grow in layers:
+        n, positions = col.numel(), grow_score.numel()
+        if not 0 <= drop <= n or not 0 <= grow <= positions - n + drop:
+            raise ValueError(f"expected to drop 0 to {n} of {positions} and to grow into what is left, "
+                             f"got {drop} and {grow}")  # fmt: skip
+    inputs = [_as_kernel_takes(layer) if _fits_kernel(layer) else None for layer in layers]
+    results = [drop_and_grow_reference(*layer) if ours is None else _fake(*ours)
+               for layer, ours in zip(layers, inputs, strict=True)]  # fmt: skip
+    batch = [
+        ([t.data_ptr() for t in (*layer[:4], *result)], (*layer[1].shape, layer[3].numel(), *layer[4:]))
+        for layer, result in zip(inputs, results, strict=True)
+        if layer is not None
+    ]
+    if batch:
+        device = results[0][0].device
+        with torch.cuda.device(device):
+            workspace = torch.empty(require_cuda().drop_and_grow_workspace(batch), dtype=torch.uint8, device=device)
+            require_cuda().drop_and_grow(batch, workspace.data_ptr(), current_stream())
+    return results
+
+
+def _fits_kernel(layer: Layer) -> bool:
+    drop_score, grow_score = layer[:2]
+    return {drop_score.dtype, grow_score.dtype} <= _EXACT_IN_FLOAT32 and 0 < grow_score.numel() <= _MOST_POSITIONS
+
+
+def _as_kernel_takes(layer: Layer) -> Layer:
+    drop_score, grow_score, row_ptr, col, drop, grow = layer
+    if grow:  # not read otherwise
+        grow_score = grow_score.float().contiguous()
+    return drop_score.float().contiguous(), grow_score, row_ptr.contiguous(), col.contiguous(), drop, grow
+
+
+def _cuda(drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, drop: int, grow: int) -> Updated:
+    return drop_and_grow_layers_cuda([(drop_score, grow_score, row_ptr, col, drop, grow)])[0]
+
+
+implement("drop_and_grow", "cuda", cuda_or(drop_and_grow_reference, _cuda))
 
 
 def drop_and_grow(

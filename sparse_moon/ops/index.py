@@ -6,6 +6,7 @@ neighbouring input channels at one kernel tap (with ``bw = 1`` this is the plain
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -98,16 +99,6 @@ def matrix_to_blocks(matrix: Tensor, positions: Tensor, block: tuple[int, int]) 
     return blocks[positions // blocks.shape[1], positions % blocks.shape[1]]
 
 
-def build_index(positions: Tensor, grid: tuple[int, int]) -> Index:
-    """All index tensors (int32) of ascending int64 grid ``positions``."""
-    row = torch.div(positions, grid[1], rounding_mode="floor")
-    row_ptr = positions.new_zeros(grid[0] + 1)
-    row_ptr[1:] = torch.bincount(row, minlength=grid[0]).cumsum(0)
-    col = positions - row * grid[1]
-    row_ptr, col = row_ptr.int(), col.int()
-    return row_ptr, col, *torch.ops.sparse_moon.transpose_index(row_ptr, col, grid[1])
-
-
 def pattern_name(block: tuple[int, int]) -> str:
     """Inverse of :func:`block_shape`."""
     if block == (1, 1):
@@ -118,3 +109,31 @@ def pattern_name(block: tuple[int, int]) -> str:
 def matrix_shape(weight_shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the matrix that stands for a weight of this shape."""
     return weight_shape[0], math.prod(weight_shape[1:])
+
+
+def block_of(values: Tensor) -> tuple[int, int]:
+    """Block shape that compact values imply."""
+    return (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
+
+
+def values_shape(col: Tensor, block: Sequence[int]) -> tuple[int, ...]:
+    """Shape of compact values for these entries and block."""
+    return (col.numel(),) if tuple(block) == (1, 1) else (col.numel(), *block)
+
+
+def check_values(values: Tensor) -> None:
+    """Raise ``ValueError`` unless these are numbers (n,) or blocks (n, bh, bw)."""
+    if values.dim() not in (1, 3) or min(block_of(values)) < 1:
+        raise ValueError(f"values must have shape (n,) or (n, bh, bw), got {tuple(values.shape)}")
+
+
+def check_block(block: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless this is a block shape."""
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block must be two positive integers, got {list(block)}")
+
+
+def check_entries(values: Tensor, col: Tensor) -> None:
+    """Raise ``ValueError`` unless there is a value for each entry: no kernel trusts that both belong together."""
+    if values.shape[0] != col.numel():
+        raise ValueError(f"there are values of {values.shape[0]} entries for an index of {col.numel()}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.library import define
+from sparse_moon.ops.registry import define
 
 
 def check_target(target: Tensor, values: Tensor) -> None:

@@ -9,46 +9,23 @@ from torch import Tensor
 from sparse_moon.ops.check_index import check_rows
 from sparse_moon.ops.index import (
     block_grid,
+    block_of,
     blocks_to_matrix,
+    check_block,
+    check_entries,
+    check_values,
     entry_positions,
     matrix_shape,
     matrix_to_blocks,
     matrix_to_weight,
+    values_shape,
     weight_to_matrix,
 )
-from sparse_moon.ops.library import behind, define, implement
 from sparse_moon.ops.native import has_triton, native
+from sparse_moon.ops.registry import behind, call, define, implement
 
 # What GPU kernels take.
 GPU_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-
-
-def block_of(values: Tensor) -> tuple[int, int]:
-    """Block shape that compact values imply."""
-    return (1, 1) if values.dim() == 1 else (values.shape[1], values.shape[2])
-
-
-def check_values(values: Tensor) -> None:
-    """Raise ``ValueError`` unless these are numbers (n,) or blocks (n, bh, bw)."""
-    if values.dim() not in (1, 3) or min(block_of(values)) < 1:
-        raise ValueError(f"values must have shape (n,) or (n, bh, bw), got {tuple(values.shape)}")
-
-
-def check_block(block: Sequence[int]) -> None:
-    """Raise ``ValueError`` unless this is a block shape."""
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block must be two positive integers, got {list(block)}")
-
-
-def check_entries(values: Tensor, col: Tensor) -> None:
-    """Raise ``ValueError`` unless there is a value for each entry: no kernel trusts that both belong together."""
-    if values.shape[0] != col.numel():
-        raise ValueError(f"there are values of {values.shape[0]} entries for an index of {col.numel()}")
-
-
-def values_shape(col: Tensor, block: Sequence[int]) -> tuple[int, ...]:
-    """Shape of compact values for these entries and block."""
-    return (col.numel(),) if tuple(block) == (1, 1) else (col.numel(), *block)
 
 
 def _layout(channels_last: bool) -> torch.memory_format:
@@ -172,3 +149,15 @@ def gather_values_cuda(weight: Tensor, block: list[int], row_ptr: Tensor, col: T
 
 implement("scatter_values", "cuda", scatter_values_cuda)
 implement("gather_values", "cuda", gather_values_cuda)
+
+
+def scatter_values(
+    values: Tensor, weight_shape: Sequence[int], row_ptr: Tensor, col: Tensor, *, channels_last: bool = False
+) -> Tensor:
+    """A dense weight of this shape, zero where no value has its place."""
+    return call("scatter_values", values, weight_shape, channels_last, row_ptr, col)
+
+
+def gather_values(weight: Tensor, block: Sequence[int], row_ptr: Tensor, col: Tensor) -> Tensor:
+    """Compact values of a dense weight."""
+    return call("gather_values", weight, block, row_ptr, col)

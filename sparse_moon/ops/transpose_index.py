@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.check_index import check_rows
-from sparse_moon.ops.index import entry_rows
-from sparse_moon.ops.library import behind, define, implement
-from sparse_moon.ops.native import native
+from sparse_moon.ops.choice import cuda_or
+from sparse_moon.ops.index import Index, entry_rows
+from sparse_moon.ops.native import current_stream, native, require_cuda
+from sparse_moon.ops.registry import behind, call, define, implement
+
+_MOST_POSITIONS = 2**31 - 1
 
 
 def transpose_index_reference(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,3 +41,34 @@ def _cpu(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor, 
 
 if native is not None:
     implement("transpose_index", "cpu", _cpu, dispatched=behind(check_rows, _cpu))
+
+
+def _cuda(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not 0 < (row_ptr.numel() - 1) * grid_cols <= _MOST_POSITIONS:
+        return transpose_index_reference(row_ptr, col, grid_cols)
+    row_ptr, col = row_ptr.contiguous(), col.contiguous()
+    outputs = _fake(row_ptr, col, grid_cols)
+    matrices = [([t.data_ptr() for t in (row_ptr, col, *outputs)], (row_ptr.numel() - 1, grid_cols))]
+    with torch.cuda.device(col.device):
+        size = require_cuda().transpose_index_workspace(matrices)
+        workspace = torch.empty(size, dtype=torch.uint8, device=col.device)
+        require_cuda().transpose_index(matrices, workspace.data_ptr(), current_stream())
+    return outputs
+
+
+implement("transpose_index", "cuda", cuda_or(transpose_index_reference, _cuda))
+
+
+def transpose_index(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(t_ptr, t_row, t_perm)``, int32, of block-compressed rows; see :class:`sparse_moon.topology.Topology`."""
+    return call("transpose_index", row_ptr, col, grid_cols)
+
+
+def build_index(positions: Tensor, grid: tuple[int, int]) -> Index:
+    """All index tensors (int32) of ascending int64 grid ``positions``."""
+    row = torch.div(positions, grid[1], rounding_mode="floor")
+    row_ptr = positions.new_zeros(grid[0] + 1)
+    row_ptr[1:] = torch.bincount(row, minlength=grid[0]).cumsum(0)
+    col = positions - row * grid[1]
+    row_ptr, col = row_ptr.int(), col.int()
+    return row_ptr, col, *transpose_index(row_ptr, col, grid[1])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sparse_moon.ops.choice import kernel_runs
 from sparse_moon.ops.labels import check_target, known_labels_reference, refuse_label, usable_labels
-from sparse_moon.ops.library import behind, define, differentiable_gradients, implement, register_autograd
 from sparse_moon.ops.native import has_triton, native
+from sparse_moon.ops.registry import behind, define, differentiable_gradients, implement, register_autograd
 
 
 class LossStatistics(NamedTuple):

@@ -18,27 +18,41 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sparse_moon.ops import choice
+from sparse_moon.ops.plan import Plan
 
 LIBRARY = torch.library.Library("sparse_moon", "DEF")
 
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by operator and type of device
+_parts: dict[str, Callable[..., tuple[Any, ...]]] = {}  # by operator
 
 # Arguments of these types alone are nobody else's business.
-_PLAIN = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, tuple, list, torch.Size))
+_PLAIN = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, tuple, list, torch.Size, Plan))
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> str:
+def _as_they_are(*inputs: Any) -> tuple[Any, ...]:
+    return inputs
+
+
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    parts: Callable[..., tuple[Any, ...]] = _as_they_are,
+) -> str:
     """Define an operator from its schema; returns its qualified name.
 
     Args:
         reference: what the dispatcher calls where no kernel is implemented for a device.
         fake: shapes, dtypes and layouts of the results.
+        parts: from the arguments of kernels to those of the schema.
     """
-    name = "sparse_moon::" + schema[: schema.index("(")]
+    operator = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(schema[: schema.index("(")], reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=LIBRARY)
-    return name
+    LIBRARY.impl(operator, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_moon::{operator}", fake, lib=LIBRARY)
+    _parts[operator] = parts
+    return f"sparse_moon::{operator}"
 
 
 def implement(
@@ -70,7 +84,7 @@ def behind(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[.
 def call(operator: str, *inputs: Any) -> Any:
     """Call an operator that has no gradient and whose first argument is a tensor."""
     kernel = None if torch.is_grad_enabled() else _direct_kernel(operator, inputs)
-    return kernel(*inputs) if kernel else getattr(torch.ops.sparse_moon, operator)(*inputs)
+    return kernel(*inputs) if kernel else getattr(torch.ops.sparse_moon, operator)(*_parts[operator](*inputs))
 
 
 def _direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
@@ -124,6 +138,7 @@ def register_autograd(
     setup_context: Callable[..., None],
     reference: Callable[..., Any],
     differentiable_backward: Callable[..., tuple[Tensor | None, ...]],
+    whole: Callable[..., tuple[Any, ...]] = _as_they_are,
 ) -> Callable[..., Any]:
     """What ``torch.library.register_autograd`` does for an operator without default arguments, at half its cost a call.
 
@@ -138,16 +153,17 @@ def register_autograd(
             forward mode.
         differentiable_backward: as ``backward``, by differentiable operators; runs under ``create_graph=True``
             and for batches of gradients.
+        whole: from the schema's arguments to those of kernels, the inverse of what :func:`define` got as ``parts``.
 
     Returns:
         The operator as a function, which calls kernels directly where it can.
     """
     namespace, operator = name.split("::")
-    op = getattr(getattr(torch.ops, namespace), operator).default
+    op, parts = getattr(getattr(torch.ops, namespace), operator).default, _parts[operator]
 
     def below_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *parts(*inputs))
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, run = arguments
@@ -169,15 +185,18 @@ def register_autograd(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
     function: Any = new_class(operator, (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
 
-    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+    def autograd(keyset: torch._C.DispatchKeySet, *flat: Any) -> Any:
+        inputs = whole(*flat)
         if torch.is_grad_enabled():
             return function.apply(*inputs, partial(below_autograd, keyset))
         return below_autograd(keyset, *inputs)
 
     def call_or_dispatch(*inputs: Any) -> Any:
+        if not torch.compiler.is_compiling() and choice.current_backend() == "reference":
+            return reference(*inputs)
         kernel = _direct_kernel(operator, inputs)
         if kernel is None:
-            return reference(*inputs) if transformed() else op(*inputs)
+            return reference(*inputs) if transformed() else op(*parts(*inputs))
         return function.apply(*inputs, kernel) if torch.is_grad_enabled() else kernel(*inputs)
 
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)

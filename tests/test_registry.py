@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_moon as sm
-from sparse_moon.ops import library
+from sparse_moon.ops import registry
 
 OPERATORS = torch.ops.sparse_moon
 
@@ -44,20 +44,20 @@ def test_direct_calls_give_the_operators_bits(layer, image, monkeypatch):
     with Watch() as watch:
         seen = gradients(layer, image)
     assert {OPERATORS.sparse_conv2d.default, OPERATORS.sparse_conv2d_grads.default} <= set(watch.seen)
-    monkeypatch.setattr(library, "_kernels", {})
+    monkeypatch.setattr(registry, "_kernels", {})
     dispatched = gradients(layer, image)
     monkeypatch.undo()
     for direct, other, third in zip(gradients(layer, image), dispatched, seen, strict=True):
         assert torch.equal(direct, other) and torch.equal(direct, third)
 
 
-@pytest.mark.skipif(("sparse_conv2d", "cpu") not in library._kernels, reason="needs the compiled kernels")
+@pytest.mark.skipif(("sparse_conv2d", "cpu") not in registry._kernels, reason="needs the compiled kernels")
 def test_eager_execution_calls_the_kernel(layer, image, monkeypatch):
     calls = []
     for operator in ("sparse_conv2d", "sparse_conv2d_grads"):
-        kernel = library._kernels[operator, "cpu"]
+        kernel = registry._kernels[operator, "cpu"]
         monkeypatch.setitem(
-            library._kernels,
+            registry._kernels,
             (operator, "cpu"),
             lambda *inputs, kernel=kernel: (calls.append(kernel), kernel(*inputs))[1],
         )

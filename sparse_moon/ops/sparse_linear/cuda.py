@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.native import current_stream, require_cuda
+from sparse_moon.ops.plan import Plan
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -33,39 +34,40 @@ def _product(
     return output
 
 
-def sparse_linear(input: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, col: Tensor) -> Tensor:
-    """``y = x W^T + b``: input (..., I), bias (O,) or None, row_ptr (O + 1,), col (n,) to (..., O).
+def forward(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """``y = x W^T + b``: input (..., I), values (n,), bias (O,) or None to (..., O).
 
     Raises:
         RuntimeError: the extension was not built, or a launch failed.
     """
-    return _product(input, values, bias, row_ptr, col, None)
+    return _product(input, values, bias, *plan.index[:2], None)
 
 
-def sparse_linear_input_grad(grad: Tensor, values: Tensor, t_ptr: Tensor, t_row: Tensor, t_perm: Tensor) -> Tensor:
-    """``dx = dy W``: grad (..., O), transpose index t_ptr (I + 1,), t_row and t_perm (n,) to (..., I).
+def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    """``dx = dy W``: grad (..., O), values (n,) to (..., I).
 
     Raises:
         RuntimeError: the extension was not built, or a launch failed.
     """
-    return _product(grad, values, None, t_ptr, t_row, t_perm)
+    return _product(grad, values, None, *plan.index[2:])
 
 
-def sparse_linear_values_grad(grad: Tensor, input: Tensor, row_ptr: Tensor, col: Tensor) -> Tensor:
+def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     """``dv[e] = sum_t dy[t, row e] x[t, col e]``: grad (..., O), input (..., I) to (n,), the same bits every time.
 
     Raises:
         RuntimeError: the extension was not built, or a launch failed.
     """
     native = require_cuda()
-    rows, cols, n = row_ptr.numel() - 1, input.shape[-1], col.numel()
+    (rows, cols), row_ptr, col = plan.shape, *plan.index[:2]
+    n = col.numel()
     grad, input = grad.contiguous(), input.contiguous()
-    values_grad = input.new_empty(n)
+    result = input.new_empty(n)
     tokens, dtype = input.shape[:-1].numel(), str(input.dtype)
     with torch.cuda.device(input.device):
         size = native.sparse_linear_values_grad_workspace(dtype, tokens, rows, cols, n)
         workspace = torch.empty(size, dtype=torch.uint8, device=input.device)
         weight = (rows, cols, n, _address(row_ptr), _address(col), 0)
-        addresses = (_address(tensor) for tensor in (grad, input, values_grad, workspace))
+        addresses = (_address(tensor) for tensor in (grad, input, result, workspace))
         native.sparse_linear_values_grad(dtype, tokens, weight, *addresses, current_stream())
-    return values_grad
+    return result

@@ -5,18 +5,21 @@ Results are channels_last, whatever comes in, and have the same bits every time.
 calls can be captured in a CUDA graph. Shapes are those of :mod:`sparse_moon.ops.sparse_conv2d`, with blocks of (1, 1).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparse_moon.ops.index import Index
 from sparse_moon.ops.native import current_stream, require_cuda
-from sparse_moon.ops.sparse_conv2d import Geometry
+from sparse_moon.ops.plan import Geometry, Plan
+from sparse_moon.ops.sparse_conv2d.dense import geometry_of
 
 _Pair = tuple[int, ...]
 _Convolution = tuple[int, _Pair, _Pair, _Pair, _Pair, _Pair, _Pair, int]
 
 
-def _convolution(input_shape: torch.Size | list[int], geometry: Geometry) -> _Convolution:
+def _convolution(input_shape: Sequence[int], geometry: Geometry) -> _Convolution:
     """The convolution as the extension takes it."""
     batch, *in_size = input_shape
     weight_shape, stride, padding, dilation, groups = geometry
@@ -40,7 +43,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _empty(shape: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
@@ -49,11 +52,11 @@ def _workspace(pass_: str, convolution: _Convolution, like: Tensor, n: int) -> T
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
-def forward(input: Tensor, values: Tensor, bias: Tensor | None, geometry: Geometry, index: Index) -> Tensor:
+def forward(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """(N, O, Ho, Wo) from an input (N, C, H, W), values (n,) and a bias (O,) or None."""
-    input, values, index = _channels_last(input), values.contiguous(), _contiguous(index)
+    input, values, index = _channels_last(input), values.contiguous(), _contiguous(plan.index)
     bias = None if bias is None else bias.contiguous()
-    convolution = _convolution(input.shape, geometry)
+    convolution = _convolution(input.shape, geometry_of(plan))
     output = _empty((input.shape[0], *convolution[2]), input)
     with torch.cuda.device(input.device):
         workspace = _workspace("forward", convolution, input, values.numel())
@@ -64,10 +67,10 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, geometry: Geomet
     return output
 
 
-def input_grad(grad: Tensor, values: Tensor, input_shape: list[int], geometry: Geometry, index: Index) -> Tensor:
+def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: Plan) -> Tensor:
     """The input's gradient, of shape ``input_shape``, from the output's (N, O, Ho, Wo) and values (n,)."""
-    grad, values, index = _channels_last(grad), values.contiguous(), _contiguous(index)
-    convolution = _convolution(input_shape, geometry)
+    grad, values, index = _channels_last(grad), values.contiguous(), _contiguous(plan.index)
+    convolution = _convolution(input_shape, geometry_of(plan))
     result = _empty(input_shape, grad)
     with torch.cuda.device(grad.device):
         workspace = _workspace("input_grad", convolution, grad, values.numel())
@@ -78,10 +81,10 @@ def input_grad(grad: Tensor, values: Tensor, input_shape: list[int], geometry: G
     return result
 
 
-def values_grad(grad: Tensor, input: Tensor, geometry: Geometry, index: Index) -> Tensor:
+def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     """The values' gradient (n,) from the output's (N, O, Ho, Wo) and the input (N, C, H, W)."""
-    grad, input, index = _channels_last(grad), _channels_last(input), _contiguous(index)
-    convolution = _convolution(input.shape, geometry)
+    grad, input, index = _channels_last(grad), _channels_last(input), _contiguous(plan.index)
+    convolution = _convolution(input.shape, geometry_of(plan))
     result = torch.empty(index[1].shape, dtype=grad.dtype, device=grad.device)
     with torch.cuda.device(grad.device):
         workspace = _workspace("values_grad", convolution, grad, result.numel())

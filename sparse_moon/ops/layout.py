@@ -1,0 +1,10 @@
+"""Memory layouts of activations and weights."""
+
+import torch
+from torch import Tensor
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last for a tensor that is only that, contiguous otherwise: the layout that results follow."""
+    channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

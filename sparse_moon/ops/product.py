@@ -1,0 +1,97 @@
+"""Operators that take a :class:`~sparse_moon.ops.plan.Plan`, which the dispatcher knows by its parts only."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sparse_moon.ops import registry
+from sparse_moon.ops.check_index import guarded
+from sparse_moon.ops.plan import Geometry, Plan, index_state, is_plain
+
+GEOMETRY_SCHEMA = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
+INDEX_SCHEMA = "Tensor row_ptr, Tensor col, Tensor t_ptr, Tensor t_row, Tensor t_perm"
+
+
+def parts_of(plan: Plan) -> tuple[Any, ...]:
+    """The plan as operators have it at the end of their arguments: its geometry, flat, then its index."""
+    return (*plan.geometry, *plan.index) if plan.geometry else plan.index
+
+
+def plan_of(parts: tuple[Any, ...], block: tuple[int, ...]) -> Plan:
+    """Inverse of :func:`parts_of`."""
+    row_ptr, col, t_ptr, t_row, t_perm = parts[-5:]
+    index = row_ptr, col, t_ptr, t_row, t_perm
+    geometry = Geometry.of(*parts[:5]) if len(parts) > 5 else None
+    return Plan(index, (block[0], block[1]), geometry, index_state(index) if is_plain(col) else None)
+
+
+class Product:
+    """One pass of a product with a sparse weight: an operator, by its name, of operands and a plan.
+
+    Calling it runs the kernel of the device, past the dispatcher where nobody else may want to see the operator.
+
+    Args:
+        schema: of the operator, with the plan's parts.
+        dense: from operands and plan to results, on any device: a dense product.
+        fake: the same for shapes, dtypes and layouts alone.
+        check: raises ``ValueError`` for operands that do not fit the plan, where others than this package bring them.
+        parts, whole: from operands and plan to the schema's arguments, and back.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        dense: Callable[..., Any],
+        fake: Callable[..., Any],
+        check: Callable[..., None],
+        *,
+        parts: Callable[..., tuple[Any, ...]],
+        whole: Callable[..., tuple[Any, ...]],
+    ) -> None:
+        self.check, self.parts, self.whole = check, parts, whole
+        self.qualified = registry.define(schema, self._guarded(dense), lambda *flat: fake(*whole(*flat)), parts=parts)
+        self.name = self.qualified.removeprefix("sparse_moon::")
+
+    def __call__(self, *inputs: Any) -> Any:
+        return registry.call(self.name, *inputs)
+
+    def implement(self, device_type: Literal["cpu", "cuda"], kernel: Callable[..., Any]) -> None:
+        """Use this kernel, of operands and plan, on this type of device."""
+        registry.implement(self.name, device_type, kernel, dispatched=self._guarded(kernel))
+
+    def _guarded(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*flat: Any) -> Any:
+            inputs = self.whole(*flat)
+            self.check(*inputs)
+            return kernel(*inputs)
+
+        return guarded(run)
+
+
+def expect_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raise ``ValueError`` for another shape."""
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_operands(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, probe: Tensor | None) -> None:
+    """Raise ``ValueError`` for shapes or devices that no sparse product takes."""
+    if values.shape != plan.values_shape:
+        raise ValueError(f"values must have shape {plan.values_shape}, got {tuple(values.shape)}")
+    if bias is not None and bias.shape != plan.shape[:1]:
+        raise ValueError(f"bias must have shape ({plan.shape[0]},), got {tuple(bias.shape)}")
+    if probe is not None and probe.shape != plan.shape:
+        raise ValueError(f"probe must have shape {plan.shape}, got {tuple(probe.shape)}")
+    col = plan.index[1]
+    if not input.device == values.device == col.device:
+        devices = f"{input.device}, {values.device}, {col.device}"
+        raise ValueError(f"input, values and topology must be on one device, got {devices}")
+
+
+def check_dtypes(input: Tensor, values: Tensor, bias: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all have one floating point dtype."""
+    dtype = input.dtype
+    if values.dtype != dtype or (bias is not None and bias.dtype != dtype) or not dtype.is_floating_point:
+        dtypes = {t.dtype for t in (input, values, bias) if t is not None}
+        raise ValueError(f"input, values and bias must share one floating point dtype, got {dtypes}")

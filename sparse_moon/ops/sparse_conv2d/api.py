@@ -1,0 +1,249 @@
+"""``sparse_conv2d``: a 2-d convolution with a block-sparse weight (O, C/groups, kh, kw) held as compact values."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_moon.ops.index import block_of, check_block, check_entries, check_values, matrix_shape
+from sparse_moon.ops.layout import memory_format
+from sparse_moon.ops.masked_dense import gather_values
+from sparse_moon.ops.plan import Geometry, Plan
+from sparse_moon.ops.product import (
+    GEOMETRY_SCHEMA,
+    INDEX_SCHEMA,
+    Product,
+    check_dtypes,
+    check_operands,
+    expect_shape,
+    parts_of,
+    plan_of,
+)
+from sparse_moon.ops.recompute import itself, keep
+from sparse_moon.ops.registry import (
+    behind,
+    call,
+    define,
+    differentiable_gradients,
+    register_autograd,
+    to_autocast_dtype,
+)
+from sparse_moon.ops.sparse_conv2d import dense
+from sparse_moon.ops.sparse_conv2d.dense import geometry_of
+from sparse_moon.ops.sparse_conv2d.reference import sparse_conv2d_reference
+
+
+def fake_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+    """An empty output."""
+    geometry = geometry_of(plan)
+    shape = (input.shape[0], geometry.weight_shape[0], *geometry.output_size(input.shape))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+def fake_input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: Plan) -> Tensor:
+    """An empty gradient of the input."""
+    return torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad))
+
+
+def fake_values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
+    """An empty gradient of the values."""
+    return input.new_empty(plan.values_shape)
+
+
+def _fake_dense_grad(grad: Tensor, input: Tensor, block_width: int, weight_shape: list[int], *_: Any) -> Tensor:
+    return input.new_empty(matrix_shape(tuple(weight_shape)))
+
+
+def separate_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Both gradients, one after the other."""
+    return INPUT_GRAD(grad, values, input.shape, plan), VALUES_GRAD(grad, input, plan)
+
+
+def _fake_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    return fake_input_grad(grad, values, list(input.shape), plan), fake_values_grad(grad, input, plan)
+
+
+def check_geometry(input_shape: Sequence[int], geometry: Geometry) -> None:
+    """Raise ``ValueError`` for a convolution that torch would not compute either."""
+    weight_shape, stride, padding, dilation, groups = geometry
+    if len(weight_shape) != 4 or min(weight_shape[2:]) < 1 or min(weight_shape[:2]) < 0:
+        raise ValueError(f"weight shape must be (O, C/groups, kh, kw), got {weight_shape}")
+    if groups < 1 or weight_shape[0] % groups:
+        raise ValueError(f"groups must divide {weight_shape[0]} output channels, got {groups}")
+    if len(input_shape) != 4 or input_shape[1] != weight_shape[1] * groups or min(input_shape) < 0:
+        raise ValueError(f"input must be (N, {weight_shape[1] * groups}, H, W), got shape {tuple(input_shape)}")
+    if {len(stride), len(padding), len(dilation)} != {2} or min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError(f"invalid stride {stride}, padding {padding} or dilation {dilation}")
+    if min(geometry.output_size(input_shape)) < 1:
+        raise ValueError(f"a {weight_shape[2]} x {weight_shape[3]} kernel does not fit input {tuple(input_shape)}")
+
+
+def _check_block(geometry: Geometry, block: Sequence[int]) -> None:
+    check_block(block)
+    channels = geometry.weight_shape[:2]
+    if channels[0] % block[0] or channels[1] % block[1]:
+        raise ValueError(f"block {tuple(block)} does not divide the channels of a weight {geometry.weight_shape}")
+
+
+def _check(plan: Plan, input_shape: Sequence[int], grad: Tensor | None) -> Geometry:
+    geometry = geometry_of(plan)
+    check_geometry(input_shape, geometry)
+    _check_block(geometry, plan.block)
+    _check_weight_shape(plan)
+    if grad is not None:
+        _check_grad(grad, input_shape, geometry)
+    return geometry
+
+
+def _check_weight_shape(plan: Plan) -> None:
+    weight_shape = geometry_of(plan).weight_shape
+    if matrix_shape(weight_shape) != plan.shape:
+        raise ValueError(f"weight shape {weight_shape} does not fit an index of a {plan.shape} matrix")
+
+
+def _check_grad(grad: Tensor, input_shape: Sequence[int], geometry: Geometry) -> None:
+    expect_shape("grad", grad, (input_shape[0], geometry.weight_shape[0], *geometry.output_size(input_shape)))
+
+
+def _check_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> None:
+    check_entries(values, plan.index[1])
+    geometry = _check(plan, input.shape, None)
+    if bias is not None:
+        expect_shape("bias", bias, geometry.weight_shape[:1])
+
+
+def _check_input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: Plan) -> None:
+    check_entries(values, plan.index[1])
+    _check(plan, input_shape, grad)
+
+
+def _check_values_grad(grad: Tensor, input: Tensor, plan: Plan) -> None:
+    _check(plan, input.shape, grad)
+
+
+def _check_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> None:
+    _check_input_grad(grad, values, input.shape, plan)
+
+
+def check_dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> None:
+    """What the operator without an index asks of the shapes of its arguments where others call it."""
+    geometry = Geometry.of(*parts)
+    check_geometry(input.shape, geometry)
+    _check_block(geometry, (1, block_width))
+    _check_grad(grad, input.shape, geometry)
+
+
+def _parts(*inputs: Any) -> tuple[Any, ...]:
+    return *inputs[:-1], *parts_of(inputs[-1])
+
+
+def _whole(input: Tensor, values: Tensor, *rest: Any) -> tuple[Any, ...]:
+    check_values(values)
+    return input, values, *rest[:-10], plan_of(rest[-10:], block_of(values))
+
+
+def _grads_whole(grad: Tensor, input: Tensor, values: Tensor, *parts: Any) -> tuple[Any, ...]:
+    check_values(values)
+    return grad, input, values, plan_of(parts, block_of(values))
+
+
+def _values_grad_whole(grad: Tensor, input: Tensor, block: list[int], *parts: Any) -> tuple[Any, ...]:
+    check_block(block)
+    return grad, input, plan_of(parts, tuple(block))
+
+
+_SPEC = f"{GEOMETRY_SCHEMA}, {INDEX_SCHEMA}"
+FORWARD = Product(
+    f"sparse_conv2d(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {_SPEC}) -> Tensor",
+    dense.forward, fake_forward, _check_forward, parts=_parts, whole=_whole,
+)  # fmt: skip
+INPUT_GRAD = Product(
+    f"sparse_conv2d_input_grad(Tensor grad, Tensor values, int[] input_shape, {_SPEC}) -> Tensor",
+    dense.input_grad, fake_input_grad, _check_input_grad, parts=_parts, whole=_whole,
+)  # fmt: skip
+VALUES_GRAD = Product(
+    f"sparse_conv2d_values_grad(Tensor grad, Tensor input, int[] block, {_SPEC}) -> Tensor",
+    dense.values_grad, fake_values_grad, _check_values_grad, whole=_values_grad_whole,
+    parts=lambda grad, input, plan: (grad, input, plan.block, *parts_of(plan)),
+)  # fmt: skip
+GRADS = Product(
+    f"sparse_conv2d_grads(Tensor grad, Tensor input, Tensor values, {_SPEC}) -> (Tensor, Tensor)",
+    separate_grads, _fake_grads, _check_grads, parts=_parts, whole=_grads_whole,
+)  # fmt: skip
+define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {GEOMETRY_SCHEMA}) -> Tensor",
+       behind(check_dense_grad, dense.dense_grad), _fake_dense_grad)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, values, _, probe, ctx.plan = inputs
+    kept, ctx.make_input = keep(input)
+    ctx.save_for_backward(values, probe, *kept)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, _, *kept = ctx.saved_tensors
+    plan, input = ctx.plan, ctx.make_input(*kept)
+    plan.check_unchanged()
+    needs_input, needs_values, needs_bias, needs_probe, *_ = ctx.needs_input_grad
+    d_input = d_values = d_probe = None
+    if needs_input and needs_values and not needs_probe:
+        d_input, d_values = GRADS(grad, input, values, plan)
+    else:
+        if needs_input:
+            d_input = INPUT_GRAD(grad, values, input.shape, plan)
+        if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
+            d_probe = call("sparse_conv2d_dense_grad", grad, input, plan.block[1], *plan.geometry)
+            d_values = gather_values(d_probe, plan.block, *plan.index[:2]) if needs_values else None
+        elif needs_values:
+            d_values = VALUES_GRAD(grad, input, plan)
+    d_bias = grad.sum((0, 2, 3)) if needs_bias else None
+    return d_input, d_values, d_bias, d_probe, None
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, probe, *kept = ctx.saved_tensors
+    if ctx.make_input is not itself:
+        raise RuntimeError("second derivatives need the input of a convolution, which recompute=True does not keep")
+    ctx.plan.check_unchanged()
+    (input,), needed = kept, ctx.needs_input_grad[:4]
+    bias = input.new_zeros(grad.shape[1]) if needed[2] else None  # no gradient depends on it
+    gradients = differentiable_gradients(
+        partial(sparse_conv2d_reference, plan=ctx.plan), (input, values, bias, probe), needed, grad
+    )
+    return *gradients, None
+
+
+_sparse_conv2d = register_autograd(
+    FORWARD.qualified, _backward, setup_context=_setup_context, reference=sparse_conv2d_reference,
+    differentiable_backward=_differentiable_backward, whole=_whole,
+)  # fmt: skip
+
+
+def sparse_conv2d(
+    input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, *, probe: Tensor | None = None
+) -> Tensor:
+    """2-d cross-correlation as ``F.conv2d``, with the sparse weight given by ``values`` and ``plan``.
+
+    Args:
+        input: (N, C, H, W), contiguous or channels_last (the result follows), floating point.
+        values: compact weight values of shape ``plan.values_shape``, dtype of ``input`` (cast under autocast).
+        bias: (O,) or None.
+        plan: the convolution, and which blocks of the (O, C/groups * kh * kw) matrix exist, columns in topology order;
+            as :meth:`sparse_moon.topology.Topology.plan` makes it with a :class:`~sparse_moon.ops.plan.Geometry`.
+        probe: a tensor of shape ``plan.shape`` that requires grad and receives the dense weight gradient; its own
+            numbers are never read.
+
+    Returns:
+        (N, O, Ho, Wo) in the dtype of ``input``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    check_operands(input, values, bias, plan, probe)
+    _check_weight_shape(plan)
+    check_geometry(input.shape, geometry_of(plan))
+    input, values, bias = to_autocast_dtype(input.device.type, input, values, bias)  # type: ignore[assignment]
+    check_dtypes(input, values, bias)
+    return _sparse_conv2d(input, values, bias, probe, plan)

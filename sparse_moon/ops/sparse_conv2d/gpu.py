@@ -1,0 +1,71 @@
+"""What runs ``sparse_conv2d`` on a GPU."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_moon.ops.choice import Pass, Work, or_dense
+from sparse_moon.ops.gpu import Implementation, choose, speed_dtype
+from sparse_moon.ops.index import check_entries
+from sparse_moon.ops.layout import memory_format
+from sparse_moon.ops.native import native_cuda
+from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.sparse_conv2d import cuda, dense, triton
+from sparse_moon.ops.sparse_conv2d.api import FORWARD, INPUT_GRAD, VALUES_GRAD
+from sparse_moon.ops.sparse_conv2d.dense import geometry_of
+
+
+def choice(pass_: Pass, input_shape: Sequence[int], x: Tensor, plan: Plan, *operands: Tensor | None) -> Implementation:
+    """What runs a pass on ``x``, the input or the gradient of the output."""
+    geometry, dtype = geometry_of(plan), x.dtype
+    outputs, inputs, *kernel = geometry.weight_shape
+    work = Work(
+        pass_, input_shape[0], inputs, outputs, math.prod(geometry.output_size(torch.Size(input_shape))),
+        math.prod(kernel), max(geometry.stride), geometry.groups, x.device.type, plan.block,
+        speed_dtype(dtype, triton.tf32()),
+    )  # fmt: skip
+    return choose(work, plan, lambda: triton.takes(pass_, plan, dtype), *operands)
+
+
+def _as(layout_of: Tensor, result: Tensor) -> Tensor:
+    """The result in the memory layout that the operator promises for this operand."""
+    return result.contiguous(memory_format=memory_format(layout_of))
+
+
+def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+    check_entries(values, plan.index[1])
+    match choice("forward", input.shape, input, plan, input, values, bias):
+        case "triton":
+            return _as(input, triton.forward(input, values, bias, plan))
+        case "cuda":
+            return _as(input, cuda.forward(input, values, bias, plan))
+        case _:
+            return dense.forward(input, values, bias, probe, plan)
+
+
+def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: Plan) -> Tensor:
+    check_entries(values, plan.index[1])
+    match choice("input_grad", input_shape, grad, plan, grad, values):
+        case "triton":
+            return _as(grad, triton.input_grad(grad, values, input_shape, plan))
+        case "cuda":
+            return _as(grad, cuda.input_grad(grad, values, input_shape, plan))
+        case _:
+            return dense.input_grad(grad, values, input_shape, plan)
+
+
+def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
+    match choice("values_grad", input.shape, grad, plan, grad, input):
+        case "triton":
+            return triton.values_grad(grad, input, plan)
+        case "cuda":
+            return cuda.values_grad(grad, input, plan)
+        case _:
+            return dense.values_grad(grad, input, plan)
+
+
+FORWARD.implement("cuda", or_dense(native_cuda, forward, dense.forward))
+INPUT_GRAD.implement("cuda", or_dense(native_cuda, input_grad, dense.input_grad))
+VALUES_GRAD.implement("cuda", or_dense(native_cuda, values_grad, dense.values_grad))

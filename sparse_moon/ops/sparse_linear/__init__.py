@@ -1,0 +1,1 @@
+"""``sparse_linear``: the operator in `api`, what it computes in `reference`, and what computes it."""

@@ -1,0 +1,34 @@
+"""``sparse_linear`` as a dense product on the scattered weight, on any device."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_moon.ops.masked_dense import gather_values, scatter_values
+from sparse_moon.ops.plan import Plan
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """(..., I) as (N, I); of no features -1 rows could be any number."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _weight(values: Tensor, plan: Plan) -> Tensor:
+    return scatter_values(values, plan.shape, *plan.index[:2])
+
+
+def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+    return F.linear(input, _weight(values, plan), bias)
+
+
+def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    return grad @ _weight(values, plan)
+
+
+def dense_grad(grad: Tensor, input: Tensor) -> Tensor:
+    return rows_of(grad).t() @ rows_of(input)
+
+
+def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
+    return gather_values(dense_grad(grad, input), plan.block, *plan.index[:2])

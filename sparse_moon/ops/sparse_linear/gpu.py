@@ -1,0 +1,60 @@
+"""What runs ``sparse_linear`` on a GPU."""
+
+import math
+
+from torch import Tensor
+
+from sparse_moon.ops.choice import Pass, Work, or_dense
+from sparse_moon.ops.gpu import Implementation, choose, speed_dtype
+from sparse_moon.ops.index import check_entries
+from sparse_moon.ops.native import native_cuda
+from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.sparse_linear import cuda, dense, triton
+from sparse_moon.ops.sparse_linear.api import FORWARD, INPUT_GRAD, VALUES_GRAD
+
+
+def choice(pass_: Pass, x: Tensor, plan: Plan, *operands: Tensor | None) -> Implementation:
+    """What runs a pass on ``x``, the input or the gradient of the output."""
+    outputs, inputs = plan.shape
+    tokens, dtype = math.prod(x.shape[:-1]), x.dtype
+    work = Work(
+        pass_, tokens, inputs, outputs, 1, 1, 1, 1, x.device.type, plan.block, speed_dtype(dtype, triton.tf32())
+    )
+    return choose(work, plan, lambda: triton.takes(plan.block, dtype), *operands)
+
+
+def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+    check_entries(values, plan.index[1])
+    match choice("forward", input, plan, input, values, bias):
+        case "triton":
+            return triton.forward(input, values, bias, probe, plan)
+        case "cuda":
+            return cuda.forward(input, values, bias, plan)
+        case _:
+            return dense.forward(input, values, bias, probe, plan)
+
+
+def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    check_entries(values, plan.index[1])
+    match choice("input_grad", grad, plan, grad, values):
+        case "triton":
+            return triton.input_grad(grad, values, plan)
+        case "cuda":
+            return cuda.input_grad(grad, values, plan)
+        case _:
+            return dense.input_grad(grad, values, plan)
+
+
+def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
+    match choice("values_grad", grad, plan, grad, input):
+        case "triton":
+            return triton.values_grad(grad, input, plan)
+        case "cuda":
+            return cuda.values_grad(grad, input, plan)
+        case _:
+            return dense.values_grad(grad, input, plan)
+
+
+FORWARD.implement("cuda", or_dense(native_cuda, forward, dense.forward))
+INPUT_GRAD.implement("cuda", or_dense(native_cuda, input_grad, dense.input_grad))
+VALUES_GRAD.implement("cuda", or_dense(native_cuda, values_grad, dense.values_grad))

@@ -1,0 +1,53 @@
+"""The Triton kernels of ``sparse_linear``, for weights of blocks and vectors."""
+
+import torch
+from torch import Tensor
+
+from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.sparse_linear.api import fake_forward, fake_input_grad, fake_values_grad
+from sparse_moon.ops.sparse_linear.dense import rows_of
+
+
+def tf32() -> bool:
+    """Whether torch allows it for products of matrices."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def takes(block: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for these blocks."""
+    from sparse_moon.kernels import sparse_linear
+
+    return sparse_linear.takes(block, dtype)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., I) as (N, I), rows without gaps between their elements."""
+    rows = rows_of(tensor)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+    from sparse_moon.kernels import sparse_linear as kernels
+
+    output = fake_forward(input, values, bias, probe, plan)
+    x, y = _rows(input), rows_of(output)
+    kernels.sparse_linear(x, values.contiguous(), bias, *plan.index[:2], y, allow_tf32=tf32())
+    return output
+
+
+def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    from sparse_moon.kernels import sparse_linear as kernels
+
+    result = fake_input_grad(grad, values, plan)
+    kernels.sparse_linear_input_grad(
+        _rows(grad), values.contiguous(), *plan.index[2:], rows_of(result), allow_tf32=tf32()
+    )
+    return result
+
+
+def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
+    from sparse_moon.kernels import sparse_linear as kernels
+
+    result = fake_values_grad(grad, input, plan)
+    kernels.sparse_linear_values_grad(_rows(grad), _rows(input), *plan.index[:2], result, allow_tf32=tf32())
+    return result
