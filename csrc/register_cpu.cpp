@@ -154,6 +154,8 @@ PYBIND11_MODULE(_C, m) {
     def("sparse_linear_input_grad", &sparse_linear_input_grad, "tokens", "weight", "grad", "input_grad", "threads");
     def("sparse_linear_values_grad", &sparse_linear_values_grad, "tokens", "weight", "grad", "input", "values_grad",
         "threads");
+    def("sparse_linear_grads", &sparse_linear_grads, "tokens", "weight", "grad", "input", "input_grad", "values_grad",
+        "threads");
 
     def("sparse_conv2d", &sparse_conv2d, "conv", "weight", "input", "bias", "output", "channels_last", "threads");
     def("sparse_conv2d_input_grad", &sparse_conv2d_input_grad, "conv", "weight", "grad", "input_grad", "channels_last",

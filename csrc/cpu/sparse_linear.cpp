@@ -56,4 +56,10 @@ void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const
     isa.linear_dots(job);
 }
 
+void sparse_linear_grads(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
+                         float* input_grad, float* values_grad, int threads) {
+    sparse_linear_input_grad(tokens, weight, grad, input_grad, threads);
+    sparse_linear_values_grad(tokens, weight, grad, input, values_grad, threads);
+}
+
 }  // namespace sparse_moon

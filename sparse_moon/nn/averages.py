@@ -61,6 +61,10 @@ class Watch:
         )
         self._moves, self._moved = -1, []
 
+    def looks(self, moves: int) -> bool:
+        """Whether there is anything to look at, after so many moves of topologies."""
+        return self._moves != moves or bool(self._moved)
+
     def has_followed(self, layer: "SparseLayer") -> bool:
         """Whether the values have been averaged with those of a layer that has left this one's topology."""
         if self._moves != Topology.moves:

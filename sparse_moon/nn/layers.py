@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_moon import ops
 from sparse_moon.allocation import check_sparsity
 from sparse_moon.nn.sparse_layer import SparseLayer
-from sparse_moon.ops import Geometry
+from sparse_moon.ops import Geometry, sparse_conv2d, sparse_linear
 from sparse_moon.topology import Selection, Topology, block_grid, block_shape, matrix_shape, topology_of
 
 Pattern = str | tuple[int, int]
@@ -91,8 +90,7 @@ class SparseLinear(SparseLayer):
         return dense
 
     def forward(self, input: Tensor) -> Tensor:
-        plan = self._present_plan()
-        return ops.sparse_linear(input, self._transformed(), self.bias, plan, probe=self.probe)
+        return sparse_linear(input, *self._operands(), probe=self.probe)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._sparse_repr()}"
@@ -201,8 +199,7 @@ class SparseConv2d(SparseLayer):
         if self._explicit_padding is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._explicit_padding, mode=mode)
-        plan = self._present_plan()
-        output = ops.sparse_conv2d(input, self._transformed(), self.bias, plan, probe=self.probe)
+        output = sparse_conv2d(input, *self._operands(), probe=self.probe)
         return output if batched else output.squeeze(0)
 
     def extra_repr(self) -> str:

@@ -94,18 +94,27 @@ class SparseLayer(nn.Module):
     def _transformed(self) -> Tensor:
         if not torch.compiler.is_compiling():
             self._check_values()
-        transform = self.transform
-        return self.values if transform is None else transform(self.values)
+        values, transform = self.values, self.transform
+        return values if transform is None else transform(values)
 
-    def _present_plan(self) -> Plan:
-        """The plan of the present index: made anew where that has changed, otherwise what the layer keeps."""
-        topology = self.topology
+    def _operands(self) -> tuple[Tensor, Tensor | None, Plan]:
+        """Values, bias and plan of a product; the plan is kept as long as the index stays as it is."""
+        topology = cast(Topology, self._modules["topology"])
         if torch.compiler.is_compiling():
-            return topology.plan(self._geometry)
+            return self._transformed(), self.bias, topology.plan(self._geometry)
         plan = self._plan
         if plan is None or plan.index is not topology.check():
             plan = self._plan = topology.plan(self._geometry)
-        return plan
+        watch = self._watch
+        if watch is None or watch.looks(Topology.moves):
+            self._check_values()
+        parameters, transform = self._parameters, self.transform
+        values = parameters.get("values")
+        if values is None or "bias" not in parameters:  # replicas and parametrizations have them elsewhere
+            values, bias = self.values, self.bias
+        else:  # attributes of a module take ten times as long
+            bias = parameters["bias"]
+        return values if transform is None else transform(values), bias, plan
 
     def _check_values(self) -> None:
         if self._watch is None:

@@ -108,7 +108,9 @@ def kernel_pays(work: Work, density: float, kind: Literal["cpu", "triton", "cuda
     if _asked is not None:
         _asked.append(work)
     backend = current_backend()
-    return backend in ("kernel", kind) or (backend == "auto" and density <= crossover(work))
+    if backend == "auto":
+        return density <= crossover(work)
+    return backend in ("kernel", kind)
 
 
 def cuda_or(reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,10 @@ def _linear_values_grad(
     return 2 * math.prod(col) * math.prod(block) * math.prod(grad[:-1])
 
 
+def _linear_grads(grad: _Shape, input: _Shape, values: _Shape, *_: Any, **__: Any) -> int:
+    return 4 * math.prod(values) * math.prod(grad[:-1])
+
+
 def _linear_dense_grad(grad: _Shape, input: _Shape, **_: Any) -> int:
     return 2 * math.prod(grad) * input[-1]
 
@@ -62,6 +66,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_linear_input_grad": _linear,
     "sparse_linear_values_grad": _linear_values_grad,
     "sparse_linear_dense_grad": _linear_dense_grad,
+    "sparse_linear_grads": _linear_grads,
     "sparse_conv2d": _conv2d,
     "sparse_conv2d_input_grad": _conv2d_input_grad,
     "sparse_conv2d_values_grad": _conv2d_values_grad,

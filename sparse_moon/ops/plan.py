@@ -1,13 +1,14 @@
 """What a product with a sparse weight knows before it sees an input."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_moon.ops.index import Index, values_shape
+
+_MOST_INPUTS = 64
 
 
 class Geometry(NamedTuple):
@@ -51,8 +52,12 @@ class Plan:
         block: shape of a block.
         grid: number of block rows and columns.
         shape: (rows, cols) of the matrix, in elements.
+        density: share of blocks that exist.
+        values_shape, bias_shape: of compact values and of a bias.
+        device: where the index lies.
         geometry: of a convolution; None for a linear product.
         ready: what implementations keep here for calls to come, each under a key of its own.
+        inputs: shapes of inputs that were found to fit the geometry.
         state: addresses and versions of the index tensors; None while it is traced.
     """
 
@@ -62,7 +67,12 @@ class Plan:
         self.index, self.block, self.geometry, self.state = index, block, geometry, state
         self.grid = index[0].numel() - 1, index[2].numel() - 1
         self.shape = self.grid[0] * block[0], self.grid[1] * block[1]
+        self.density = index[1].numel() / max(self.grid[0] * self.grid[1], 1)
+        self.values_shape = values_shape(index[1], block)
+        self.bias_shape = self.shape[:1]
+        self.device = index[1].device
         self.ready: dict[Any, Any] = {}
+        self.inputs: set[tuple[int, ...]] = set()
 
     def __deepcopy__(self, memo: object) -> None:
         return None  # a copy's index lies elsewhere
@@ -70,15 +80,12 @@ class Plan:
     def __reduce__(self) -> tuple[object, ...]:
         return type(None), ()
 
-    @cached_property
-    def density(self) -> float:
-        """Share of blocks that exist."""
-        return self.index[1].numel() / max(self.grid[0] * self.grid[1], 1)
-
-    @property
-    def values_shape(self) -> tuple[int, ...]:
-        """Shape of compact values."""
-        return values_shape(self.index[1], self.block)
+    def note_input(self, shape: tuple[int, ...]) -> None:
+        """Note that inputs of this shape fit; the last few are remembered."""
+        if self.state is not None:
+            if len(self.inputs) >= _MOST_INPUTS:
+                self.inputs.clear()
+            self.inputs.add(shape)
 
     def check_unchanged(self) -> None:
         """Raise ``RuntimeError`` where the index has been written to since the plan was made.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from sparse_moon.ops import registry
@@ -52,9 +53,11 @@ class Product:
         self.check, self.parts, self.whole = check, parts, whole
         self.qualified = registry.define(schema, self._guarded(dense), lambda *flat: fake(*whole(*flat)), parts=parts)
         self.name = self.qualified.removeprefix("sparse_moon::")
+        self._operator = getattr(torch.ops.sparse_moon, self.name)
 
     def __call__(self, *inputs: Any) -> Any:
-        return registry.call(self.name, *inputs)
+        kernel = None if torch.is_grad_enabled() else registry.direct_kernel(self.name, inputs)
+        return kernel(*inputs) if kernel else self._operator(*self.parts(*inputs))
 
     def implement(self, device_type: Literal["cpu", "cuda"], kernel: Callable[..., Any]) -> None:
         """Use this kernel, of operands and plan, on this type of device."""
@@ -75,23 +78,39 @@ def expect_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_operands(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, probe: Tensor | None) -> None:
-    """Raise ``ValueError`` for shapes or devices that no sparse product takes."""
-    if values.shape != plan.values_shape:
-        raise ValueError(f"values must have shape {plan.values_shape}, got {tuple(values.shape)}")
-    if bias is not None and bias.shape != plan.shape[:1]:
-        raise ValueError(f"bias must have shape ({plan.shape[0]},), got {tuple(bias.shape)}")
-    if probe is not None and probe.shape != plan.shape:
-        raise ValueError(f"probe must have shape {plan.shape}, got {tuple(probe.shape)}")
-    col = plan.index[1]
-    if not input.device == values.device == col.device:
-        devices = f"{input.device}, {values.device}, {col.device}"
+def checked(
+    input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, probe: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, values and bias in the dtype that autocast asks for.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that no sparse product takes.
+    """
+    if torch._C._is_any_autocast_enabled():
+        input, values, bias = registry.to_autocast_dtype(input.device.type, input, values, bias)
+    dtype, device = input.dtype, plan.device
+    fits = (
+        values.shape == plan.values_shape
+        and (bias is None or (bias.shape == plan.bias_shape and bias.dtype is dtype))
+        and (probe is None or probe.shape == plan.shape)
+        and values.dtype is dtype
+        and dtype.is_floating_point
+        and input.device == device
+        and values.device == device
+    )
+    if not fits:
+        _refuse(input, values, bias, plan, probe)
+    return input, values, bias
+
+
+def _refuse(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, probe: Tensor | None) -> None:
+    expect_shape("values", values, plan.values_shape)
+    if bias is not None:
+        expect_shape("bias", bias, plan.bias_shape)
+    if probe is not None:
+        expect_shape("probe", probe, plan.shape)
+    if not input.device == values.device == plan.device:
+        devices = f"{input.device}, {values.device}, {plan.device}"
         raise ValueError(f"input, values and topology must be on one device, got {devices}")
-
-
-def check_dtypes(input: Tensor, values: Tensor, bias: Tensor | None) -> None:
-    """Raise ``ValueError`` unless all have one floating point dtype."""
-    dtype = input.dtype
-    if values.dtype != dtype or (bias is not None and bias.dtype != dtype) or not dtype.is_floating_point:
-        dtypes = {t.dtype for t in (input, values, bias) if t is not None}
-        raise ValueError(f"input, values and bias must share one floating point dtype, got {dtypes}")
+    dtypes = {t.dtype for t in (input, values, bias) if t is not None}
+    raise ValueError(f"input, values and bias must share one floating point dtype, got {dtypes}")

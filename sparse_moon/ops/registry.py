@@ -25,6 +25,12 @@ LIBRARY = torch.library.Library("sparse_moon", "DEF")
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by operator and type of device
 _parts: dict[str, Callable[..., tuple[Any, ...]]] = {}  # by operator
 
+# Looked at in every call.
+_is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
 # Arguments of these types alone are nobody else's business.
 _PLAIN = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, tuple, list, torch.Size, Plan))
 
@@ -83,17 +89,17 @@ def behind(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[.
 
 def call(operator: str, *inputs: Any) -> Any:
     """Call an operator that has no gradient and whose first argument is a tensor."""
-    kernel = None if torch.is_grad_enabled() else _direct_kernel(operator, inputs)
+    kernel = None if torch.is_grad_enabled() else direct_kernel(operator, inputs)
     return kernel(*inputs) if kernel else getattr(torch.ops.sparse_moon, operator)(*_parts[operator](*inputs))
 
 
-def _direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
+def direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
     """The kernel to call in place of the operator, or None where anything else may want to see the operator."""
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or _is_tracing()
+        or _dispatch_modes()
+        or _functorch()
         or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, inputs))
     ):
@@ -106,14 +112,12 @@ def transformed() -> bool:
 
     They need operators of torch alone: kernels have neither batching rules nor forward derivatives.
     """
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return not torch.compiler.is_compiling() and (_functorch() or forward_ad._current_level >= 0)
 
 
 def _is_batch(grad: Tensor | None) -> bool:
     """Whether this is a batch of gradients in the guise of one (``torch.autograd.grad(is_grads_batched=True)``)."""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return grad is not None and _is_batched(grad)
 
 
 def differentiable_gradients(
@@ -166,16 +170,16 @@ def register_autograd(
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *parts(*inputs))
 
     def forward(ctx: Any, *arguments: Any) -> Any:
-        *inputs, run = arguments
+        inputs, run = arguments[:-1], arguments[-1]
         ctx.backend = choice.current_backend()
         output = run(*inputs)
-        setup_context(ctx, tuple(inputs), output)
+        setup_context(ctx, inputs, output)
         return output
 
     def backward_of_all(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # gradients are recorded in a backward pass only if it is to be differentiated
-        plain = not (torch.is_grad_enabled() or transformed() or any(map(_is_batch, grads)))
-        run = backward if plain else differentiable_backward
+        derived = torch.is_grad_enabled() or transformed() or any(map(_is_batch, grads))
+        run = differentiable_backward if derived else backward
         if ctx.backend == "auto" or choice.current_backend() != "auto":
             return *run(ctx, *grads), None
         with choice.use_backend(ctx.backend):
@@ -192,18 +196,17 @@ def register_autograd(
         return below_autograd(keyset, *inputs)
 
     def call_or_dispatch(*inputs: Any) -> Any:
-        if not torch.compiler.is_compiling() and choice.current_backend() == "reference":
-            return reference(*inputs)
-        kernel = _direct_kernel(operator, inputs)
-        if kernel is None:
-            return reference(*inputs) if transformed() else op(*parts(*inputs))
+        kernel = direct_kernel(operator, inputs)
+        if kernel is None or choice.current_backend() == "reference":
+            by_reference = not torch.compiler.is_compiling() and choice.current_backend() == "reference"
+            return reference(*inputs) if by_reference or transformed() else op(*parts(*inputs))
         return function.apply(*inputs, kernel) if torch.is_grad_enabled() else kernel(*inputs)
 
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)
     return call_or_dispatch
 
 
-def to_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def to_autocast_dtype(device_type: str, *tensors: Any) -> tuple[Any, ...]:
     """Floating point tensors in the dtype that autocast asks for on this device; unchanged outside autocast."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch knows no autocast on meta
         return tensors

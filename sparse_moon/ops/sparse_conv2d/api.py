@@ -15,8 +15,7 @@ from sparse_moon.ops.product import (
     GEOMETRY_SCHEMA,
     INDEX_SCHEMA,
     Product,
-    check_dtypes,
-    check_operands,
+    checked,
     expect_shape,
     parts_of,
     plan_of,
@@ -28,7 +27,6 @@ from sparse_moon.ops.registry import (
     define,
     differentiable_gradients,
     register_autograd,
-    to_autocast_dtype,
 )
 from sparse_moon.ops.sparse_conv2d import dense
 from sparse_moon.ops.sparse_conv2d.dense import geometry_of
@@ -241,9 +239,9 @@ def sparse_conv2d(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    check_operands(input, values, bias, plan, probe)
-    _check_weight_shape(plan)
-    check_geometry(input.shape, geometry_of(plan))
-    input, values, bias = to_autocast_dtype(input.device.type, input, values, bias)  # type: ignore[assignment]
-    check_dtypes(input, values, bias)
+    if plan.state is None or input.shape not in plan.inputs:  # traced shapes may be symbols
+        _check_weight_shape(plan)
+        check_geometry(input.shape, geometry_of(plan))
+        plan.note_input(input.shape)
+    input, values, bias = checked(input, values, bias, plan, probe)
     return _sparse_conv2d(input, values, bias, probe, plan)

@@ -11,10 +11,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from sparse_moon.ops.choice import PASSES, Pass, Work, or_dense, winograd_pays
-from sparse_moon.ops.cpu import address, empty, extension, kernel_takes, matrix, packed
+from sparse_moon.ops.cpu import address, as_dtype, empty, kernel_takes, kernels, matrix, packed
 from sparse_moon.ops.index import weight_to_matrix
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.masked_dense import scatter_values
@@ -55,7 +55,7 @@ def shapes_of(input_shape: tuple[int, ...], geometry: Geometry, layout: torch.me
     works = {pass_: Work(pass_, *sizes, channels_last=layout == torch.channels_last) for pass_ in PASSES}
     plain = kernel == [3, 3] and geometry.dilation == (1, 1) and min(*input_shape[2:], *out_size) >= _LEAST_SIZE
     winograd = plain and winograd_pays(works["forward"])
-    convolution = extension().Conv2d(batch, in_shape, (outputs, *out_size), tuple(kernel), *rest, groups)
+    convolution = kernels.Conv2d(batch, in_shape, (outputs, *out_size), tuple(kernel), *rest, groups)
     return Shapes(works, winograd, convolution, (batch, outputs, *out_size))
 
 
@@ -78,16 +78,16 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
     output = empty(shapes.output, layout)
     if not sparse:
         weight = _contiguous_weight(values, plan)
-        extension().winograd_conv2d(
+        kernels.winograd_conv2d(
             shapes.convolution, weight.data_ptr(), input.data_ptr(), address(bias), output.data_ptr(),
-            layout == torch.channels_last, torch.get_num_threads(),
+            layout == torch.channels_last, get_num_threads(),
         )  # fmt: skip
         return output
-    extension().sparse_conv2d(
+    kernels.sparse_conv2d(
         shapes.convolution, matrix(plan, values), input.data_ptr(), address(bias), output.data_ptr(),
-        layout == torch.channels_last, torch.get_num_threads(),
+        layout == torch.channels_last, get_num_threads(),
     )  # fmt: skip
-    return output.to(dtype)
+    return as_dtype(dtype, output)
 
 
 def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: Plan) -> Tensor:
@@ -100,16 +100,16 @@ def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: P
     result = empty(input_shape, layout)
     if not sparse:
         weight = _contiguous_weight(values, plan)
-        extension().winograd_input_grad(
+        kernels.winograd_input_grad(
             shapes.convolution, weight.data_ptr(), grad.data_ptr(), result.data_ptr(), layout == torch.channels_last,
-            torch.get_num_threads(),
+            get_num_threads(),
         )  # fmt: skip
         return result
-    extension().sparse_conv2d_input_grad(
+    kernels.sparse_conv2d_input_grad(
         shapes.convolution, matrix(plan, values), grad.data_ptr(), result.data_ptr(), layout == torch.channels_last,
-        torch.get_num_threads(),
+        get_num_threads(),
     )  # fmt: skip
-    return result.to(dtype)
+    return as_dtype(dtype, result)
 
 
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
@@ -119,11 +119,11 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
         return dense.values_grad(grad, input, plan)
     dtype, grad, input = grad.dtype, packed(grad, grad_layout), packed(input, layout)
     result = empty(plan.values_shape)
-    extension().sparse_conv2d_values_grad(
+    kernels.sparse_conv2d_values_grad(
         shapes.convolution, matrix(plan, None), grad.data_ptr(), grad_layout == torch.channels_last,
-        input.data_ptr(), layout == torch.channels_last, result.data_ptr(), torch.get_num_threads(),
+        input.data_ptr(), layout == torch.channels_last, result.data_ptr(), get_num_threads(),
     )  # fmt: skip
-    return result.to(dtype)
+    return as_dtype(dtype, result)
 
 
 def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Tensor:
@@ -135,9 +135,9 @@ def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Te
         return dense.dense_grad(grad, input, block_width, *parts)
     grad, input = packed(grad, grad_layout), packed(input, layout)
     result = empty(geometry.weight_shape)
-    extension().winograd_weight_grad(
+    kernels.winograd_weight_grad(
         shapes.convolution, grad.data_ptr(), grad_layout == torch.channels_last, input.data_ptr(),
-        layout == torch.channels_last, result.data_ptr(), torch.get_num_threads(),
+        layout == torch.channels_last, result.data_ptr(), get_num_threads(),
     )  # fmt: skip
     return weight_to_matrix(result, block_width).contiguous()
 
@@ -149,13 +149,13 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tens
         by_winograd = shapes.winograd and _all_float32(grad, input, values)
         return (separate_grads if by_winograd else dense.grads)(grad, input, values, plan)
     dtype, grad, input, values = grad.dtype, packed(grad, grad_layout), packed(input, layout), packed(values)
-    d_input, d_values = empty(input.shape, grad_layout), empty(values.shape)
-    extension().sparse_conv2d_grads(
+    d_input, d_values = torch.empty_like(input, memory_format=grad_layout), torch.empty_like(values)
+    kernels.sparse_conv2d_grads(
         shapes.convolution, matrix(plan, values), grad.data_ptr(), grad_layout == torch.channels_last,
         input.data_ptr(), layout == torch.channels_last, d_input.data_ptr(), d_values.data_ptr(),
-        torch.get_num_threads(),
+        get_num_threads(),
     )  # fmt: skip
-    return d_input.to(dtype), d_values.to(dtype)
+    return as_dtype(dtype, d_input), as_dtype(dtype, d_values)
 
 
 if native is not None:

@@ -11,13 +11,12 @@ from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.product import (
     INDEX_SCHEMA,
     Product,
-    check_dtypes,
-    check_operands,
+    checked,
     expect_shape,
     parts_of,
     plan_of,
 )
-from sparse_moon.ops.registry import call, define, differentiable_gradients, register_autograd, to_autocast_dtype
+from sparse_moon.ops.registry import call, define, differentiable_gradients, register_autograd
 from sparse_moon.ops.sparse_linear import dense
 from sparse_moon.ops.sparse_linear.dense import rows_of
 from sparse_moon.ops.sparse_linear.reference import sparse_linear_reference
@@ -36,6 +35,14 @@ def fake_input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
 def fake_values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     """An empty gradient of the values."""
     return input.new_empty(plan.values_shape)
+
+
+def _fake_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    return fake_input_grad(grad, values, plan), fake_values_grad(grad, input, plan)
+
+
+def _separate_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    return INPUT_GRAD(grad, values, plan), VALUES_GRAD(grad, input, plan)
 
 
 def _fake_dense_grad(grad: Tensor, input: Tensor) -> Tensor:
@@ -59,9 +66,19 @@ def _check_values_grad(grad: Tensor, input: Tensor, plan: Plan) -> None:
     expect_shape("grad", grad, (*input.shape[:-1], plan.shape[0]))
 
 
+def _check_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> None:
+    check_entries(values, plan.index[1])
+    _check_values_grad(grad, input, plan)
+
+
 def _whole(input: Tensor, values: Tensor, *rest: Any) -> tuple[Any, ...]:
     check_values(values)
     return input, values, *rest[:-5], plan_of(rest[-5:], block_of(values))
+
+
+def _grads_whole(grad: Tensor, input: Tensor, values: Tensor, *index: Tensor) -> tuple[Any, ...]:
+    check_values(values)
+    return grad, input, values, plan_of(index, block_of(values))
 
 
 def _values_grad_whole(grad: Tensor, input: Tensor, block: list[int], *index: Tensor) -> tuple[Any, ...]:
@@ -86,6 +103,10 @@ VALUES_GRAD = Product(
     dense.values_grad, fake_values_grad, _check_values_grad, whole=_values_grad_whole,
     parts=lambda grad, input, plan: (grad, input, plan.block, *parts_of(plan)),
 )  # fmt: skip
+GRADS = Product(
+    f"sparse_linear_grads(Tensor grad, Tensor input, Tensor values, {INDEX_SCHEMA}) -> (Tensor, Tensor)",
+    _separate_grads, _fake_grads, _check_grads, parts=_parts, whole=_grads_whole,
+)  # fmt: skip
 define("sparse_linear_dense_grad(Tensor grad, Tensor input) -> Tensor", dense.dense_grad, _fake_dense_grad)
 
 
@@ -99,14 +120,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     plan = ctx.plan
     plan.check_unchanged()
     needs_input, needs_values, needs_bias, needs_probe, *_ = ctx.needs_input_grad
-    d_input = INPUT_GRAD(grad, values, plan) if needs_input else None
-    d_values = d_probe = None
-    if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
-        d_probe = call("sparse_linear_dense_grad", grad, input)
-        d_values = gather_values(d_probe, plan.block, *plan.index[:2]) if needs_values else None
-    elif needs_values:
-        d_values = VALUES_GRAD(grad, input, plan)
-    d_bias = rows_of(grad).sum(0) if needs_bias else None
+    d_input = d_values = d_probe = None
+    if needs_input and needs_values and not needs_probe:
+        d_input, d_values = GRADS(grad, input, values, plan)
+    else:
+        if needs_input:
+            d_input = INPUT_GRAD(grad, values, plan)
+        if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
+            d_probe = call("sparse_linear_dense_grad", grad, input)
+            d_values = gather_values(d_probe, plan.block, *plan.index[:2]) if needs_values else None
+        elif needs_values:
+            d_values = VALUES_GRAD(grad, input, plan)
+    d_bias = (grad if grad.dim() == 2 else rows_of(grad)).sum(0) if needs_bias else None
     return d_input, d_values, d_bias, d_probe, None
 
 
@@ -146,9 +171,7 @@ def sparse_linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    check_operands(input, values, bias, plan, probe)
-    if input.dim() == 0 or input.shape[-1] != plan.shape[1]:
+    input, values, bias = checked(input, values, bias, plan, probe)
+    if input.shape[-1:] != plan.shape[1:]:
         raise ValueError(f"input must have {plan.shape[1]} features last, got shape {tuple(input.shape)}")
-    input, values, bias = to_autocast_dtype(input.device.type, input, values, bias)  # type: ignore[assignment]
-    check_dtypes(input, values, bias)
     return _sparse_linear(input, values, bias, probe, plan)

@@ -30,5 +30,9 @@ def dense_grad(grad: Tensor, input: Tensor) -> Tensor:
     return rows_of(grad).t() @ rows_of(input)
 
 
+def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    return input_grad(grad, values, plan), values_grad(grad, input, plan)
+
+
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     return gather_values(dense_grad(grad, input), plan.block, *plan.index[:2])

@@ -1,0 +1,168 @@
+"""What a layer keeps for its products, and when it is made anew."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparse_moon as sm
+from sparse_moon.ops import Geometry, use_backend
+
+
+class Plans:
+    """The plans that a layer's products get."""
+
+    def __init__(self, monkeypatch):
+        import sparse_moon.nn.layers as layers
+
+        self.seen = []
+        real = layers.sparse_linear
+
+        def watched(input, values, bias, plan, *, probe=None):
+            self.seen.append(plan)
+            return real(input, values, bias, plan, probe=probe)
+
+        monkeypatch.setattr(layers, "sparse_linear", watched)
+
+    def of(self, layer):
+        layer(torch.randn(2, 8))
+        return self.seen[-1]
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    return Plans(monkeypatch)
+
+
+@pytest.fixture
+def layer():
+    return sm.SparseLinear(8, 6, sparsity=0.5)
+
+
+def moved(layer):
+    regrown = sm.ops.drop_and_grow(
+        layer.topology.value_scores(layer.values.detach()), torch.rand(layer.topology.grid), layer.topology, 3
+    )
+    layer.replace_(regrown.index, regrown.remap(layer.values.detach()))
+
+
+def test_a_plan_stays_as_long_as_its_index(layer, plans):
+    first = plans.of(layer)
+    layer.values.data.mul_(2.0)
+    layer.train(False)
+    assert plans.of(layer) is first
+    moved(layer)
+    second = plans.of(layer)
+    assert second is not first and plans.of(layer) is second
+    layer.load_state_dict(sm.SparseLinear(8, 6, sparsity=0.5).state_dict())
+    assert plans.of(layer) is not second
+
+
+@pytest.mark.parametrize("change", [
+    lambda layer: layer.share_memory(),  # moves the tensors in place, without a write
+    lambda layer: layer.to(torch.float64).to(torch.float32),
+    lambda layer: layer.topology.__setattr__("col", layer.topology.col.clone()),
+], ids=["share_memory", "to", "another tensor"])  # fmt: skip
+def test_an_index_that_lies_elsewhere_gets_another_plan(layer, plans, change):
+    plans.of(layer)
+    x, addresses = torch.randn(2, 8), [t.data_ptr() for t in layer.topology.index]
+    change(layer)
+    expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    if [t.data_ptr() for t in layer.topology.index] != addresses:
+        plan = plans.seen[-1]
+        assert plan.state[:5] == tuple(t.data_ptr() for t in layer.topology.index)
+
+
+def test_copies_and_files_have_plans_of_their_own(layer, plans):
+    first, x = plans.of(layer), torch.randn(2, 8)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert plans.of(other) is not first
+        assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("how", ["update", "load", "another number of weights"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_an_index_that_changes_between_forward_and_backward_is_an_error(kind, how):
+    make = {
+        "linear": lambda sparsity=0.5: sm.SparseLinear(8, 6, sparsity=sparsity),
+        "conv2d": lambda sparsity=0.5: sm.SparseConv2d(8, 6, 1, sparsity=sparsity),
+    }[kind]
+    layer, x = make(), torch.randn((2, 8) if kind == "linear" else (2, 8, 3, 3), requires_grad=True)
+    # without values that count their changes, only the index tells
+    output = layer.topology.to_dense(layer.values).sum() * 0 + layer(x).sum()
+    if how == "update":
+        moved(layer)
+    else:
+        layer.load_state_dict(make(0.5 if how == "load" else 0.25).state_dict())
+    with pytest.raises(RuntimeError, match=r"in.?place"):
+        output.backward()
+
+
+def test_a_write_to_the_index_alone_is_an_error_in_the_backward_pass(layer):
+    values = layer.values.detach().requires_grad_()
+    plan = layer.topology.plan()
+    output = sm.ops.sparse_linear(torch.randn(2, 8), values, None, plan)
+    layer.topology.col.add_(0)
+    with pytest.raises(RuntimeError, match="index of a sparse layer has been modified"):
+        output.sum().backward()
+
+
+OPTIONS = [("stride", (2, 1)), ("padding", (2, 0)), ("padding", "same"), ("dilation", (2, 2)),
+           ("padding_mode", "circular"), ("groups", 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), OPTIONS)
+@pytest.mark.parametrize("used", [False, True])
+def test_options_of_a_convolution_may_be_set_later(name, value, used):
+    """As code does that dilates the last stages of a network for segmentation."""
+    dense = nn.Conv2d(4, 6, 3, padding=1)
+    layer, x = sm.SparseConv2d.from_dense(dense, sparsity=0.5), torch.randn(2, 4, 9, 8)
+    if used:
+        layer(x)
+    dense = layer.to_dense()
+    for conv in (dense, layer):
+        setattr(conv, name, value)
+        # what torch's constructor makes of both, and its layer reads
+        conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    torch.testing.assert_close(layer(x), dense(x))
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_the_reference_is_torch_alone(kind):
+    layer = sm.SparseLinear(8, 6, sparsity=0.5) if kind == "linear" else sm.SparseConv2d(8, 6, 3, sparsity=0.5)
+    x = torch.randn((2, 8) if kind == "linear" else (2, 8, 5, 5), requires_grad=True)
+    results = []
+    for backend in ("reference", "dense"):
+        with use_backend(backend), Operators() as operators:
+            y = layer(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.values, layer.bias))))
+        assert ("sparse_moon" in operators.seen) == (backend == "dense")
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_a_geometry_may_be_of_lists():
+    topology = sm.Topology.random((6, 4 * 9), 0.5)
+    x, values = torch.randn(1, 4, 5, 5), torch.randn(topology.values_shape)
+    results = [
+        sm.ops.sparse_conv2d(x, values, None, topology.plan(Geometry(kind((6, 4, 3, 3)), *[kind((1, 1))] * 3, 1)))
+        for kind in (list, tuple)
+    ]
+    assert torch.equal(*results)
