@@ -27,7 +27,7 @@ from sparse_moon.nn import SparseLayer
 from sparse_moon.nn.tune import kernel_gain, products
 from sparse_moon.ops import choice
 
-TABLES = Path(__file__).parents[1] / "sparse_moon" / "ops"
+TABLES = Path(__file__).parents[1] / "sparse_moon" / "ops" / "tables"
 DENSITIES = [1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.015]
 COMPILERS = 8  # processes
 
