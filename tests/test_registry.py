@@ -1,5 +1,6 @@
 """Direct calls of kernels, and who still sees the operators."""
 
+import importlib
 from typing import ClassVar
 
 import pytest
@@ -93,3 +94,69 @@ def test_a_traced_graph_holds_the_operator(layer, image):
     with torch.no_grad():
         graph = make_fx(layer, tracing_mode="real")(image.detach())
     assert OPERATORS.sparse_conv2d.default in {node.target for node in graph.graph.nodes}
+
+
+OWN_OPERATOR = '''
+"""``scaled_square``: what a file of sparse_moon/ops holds, with a kernel for the CPU."""
+
+import torch
+from torch import Tensor
+
+from sparse_moon.ops import registry
+
+
+def scaled_square_reference(input: Tensor, factor: float) -> Tensor:
+    return input.square() * factor
+
+
+def _forward(input: Tensor, factor: float) -> Tensor:
+    return scaled_square_reference(input, factor).contiguous()
+
+
+def _fake(input: Tensor, factor: float) -> Tensor:
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+_OP = registry.define("scaled_square(Tensor input, float factor) -> Tensor", _forward, _fake)
+calls = []
+
+
+def _cpu(input: Tensor, factor: float) -> Tensor:
+    calls.append(factor)
+    return (input * factor * input).contiguous()
+
+
+registry.implement("scaled_square", "cpu", _cpu)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+    ctx.factor = inputs[1]
+
+
+def _backward(ctx, grad):
+    (input,) = ctx.saved_tensors
+    return 2 * ctx.factor * input * grad, None
+
+
+scaled_square = registry.register_autograd(
+    _OP, _backward, setup_context=_setup_context, reference=scaled_square_reference, differentiable_backward=_backward,
+)
+'''
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+def test_an_operator_is_one_file_of_python(tmp_path, monkeypatch):
+    """With its kernel (two files), its binding and its test these are five."""
+    (tmp_path / "own_operator.py").write_text(OWN_OPERATOR)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_operator")
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(own.scaled_square(x, 3.0), 3 * x**2)
+    assert own.calls == [3.0]
+    assert torch.autograd.gradcheck(own.scaled_square, (x, 2.0))
+    assert torch.autograd.gradgradcheck(own.scaled_square, (x, 2.0))
+    torch.library.opcheck(OPERATORS.scaled_square.default, (x, 2.0))
+    torch.testing.assert_close(torch.func.grad(lambda t: own.scaled_square(t, 2.0).sum())(x), 4 * x)
+    compiled = torch.compile(lambda t: own.scaled_square(t, 2.0).sum(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], 4 * x)
