@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_moon import files
 from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.metrics import check_scores
-from sparse_moon.ood.registry import SCORES, by_import_path, import_path
+from sparse_moon.ood.registry import SCORES
 
 FORMAT = "sparse_moon detector 1"
 
@@ -74,7 +74,7 @@ def _to_dict(detector: Detector) -> dict[str, Any]:
         )
     arguments = {name: getattr(detector, name) for name in signature(kind).parameters}
     return {
-        "kind": import_path(kind),
+        "kind": SCORES.import_path(kind),
         "arguments": {k: _to_dict(v) if isinstance(v, Detector) else v for k, v in arguments.items()},
         "name": detector.name,
         "threshold": detector.threshold,
@@ -83,7 +83,7 @@ def _to_dict(detector: Detector) -> dict[str, Any]:
 
 
 def _from_dict(content: dict[str, Any]) -> Detector:
-    kind = by_import_path(content["kind"])
+    kind = SCORES.by_import_path(content["kind"])
     arguments = content["arguments"].items()
     # The constructors differ, and check what they get.
     make: Any = kind
