@@ -140,6 +140,7 @@ setup(
         "sparse_moon.ops",
         "sparse_moon.ops.sparse_conv2d",
         "sparse_moon.ops.sparse_linear",
+        "sparse_moon.reliability",
         "sparse_moon.kernels",
         "sparse_moon.app.presets",
     ],

@@ -37,7 +37,7 @@ from sparse_moon.app import run_folder
 from sparse_moon.app.compare import row_label, write_table
 from sparse_moon.app.config import TrainConfig, parse_label
 from sparse_moon.app.run_data import load_dataset
-from sparse_moon.app.train import Trainer
+from sparse_moon.app.trainer import Trainer
 from sparse_moon.memory import keep_freed_memory
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Whether two checkouts train the same networks, bit by bit; writes benchmarks/results/same_weights.json.
 
-    git worktree add BEFORE COMMIT && pip install --no-build-isolation --target BEFORE/lib BEFORE   # or copy its kernels
     python benchmarks/same_weights.py --before BEFORE --after .
+
+BEFORE is a checkout of the commit before, its compiled kernels beside its modules as ``pip install -e`` leaves them.
 
 Short seeded runs of every training method with every reliability method, with each part that ``without`` may leave
 out, in mixed precision, and resumed after an interruption. Of each the SHA-256 of all tensors of its checkpoint
 (weights, indices, optimizer, averages, random state) and of its scores, its figures and its metrics are compared. A
-combination that one checkout refuses must be refused by the other, in the same words. Each checkout is a process of its
-own with one thread.
+combination that one checkout refuses must be refused by the other. Each checkout is a process of its own with one
+thread.
 """
 
 import argparse
@@ -178,7 +179,8 @@ def main() -> None:
         before, after = (json.loads(file.read_text()) for file in files)
     rows = []
     for name in before:
-        same = before[name] == after[name]
+        refused = "refused" in before[name] and "refused" in after[name]
+        same = refused or before[name] == after[name]
         row = {"run": name, "same": same, **after[name]}
         rows.append(row if same else {**row, "before": before[name]})
     trained = [row for row in rows if "weights" in row]

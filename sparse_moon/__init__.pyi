@@ -8,6 +8,7 @@ from . import (
     nn,
     ood,
     ops,
+    reliability,
     schedules,
     topology,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "overall_sparsity",
     "param_groups",
     "refresh_batch_norm",
+    "reliability",
     "schedules",
     "sparse_layers",
     "sparsify",

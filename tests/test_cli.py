@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from sparse_moon.app import models, run_folder
+from sparse_moon.app.build import build_model
 from sparse_moon.app.cli import main, presets
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.evaluate import build_model, load_run
+from sparse_moon.app.evaluate import load_run
 from sparse_moon.app.run_data import load_dataset, plain_batches
 from sparse_moon.ood import collect, load_detector
 

@@ -14,14 +14,17 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from sparse_moon import files, flops
+from sparse_moon import files
+from sparse_moon.algorithms import ALGORITHMS
 from sparse_moon.app import cli, models, run_folder
 from sparse_moon.app import evaluate as evaluation
 from sparse_moon.app.cli import main
 from sparse_moon.app.commands import flops as flops_command
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.names import ModelName, Score, TrainingMethod
+from sparse_moon.app.names import ModelName, Score
 from sparse_moon.ood import MSP, save_detector
+from sparse_moon.options import ReliabilityMethod, TrainingMethod
+from sparse_moon.reliability import RELIABILITY
 
 QUICK = ["--model", "mlp", "--width", "16", "--epochs", "2", "--interval", "2", "--batch-size", "256", "--ood", "noise"]
 PROGRAM = [sys.executable, "-m", "sparse_moon"]
@@ -169,12 +172,13 @@ def test_public_names_are_there_when_they_are_used():
 def test_names_are_those_of_what_they_name():
     assert set(get_args(ModelName)) == set(models.MODELS)
     assert set(get_args(Score)) == set(evaluation.SCORES)
-    assert flops.TrainingMethod is TrainingMethod
+    assert set(get_args(TrainingMethod)) == set(ALGORITHMS)
+    assert set(get_args(ReliabilityMethod)) == set(RELIABILITY)
 
 
 def test_help_has_every_setting_in_one_group_and_describes_every_command(capsys):
     grouped = [name for names in cli._GROUPS.values() for name in names]
-    assert sorted(grouped) == sorted(field.name for field in fields(TrainConfig))
+    assert sorted([*grouped, "own"]) == sorted(field.name for field in fields(TrainConfig))
     for argv, words in (
         (["--help"], ["train, evaluate and report one sparse model", "count the FLOPs"]),
         (["train", "--help"], ["data:", "model:", "sparsity:", "reliability:", "optimisation:", "output:", "--quiet"]),

@@ -12,15 +12,14 @@ from torchvision.models import resnet50
 from sparse_moon.allocation import Allocation
 from sparse_moon.flops import (
     LayerCost,
-    cigl_overhead,
     flops_report,
     format_report,
     layer_costs,
     memory_report,
-    moon_overhead,
     training_flops_ratio,
 )
 from sparse_moon.nn import SparseConv2d, SparseLinear, sparse_layers, sparsify
+from sparse_moon.reliability import cigl_overhead, moon_overhead
 from sparse_moon.schedules import Cubic
 from sparse_moon.topology import Topology
 

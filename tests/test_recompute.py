@@ -132,7 +132,7 @@ def test_it_needs_the_fused_batch_norm():
 
 
 def test_the_command_line_passes_it_on():
-    from sparse_moon.app.evaluate import build_model
+    from sparse_moon.app.build import build_model
     from sparse_moon.app.run_data import load_dataset
 
     config = TrainConfig(fuse=True, recompute=True)

@@ -11,7 +11,8 @@ from sparse_moon.app import run_folder
 from sparse_moon.app.cli import main
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import load_run
-from sparse_moon.app.train import Trainer, train
+from sparse_moon.app.train import train
+from sparse_moon.app.trainer import Trainer
 
 
 def images(count, seed=0, size=8):

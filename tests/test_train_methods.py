@@ -2,7 +2,7 @@
 
 import io
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 
 import pytest
@@ -11,14 +11,17 @@ from torch import nn
 from tqdm import tqdm
 
 from sparse_moon.app import run_folder
+from sparse_moon.app.build import build_model
 from sparse_moon.app.config import TrainConfig, parse_label
-from sparse_moon.app.evaluate import build_model, evaluate_model, fit_detector, load_run, predictor
+from sparse_moon.app.evaluate import evaluate_model, fit_detector, load_run
 from sparse_moon.app.run_data import load_dataset, load_ood_sets, plain_batches
-from sparse_moon.app.train import Trainer, _flops, train
+from sparse_moon.app.train import train
+from sparse_moon.app.trainer import Trainer
 from sparse_moon.averaging import PredictionAverage, StochasticPasses
 from sparse_moon.losses import VirtualOutlierLoss
 from sparse_moon.nn import overall_sparsity, sparse_layers, weight_layers
 from sparse_moon.ood import CosineHead, collect
+from sparse_moon.options import MethodOptions, MixupOptions, VOSOptions
 
 SMALL = TrainConfig(
     model="mlp", width=16, epochs=4, batch_size=64, interval=5, sparsity=0.8, ood=[], lr=0.2, vote_from=0.5, stop=0.5,
@@ -164,7 +167,7 @@ def test_every_option_counts(base, change):
 def test_training_flops_of_a_run(digits):
     def ratio(**change):
         config = replace(SMALL, sparsity=0.9, **change)
-        counts = [_flops(t) for t in (Trainer(config, digits), trained(config, digits, 2))]
+        counts = [t.flop_counts() for t in (Trainer(config, digits), trained(config, digits, 2))]
         return counts[0]["forward_sparse"], *(counts[1][k] for k in ("forward_sparse", "forward_dense", "train_ratio"))
 
     first, last, dense, found = ratio(method="gmp", start_sparsity=0.5)
@@ -209,12 +212,12 @@ def test_mixup_trains_on_soft_targets_of_mixed_images(digits, monkeypatch):
 
 def test_virtual_outliers_see_the_features_of_the_head(digits):
     trainer = trained(replace(SMALL, reliability="vos"), digits, 1)
-    assert isinstance(trainer.loss, VirtualOutlierLoss) and trainer.loss.seen.all()
+    assert isinstance(trainer.reliability.loss, VirtualOutlierLoss) and trainer.reliability.loss.seen.all()
     outputs = collect(trainer.model, plain_batches(digits.train, digits, trainer.config))
     means = torch.stack([outputs.features[outputs.labels == c].mean(0) for c in range(8)])
     # a moving average of a network in training, so not the same
-    assert torch.nn.functional.cosine_similarity(means, trainer.loss.mean).min() > 0.8
-    assert any(p is trainer.loss.slope for group in trainer.optimizer.param_groups for p in group["params"])
+    assert torch.nn.functional.cosine_similarity(means, trainer.reliability.loss.mean).min() > 0.8
+    assert any(p is trainer.reliability.loss.slope for group in trainer.optimizer.param_groups for p in group["params"])
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -235,7 +238,7 @@ def test_mc_dropout_averages_over_masks(digits):
     whole = trainer.finish()
     assert isinstance(whole, StochasticPasses)
     images, _ = next(iter(plain_batches(digits.test, digits, config)))
-    probabilities, mask = [], trainer.mask
+    probabilities, mask = [], trainer.reliability.mask
     mask.step = torch.zeros_like(mask.step)
     with torch.no_grad():
         for _ in range(3):
@@ -245,7 +248,7 @@ def test_mc_dropout_averages_over_masks(digits):
         plain = trainer.model(images)
         torch.testing.assert_close(whole(images).exp().double(), sum(probabilities) / 3, rtol=1e-5, atol=1e-6)
         assert torch.equal(whole(images), whole(images)) and torch.equal(trainer.model(images), plain)
-        one = predictor(replace(config, samples=1), digits, trainer.model, [])
+        one = replace(config, samples=1).make_reliability().predictor(trainer.model, None)
         assert not torch.allclose(one(images), whole(images))
 
 
@@ -254,11 +257,11 @@ def test_cigl_without_averaging_averages_predictions_of_masked_networks(digits):
     trainer, kept = Trainer(config, digits), []
     for epoch in range(4):
         trainer.run_epoch(BAR)
-        if epoch + 1 >= config.first_vote:
+        if epoch + 1 >= config.make_reliability().first_vote:
             network = build_model(config, digits).eval()
             network.load_state_dict(trainer.model.state_dict())
             for stream, layer in enumerate(sparse_layers(network).values()):
-                layer.values.data *= trainer.mask.mask(stream, layer)
+                layer.values.data *= trainer.reliability.mask.mask(stream, layer)
             kept.append(network)
     whole = trainer.finish()
     assert isinstance(whole, PredictionAverage) and len(whole.networks) == 2
@@ -270,10 +273,11 @@ def test_cigl_without_averaging_averages_predictions_of_masked_networks(digits):
 
 def test_sup_tickets_cycles(digits):
     config = replace(SMALL, reliability="sup-tickets", epochs=10, tickets=3, vote_from=0.5, lr_end=0.01, lr_until=0.4)
-    assert config.ticket_epochs == (6, 8, 10) and config.topology_stop == 1.0
+    reliability = config.make_reliability()
+    assert reliability.ticket_epochs == (6, 8, 10) and reliability.topology_stop == 1.0
     trainer = Trainer(config, digits)
     length = len(trainer.batches)
-    rates = [trainer._learning_rate(step) for step in range(10 * length)]
+    rates = [trainer.learning_rate(step) for step in range(10 * length)]
     assert rates[0] == 0.2 and rates[5 * length - 1] == pytest.approx(0.01)
     for start, end in ((5, 6), (6, 8), (8, 10)):
         cycle = rates[start * length : end * length]
@@ -283,7 +287,7 @@ def test_sup_tickets_cycles(digits):
         )
     for epoch in range(10):
         trainer.run_epoch(BAR)
-        assert trainer.average.count == sum(epoch + 1 >= e for e in (6, 8, 10))
+        assert trainer.reliability.average.count == sum(epoch + 1 >= e for e in (6, 8, 10))
     assert sum(row["topology_updates"] for row in trainer.history[5:]) > 0
     before = [layer.topology.num_blocks for layer in sparse_layers(trainer.model).values()]
     trainer.finish()
@@ -378,8 +382,9 @@ def test_runs_of_older_versions_load(tmp_path, held):
     config = replace(SMALL, epochs=1)
     train(config, tmp_path, progress=False)
     state = run_folder.read_checkpoint(tmp_path)
-    later = [*list(asdict(config))[-13:]]
-    assert later[0] == "holdout"
+    later = [option.name for kind in (MethodOptions, VOSOptions, MixupOptions) for option in fields(kind)]
+    later += ["holdout", "label_smoothing", "logit_temperature", "samples", "tickets"]
+    assert len(later) == 13 and set(later) < asdict(config).keys()
     old = {key: value for key, value in state["config"].items() if key not in later}
     run_folder.write_checkpoint(tmp_path, {**{k: v for k, v in state.items() if k != "members"}, "config": old})
     run = load_run(tmp_path)

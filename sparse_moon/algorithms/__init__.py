@@ -8,10 +8,26 @@ for images, labels in loader:
 """
 
 from sparse_moon.algorithms.dynamic import DynamicMethod
-from sparse_moon.algorithms.method import Dense, Method, Static
+from sparse_moon.algorithms.method import ALGORITHMS, Dense, Method, Static
 from sparse_moon.algorithms.pruning import GMP, GraNet
 from sparse_moon.algorithms.regrowth import MEST, SET, RigL
+from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.algorithms.srigl import SRigL
 from sparse_moon.algorithms.top_kast import TopKAST
 
-__all__ = ["GMP", "MEST", "SET", "Dense", "DynamicMethod", "GraNet", "Method", "RigL", "SRigL", "Static", "TopKAST"]
+__all__ = [
+    "ALGORITHMS",
+    "GMP",
+    "MEST",
+    "SET",
+    "Dense",
+    "DynamicMethod",
+    "GraNet",
+    "Method",
+    "RigL",
+    "SRigL",
+    "Static",
+    "TopKAST",
+    "TrainingFlops",
+    "TrainingRun",
+]

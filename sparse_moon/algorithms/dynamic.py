@@ -21,6 +21,7 @@ from sparse_moon.algorithms.optimizers import (
     parameters_of,
     unscale_,
 )
+from sparse_moon.algorithms.run import TrainingRun
 from sparse_moon.nn import SparseLayer, sparse_layers
 from sparse_moon.ops.drop_and_grow import Regrown
 
@@ -51,10 +52,9 @@ class DynamicMethod(Method):
             (LBFGS).
     """
 
+    updates = True
     replaces_step = True
     """Whether an update takes the place of that batch's optimizer step, or comes after it."""
-    resizes = False
-    """Whether the number of a layer's blocks changes during training."""
     exchanges = True
     """Whether an update needs the gradient of a layer: without one the layer keeps its topology, or is only pruned."""
 
@@ -100,6 +100,10 @@ class DynamicMethod(Method):
         self._reached: set[SparseLayer] = set()  # by a backward pass of an update batch
         self._told: set[str] = set()  # what was said once
         inner_optimizers(optimizer)[-1].register_step_post_hook(self._notice)
+
+    @classmethod
+    def arguments(cls, options: Any, run: TrainingRun) -> dict[str, Any]:
+        return {"total_steps": run.total_steps, "interval": run.interval, "stop": run.stop}
 
     def _ever_updates(self) -> bool:
         return self.last_update > 0

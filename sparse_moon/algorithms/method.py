@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -17,10 +17,16 @@ from sparse_moon.algorithms.optimizers import (
     stepping,
     synchronizes,
 )
+from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.distributed import check_same, launched_alone, world_size
-from sparse_moon.nn import sparse_layers
+from sparse_moon.nn import Selection, sparse_layers
 from sparse_moon.nn.inspect import tied_layers
+from sparse_moon.registry import Registry
+from sparse_moon.settings import NoOptions
 from sparse_moon.weight_decay import check_weight_decay
+
+ALGORITHMS: "Registry[Method]" = Registry("method", "sparse_moon.algorithms", "Method")
+"""Every training method, by name."""
 
 
 class Method:
@@ -30,6 +36,11 @@ class Method:
     baseline. ``steps`` counts finished batches, topology updates included.
 
     ``layers`` are the sparse layers that the optimizer trains: frozen ones are no part of the method.
+
+    A subclass that sets ``name``, at the top level of a module, is in `ALGORITHMS` as soon as it is defined, and the
+    command line trains with it: ``--method my_package.my_module.MyMethod``. For that it may answer, in class
+    attributes and class methods, what a run has to know before there is a model: its options (a frozen dataclass as
+    ``Options``, of which the command line makes ``--option``), where the topology starts, and what training costs.
 
     Args:
         model: possibly wrapped (DistributedDataParallel, ``torch.compile``).
@@ -41,9 +52,19 @@ class Method:
     """
 
     name = "method"
-    attached = called_by_optimizer = False
+    Options: ClassVar[type] = NoOptions
+    """Frozen dataclass of the options, with defaults; bounds and help as in :mod:`sparse_moon.settings`."""
+    sparse: ClassVar[bool] = True
+    """Whether it trains a model with sparse layers."""
+    selection: ClassVar[Selection] = "random"
+    """How the topology at the start is drawn; see :func:`sparse_moon.sparsify`."""
+    updates: ClassVar[bool] = False
+    """Whether the topology changes during training."""
+    resizes = False
+    """Whether the number of a layer's blocks changes during training."""
     weight_decay_matters = True
-    """Whether sparse weights are to have the weight decay that dense ones have."""
+    """Whether sparse weights are to have the weight decay that dense ones have; else the run gives them none."""
+    attached = called_by_optimizer = False
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -86,6 +107,49 @@ class Method:
                 check_weight_decay(model, inner)
         self.steps = 0
         self._check_processes("at the start")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ALGORITHMS.add(cls)
+
+    @classmethod
+    def check_options(cls, options: Any, sparsity: float) -> None:
+        """Raise ``ValueError`` where options and the sparsity in the end do not fit each other; nothing by default."""
+        return
+
+    @classmethod
+    def exchanges_evenly(cls, options: Any) -> bool:
+        """Whether updates exchange weights, and keep each layer's number of them."""
+        return False
+
+    @classmethod
+    def start_sparsity(
+        cls, options: Any, sparsity: float, model: nn.Module, densities: Mapping[str, float]
+    ) -> float | None:
+        """Sparsity that the topology starts with; None where it is that in the end.
+
+        Args:
+            options: an instance of ``Options``.
+            sparsity: in the end, of all weights.
+            model: dense, perhaps on the meta device.
+            densities: in the end, by layer, as :func:`sparse_moon.layer_densities` gives them.
+        """
+        return None
+
+    @classmethod
+    def arguments(cls, options: Any, run: TrainingRun) -> dict[str, Any]:
+        """Arguments of the constructor in a run, besides model and optimizer."""
+        return {}
+
+    @classmethod
+    def training_flops(cls, flops: TrainingFlops) -> float:
+        """Mean training FLOPs an example, relative to dense training, ``3 f_D``. Here those of a fixed topology."""
+        return flops.step / (3 * flops.dense)
+
+    @classmethod
+    def growth(cls, options: Any, drop_fraction: float, stop: float) -> float:
+        """Mean share of weights, over the whole training, that exist besides those in the end; 0 by default."""
+        return 0.0
 
     def _check_processes(self, when: str) -> None:
         if world_size() > 1 and self.layers:
@@ -164,6 +228,11 @@ class Dense(Method):
     """
 
     name = "dense"
+    sparse = False
+
+    @classmethod
+    def training_flops(cls, flops: TrainingFlops) -> float:
+        return 1.0
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(model, optimizer)

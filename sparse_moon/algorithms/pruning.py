@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -9,7 +10,9 @@ from torch.optim import Optimizer
 from sparse_moon.algorithms.dynamic import DynamicMethod
 from sparse_moon.algorithms.method import plain_names
 from sparse_moon.algorithms.regrowth import RigL
+from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.nn import SparseLayer
+from sparse_moon.options import PruningOptions
 from sparse_moon.schedules import Cubic, Schedule
 
 Densities = Mapping[str, float] | float
@@ -57,7 +60,53 @@ def _plan(method: DynamicMethod, densities: Densities, start: float, total_steps
     return _Plan(Cubic(1.0, 0.0, method.last_update - first_step), first_step, last)
 
 
-class GMP(DynamicMethod):
+class _Pruning(DynamicMethod):
+    """What both methods have in common: their runs start with more weights than they end with."""
+
+    Options = PruningOptions
+    resizes = True
+    default_start_sparsity = 0.0
+
+    @classmethod
+    def _first(cls, options: PruningOptions) -> float:
+        return cls.default_start_sparsity if options.start_sparsity is None else options.start_sparsity
+
+    @classmethod
+    def check_options(cls, options: PruningOptions, sparsity: float) -> None:
+        if not 0.0 <= cls._first(options) <= sparsity:
+            raise ValueError(
+                f"{cls.name!r} goes from start_sparsity to sparsity, need 0 <= {cls._first(options)} <= {sparsity}"
+            )
+
+    @classmethod
+    def start_sparsity(cls, options: PruningOptions, *_: Any) -> float:
+        return cls._first(options)
+
+    @classmethod
+    def arguments(cls, options: PruningOptions, run: TrainingRun) -> dict[str, Any]:
+        return {**super().arguments(options, run), "densities": run.densities()}
+
+    @classmethod
+    def training_flops(cls, flops: TrainingFlops) -> float:
+        """``3 f`` with f the mean along the cubic, ``a f_start + (e - a) (f_S + (f_start - f_S) / 4) + (1 - e) f_S``.
+
+        a is the share of the training before the first update, e that until the last.
+        """
+        updating = cls._while_pruning(flops)
+        return (3 * updating + (1 - flops.update_fraction) * flops.step) / (3 * flops.dense)
+
+    @staticmethod
+    def _while_pruning(flops: TrainingFlops) -> float:
+        """Forward FLOPs an example while it updates, summed over that share of the training."""
+        start, last = flops.dense if flops.start is None else flops.start, flops.sparse
+        before = flops.start_fraction
+        return before * start + (flops.update_fraction - before) * (last + (start - last) / 4)
+
+    def _ever_updates(self) -> bool:
+        return True  # or there is no plan
+
+
+class GMP(_Pruning):
     """Gradual magnitude pruning (Zhu & Gupta 2018): drop the smallest weights along a cubic, grow nothing.
 
     Each layer goes from its present number of blocks (all of them for a dense start) to its final density, as in
@@ -78,7 +127,6 @@ class GMP(DynamicMethod):
     name = "gmp"
     replaces_step = False
     exchanges = False
-    resizes = True
 
     def __init__(
         self,
@@ -97,9 +145,6 @@ class GMP(DynamicMethod):
         )
         self.plan = _plan(self, densities, start, total_steps)
 
-    def _ever_updates(self) -> bool:
-        return True  # or there is no plan
-
     @property
     def updates_now(self) -> bool:
         return super().updates_now and self.steps > self.plan.first_step
@@ -109,7 +154,7 @@ class GMP(DynamicMethod):
         return layer.topology.num_blocks - kept, 0
 
 
-class GraNet(RigL):
+class GraNet(_Pruning, RigL):
     """Gradual pruning with zero-cost neuroregeneration (Liu et al. 2021): :class:`GMP`'s prune, then RigL's exchange.
 
     An update prunes each layer to the cubic's number of blocks, then drops the share ``f(t)`` of those left with the
@@ -122,8 +167,15 @@ class GraNet(RigL):
     """
 
     name = "granet"
+    default_start_sparsity = 0.5
     default_drop_fraction = 0.5
-    resizes = True
+
+    @classmethod
+    def training_flops(cls, flops: TrainingFlops) -> float:
+        """As :class:`GMP`, and the dense weight gradient, ``(f_D - f) / dT``, until the last update."""
+        updating = cls._while_pruning(flops)
+        gradients = (flops.update_fraction * flops.dense - updating) / flops.interval
+        return (3 * updating + gradients + (1 - flops.update_fraction) * flops.step) / (3 * flops.dense)
 
     def __init__(
         self,
@@ -145,9 +197,6 @@ class GraNet(RigL):
             seed=seed, backwards_per_step=backwards_per_step, moved_state=moved_state,
         )  # fmt: skip
         self.plan = _plan(self, densities, start, total_steps)
-
-    def _ever_updates(self) -> bool:
-        return True  # or there is no plan
 
     def counts(self, layer: SparseLayer) -> tuple[int, int]:
         kept = self.plan.blocks(layer, self.first_blocks[layer], self.steps)

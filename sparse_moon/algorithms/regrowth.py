@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 
 from sparse_moon.algorithms.dense_gradient import DenseGradient
 from sparse_moon.algorithms.dynamic import DynamicMethod
+from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.distributed import mean_over_processes_, sum_over_processes, world_size
 from sparse_moon.nn import SparseLayer
 from sparse_moon.ops.bernoulli_mask import random_scores
 from sparse_moon.ops.drop_and_grow import Regrown
+from sparse_moon.options import MESTOptions
 from sparse_moon.schedules import Cosine, Schedule
 
 # Random growth draws from streams of its own, apart from those that number masks.
@@ -35,6 +37,14 @@ class SET(DynamicMethod):
 
     name = "set"
     default_drop_fraction = 0.3
+
+    @classmethod
+    def exchanges_evenly(cls, options: Any) -> bool:
+        return not cls.resizes
+
+    @classmethod
+    def arguments(cls, options: Any, run: TrainingRun) -> dict[str, Any]:
+        return {**super().arguments(options, run), "drop_fraction": run.drop_schedule, "seed": run.seed}
 
     def __init__(
         self,
@@ -86,6 +96,26 @@ class MEST(SET):
     """
 
     name = "mest"
+    Options = MESTOptions
+
+    @classmethod
+    def exchanges_evenly(cls, options: MESTOptions) -> bool:
+        return not options.soft_memory_bound
+
+    @classmethod
+    def arguments(cls, options: MESTOptions, run: TrainingRun) -> dict[str, Any]:
+        own = {"gradient_weight": options.gradient_weight, "soft_memory_bound": options.soft_memory_bound}
+        return {**super().arguments(options, run), **own}
+
+    @classmethod
+    def growth(cls, options: MESTOptions, drop_fraction: float, stop: float) -> float:
+        """The mean of the cosine: the share of a layer's weights, which is that of its FLOPs."""
+        return drop_fraction / 2 * stop if options.soft_memory_bound else 0.0
+
+    @classmethod
+    def training_flops(cls, flops: TrainingFlops) -> float:
+        """``3 f_S``, and ``3 f_S (1 + growth)`` with the soft memory bound."""
+        return (1.0 + flops.growth) * flops.step / (3 * flops.dense)
 
     def __init__(
         self,
@@ -139,6 +169,13 @@ class RigL(SET):
     """
 
     name = "rigl"
+
+    @classmethod
+    def training_flops(cls, flops: TrainingFlops) -> float:
+        """An update needs the dense weight gradient, ``2 f_S + f_D``, in place of a step or as an extra pass."""
+        update = 2 * flops.sparse + flops.dense
+        steps = flops.interval - 1 if flops.updates_replace_step else flops.interval
+        return flops.ratio((flops.step * steps + update) / (steps + 1))
 
     def grow_score(self, layer: SparseLayer) -> Tensor:
         return layer.topology.block_scores(self._present[layer], overwrite=True)

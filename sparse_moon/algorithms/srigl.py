@@ -1,6 +1,7 @@
 """SRigL: RigL with the same number of weights in every row."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,10 @@ from torch.optim import Optimizer
 
 from sparse_moon import ops
 from sparse_moon.algorithms.regrowth import RigL
+from sparse_moon.algorithms.run import TrainingRun
 from sparse_moon.nn import SparseLayer
 from sparse_moon.ops.drop_and_grow import Regrown
+from sparse_moon.options import SRigLOptions
 from sparse_moon.schedules import Schedule
 
 
@@ -37,6 +40,16 @@ class SRigL(RigL):
     """
 
     name = "srigl"
+    Options = SRigLOptions
+    selection = "constant_fan_in"
+
+    @classmethod
+    def exchanges_evenly(cls, options: Any) -> bool:
+        return False
+
+    @classmethod
+    def arguments(cls, options: SRigLOptions, run: TrainingRun) -> dict[str, Any]:
+        return {**super().arguments(options, run), "gamma_sal": options.ablation_threshold}
 
     def __init__(
         self,

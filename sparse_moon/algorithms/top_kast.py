@@ -1,5 +1,6 @@
 """Top-KAST: a network that is sparser in the forward pass than in what it trains."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch.optim import Optimizer
 
 from sparse_moon.algorithms.optimizers import unscale_
 from sparse_moon.algorithms.regrowth import SET
-from sparse_moon.nn import SparseLayer
+from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
+from sparse_moon.nn import SparseLayer, weight_layers
+from sparse_moon.options import TopKASTOptions
 from sparse_moon.schedules import Schedule
 
 
@@ -41,9 +44,41 @@ class TopKAST(SET):
     """
 
     name = "top-kast"
+    Options = TopKASTOptions
     weight_decay_matters = False
     replaces_step = False
     resizes = True
+
+    @classmethod
+    def check_options(cls, options: TopKASTOptions, sparsity: float) -> None:
+        if (1.0 - sparsity) / options.forward_share >= 1.0:
+            raise ValueError(
+                f"'top-kast' trains a share {(1 - sparsity) / options.forward_share:g} of the weights, "
+                f"it needs a sparsity above {1 - options.forward_share:g}, got {sparsity}"
+            )
+
+    @classmethod
+    def start_sparsity(
+        cls, options: TopKASTOptions, sparsity: float, model: nn.Module, densities: Mapping[str, float]
+    ) -> float:
+        """That of B."""
+        weights = weight_layers(model)
+        sizes = {name: math.prod(weights[name].weight.shape) for name in densities}
+        # layers that end dense have no idle weights, so the others' share of all weights is what counts
+        dense = sum(sizes[name] for name in densities if densities[name] >= 1.0)
+        trained = dense + ((1.0 - sparsity) * sum(sizes.values()) - dense) / options.forward_share
+        return 1.0 - trained / sum(sizes.values())
+
+    @classmethod
+    def arguments(cls, options: TopKASTOptions, run: TrainingRun) -> dict[str, Any]:
+        own = {"forward_share": options.forward_share, "penalty": run.weight_decay}
+        return {**super().arguments(options, run), **own}
+
+    @classmethod
+    def training_flops(cls, flops: TrainingFlops) -> float:
+        """``3 f_start`` until the end of the updates: the kernels here compute with the idle weights as well."""
+        start = flops.sparse if flops.start is None else flops.start
+        return flops.ratio(3 * start)
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from sparse_moon.app import plots, run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.datasets import GROUPS, ood_group
 from sparse_moon.app.evaluate import evaluate_model, load_run
-from sparse_moon.app.names import is_import_path
+from sparse_moon.app.own import options_to_import
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_ood_sets
 
@@ -133,9 +133,7 @@ def _finished(folder: Path) -> bool:
 
 def _start(folder: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "sparse_moon", "train", "--resume", "--out", str(folder)]
-    model = files.read_json(folder / run_folder.CONFIG).get("model")
-    if is_import_path(model):
-        command += ["--model", model]  # its module is to be imported
+    command += options_to_import(files.read_json(folder / run_folder.CONFIG))
     # this package, rather than one in the working folder: a checkout there has no compiled kernels
     path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (folder / LOG).open("ab") as log:

@@ -1,31 +1,26 @@
-"""From a run's settings to its network, and from a trained network to its figures."""
+"""From a trained network to its figures."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import torch
 from torch import Tensor, nn
 
-from sparse_moon.app import datasets, models, run_folder
+from sparse_moon.app import datasets, run_folder
+from sparse_moon.app.build import load_network
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.names import Score, is_import_path
+from sparse_moon.app.names import Score
 from sparse_moon.app.own import imported
 from sparse_moon.app.run_data import RunData, load_dataset, plain_batches
-from sparse_moon.averaging import PredictionAverage, StochasticPasses
-from sparse_moon.nn import layer_densities, sparsify, weight_layers
-from sparse_moon.nn.fusion import fuse
 from sparse_moon.ood import (
     DICE,
     SCORES,
-    CosineHead,
     Detector,
     Energy,
     choose_p,
-    classifier_head,
     collect,
     detector_class,
     evaluate,
@@ -39,85 +34,7 @@ from sparse_moon.ood.metrics import (
     classification_metrics,
     open_set_classification_rate,
 )
-from sparse_moon.random_mask import RandomMask
-
-
-def build_model(config: TrainConfig, dataset: datasets.DataSet) -> nn.Module:
-    """The run's network at its start, with a random topology unless the method is dense."""
-    model = _dense_model(config, dataset)
-    if config.method != "dense":
-        sparsify(
-            model, config.sparsity, config.allocation, pattern=config.pattern, exclude=_exclude(config),
-            start_sparsity=_start_sparsity(config, dataset),
-            selection="constant_fan_in" if config.method == "srigl" else "random",
-        )  # fmt: skip
-    if config.fuse:
-        model = fuse(model, recompute=config.recompute)
-    if config.reliability == "generalized-odin":
-        linear = cast(nn.Linear, model.get_submodule("fc"))
-        model.fc = CosineHead(linear.in_features, linear.out_features)
-    return model
-
-
-def final_densities(config: TrainConfig, dataset: datasets.DataSet) -> dict[str, float]:
-    """Density by layer that a method which prunes is to end with."""
-    with torch.device("meta"):
-        model = _dense_model(config, dataset)
-    return layer_densities(model, config.sparsity, config.allocation, pattern=config.pattern, exclude=_exclude(config))
-
-
-def _start_sparsity(config: TrainConfig, dataset: datasets.DataSet) -> float | None:
-    """Sparsity at the start of a method that begins with more weights than it ends with."""
-    if config.method != "top-kast":
-        return config.first_sparsity
-    with torch.device("meta"):
-        weights = weight_layers(_dense_model(config, dataset))
-    densities = final_densities(config, dataset)
-    numel = {name: math.prod(weights[name].weight.shape) for name in densities}
-    # layers that end dense have no idle weights, so the others' share of all weights is what counts
-    dense = sum(numel[name] for name in densities if densities[name] >= 1.0)
-    trained = dense + ((1.0 - config.sparsity) * sum(numel.values()) - dense) / config.forward_share
-    return 1.0 - trained / sum(numel.values())
-
-
-def _dense_model(config: TrainConfig, dataset: datasets.DataSet) -> nn.Module:
-    channels, size, _ = dataset.train.shape
-    outputs = dataset.num_classes + config.unknown_unit
-    model = models.build(config.model, outputs, in_channels=channels, image_size=size, width=config.width)
-    if config.reliability == "generalized-odin" and not isinstance(getattr(model, "fc", None), nn.Linear):
-        raise ValueError(f"'generalized-odin' replaces the nn.Linear fc of a model, {config.model} has none")
-    return model
-
-
-def _exclude(config: TrainConfig) -> tuple[str, ...]:
-    return (*config.exclude, "fc") if config.reliability == "generalized-odin" else config.exclude
-
-
-def predictor(
-    config: TrainConfig, dataset: datasets.DataSet, model: nn.Module, members: Sequence[Mapping[str, Tensor]]
-) -> nn.Module:
-    """What a finished run predicts with, in evaluation mode: its network, several passes of it, or several networks.
-
-    Args:
-        model: the run's last network, on the device to use.
-        members: states of the networks whose predictions are averaged.
-    """
-    if config.averages_predictions:
-        device = next(model.parameters()).device
-        model = PredictionAverage(_loaded(config, dataset, state) for state in members).to(device)
-    elif config.reliability == "mc-dropout":
-        model = StochasticPasses(model, RandomMask(model, config.keep, config.seed), config.samples)
-    return model.eval()
-
-
-def _loaded(config: TrainConfig, dataset: datasets.DataSet, state: Mapping[str, Tensor]) -> nn.Module:
-    """The run's network in this state."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is said of a random topology, which the state's replaces
-        network = build_model(config, dataset)
-    check_dtypes(network, state)
-    network.load_state_dict(state)
-    return network
+from sparse_moon.settings import is_import_path
 
 
 @dataclass(frozen=True)
@@ -151,39 +68,20 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
         imported(config.model)
     dataset = load_dataset(config)
     try:
-        model = _loaded(config, dataset, state["model"]).to(config.device).eval()
-        whole = predictor(config, dataset, model, state.get("members", []))
+        model = load_network(config, dataset, state["model"]).to(config.device).eval()
+        reliability = config.make_reliability()
+        reliability.members = state.get("members", [])
+        whole = reliability.predictor(model, partial(load_network, config, dataset)).eval()
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint in {folder} does not fit its settings: {error}") from None
     return FinishedRun(config, dataset, model, whole)
 
 
-def check_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for tensors of other types than the model's, which loading would convert without a word."""
-    for name, tensor in model.state_dict().items():
-        if name in state and state[name].dtype != tensor.dtype:
-            raise ValueError(f"expected {name} to be {tensor.dtype}, got {state[name].dtype}")
-
-
 def scores_for(config: TrainConfig) -> list[str]:
     """Names of all scores that fit what a run predicts with."""
-    several = config.averages_predictions or config.reliability == "mc-dropout"
-    cosine = config.reliability == "generalized-odin"
-
-    def fits(detector: type[Detector]) -> bool:
-        return (
-            (config.unknown_unit or not detector.unknown_output)
-            and (cosine or not detector.cosine_head)
-            and not (detector.linear_head and (cosine or several))
-        )
-
+    reliability = config.make_reliability()
     # ours in the order of the list, whatever was imported first
-    return [name for name in dict.fromkeys((*get_args(Score), *SCORES)) if fits(SCORES[name])]
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """Where the features are of a predictor whose logits no layer returned: those of its last network or pass."""
-    return classifier_head(model) if isinstance(model, PredictionAverage | StochasticPasses) else None
+    return [name for name in dict.fromkeys((*get_args(Score), *SCORES)) if reliability.fits(SCORES[name])]
 
 
 def evaluate_model(
@@ -210,7 +108,7 @@ def evaluate_model(
         ValueError: an unknown score, or one that does not fit the model.
     """
     left_out: dict[str, str] = {}
-    detectors = []
+    detectors, head = [], config.make_reliability().head(model)
     for name in scores_for(config) if scores is None else dict.fromkeys(scores):
         try:
             detectors.append(_detector(name, model, config, dataset))
@@ -225,7 +123,7 @@ def evaluate_model(
         id_batches=plain_batches(dataset.test, dataset, config),
         ood_batches={name: plain_batches(images, dataset, config) for name, images in ood_sets.items()},
         device=config.device,
-        head=_head(model),
+        head=head,
         left_out=left_out if scores is None else None,
     )
     if left_out:
@@ -246,7 +144,7 @@ def evaluate_model(
         figures["left_out"] = left_out
     if dataset.holdout is not None:
         held_batches = plain_batches(dataset.holdout, dataset, config)
-        held = collect(model, held_batches, device=config.device, head=_head(model))
+        held = collect(model, held_batches, device=config.device, head=head)
         temperature = fit_temperature(held.logits, cast(Tensor, held.labels))
         scaled = _identity(logits / temperature, labels, dataset.num_classes)
         figures["calibration"] = {
@@ -294,11 +192,11 @@ def fit_detector(name: str, model: nn.Module, config: TrainConfig, dataset: RunD
         ValueError: an unknown score or one that does not fit the model, or a rate outside (0, 1].
     """
     detector = _detector(name, model, config, dataset)
-    train = plain_batches(dataset.train, dataset, config)
-    fit_detectors(model, [detector], train, device=config.device, head=_head(model))
+    train, head = plain_batches(dataset.train, dataset, config), config.make_reliability().head(model)
+    fit_detectors(model, [detector], train, device=config.device, head=head)
     images = dataset.test if dataset.holdout is None else dataset.holdout
     perturb = detector.perturb if detector.perturbs else None
     batches = plain_batches(images, dataset, config)
-    outputs = collect(model, batches, device=config.device, perturb=perturb, head=_head(model))
+    outputs = collect(model, batches, device=config.device, perturb=perturb, head=head)
     detector.threshold = threshold(detector.score(outputs.to(config.device)), tpr)
     return detector

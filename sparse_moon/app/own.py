@@ -1,4 +1,4 @@
-"""What users name by import path, ``package.module.name``: models and detectors of their own.
+"""What users name by import path, ``package.module.name``: models, detectors and methods of their own.
 
 Only what someone typed is imported, never what a file names: `import_modules` is for the command line, and the rest
 looks up what has been imported.
@@ -6,9 +6,33 @@ looks up what has been imported.
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
+
+from sparse_moon.settings import is_import_path
+
+NAMES = ("model", "method", "reliability")
+"""Settings of a run that may be an import path."""
+
+
+def typed_paths(argv: Sequence[str], names: Iterable[str] = NAMES) -> list[str]:
+    """Import paths among the values of these options on a command line, which is not parsed yet."""
+    found, taken = [], False
+    for word in argv:
+        if word.startswith("--"):
+            option, _, word = word.partition("=")
+            taken = option[2:] in names
+        path = word.partition(":-")[0]  # of a reliability method without some of its parts
+        if taken and is_import_path(path):
+            found.append(path)
+    return found
+
+
+def options_to_import(settings: Mapping[str, Any]) -> list[str]:
+    """Options that name what a run's settings have from outside, so that another process may import it."""
+    paths = [(name, settings.get(name)) for name in NAMES]
+    return [word for name, path in paths if is_import_path(path) for word in (f"--{name}", str(path))]
 
 
 def import_modules(paths: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -254,6 +253,8 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
     rank = scores.unique(return_inverse=True)[1].numpy()
 
     accepted = -(-95 * len(id_scores) // 100)  # ceil(0.95 N), in integers
+    from sklearn.metrics import average_precision_score, roc_auc_score  # here, because importing it takes a second
+
     threshold = np.sort(rank[is_id])[-accepted]
     return {
         "auroc": float(roc_auc_score(is_id, rank)),

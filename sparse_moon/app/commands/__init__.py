@@ -4,16 +4,32 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.config import TrainConfig, own_options
+from sparse_moon.app.own import NAMES
+
+COMMANDS = {
+    "train": "train, evaluate and report one sparse model",
+    "compare": "train every combination of settings and put their figures side by side",
+    "eval": "evaluate a finished run again, on other OOD sets or with other scores",
+    "flops": "count the FLOPs of a sparse model, layer by layer",
+    "export": "write a finished run's model as a plain dense PyTorch state dict",
+}
 
 
-def check_model(asked: str | None, config: TrainConfig) -> None:
-    """Raise ``ValueError`` unless the model that was asked for, if any, is the run's."""
-    if asked not in (None, config.model):
-        raise ValueError(f"the run has the model {config.model}, got --model {asked}")
+def check_own(arguments: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise ``ValueError`` unless the model and the methods that were asked for, if any, are the run's."""
+    for name in NAMES:
+        asked, kept = arguments[name], getattr(config, name)
+        if asked not in (None, kept):
+            raise ValueError(f"the run has the {name} {kept}, got --{name} {asked}")
 
 
 def settings(arguments: Mapping[str, Any]) -> TrainConfig:
     """The settings among a command's arguments."""
     names = {field.name for field in fields(TrainConfig)}
-    return TrainConfig.from_dict({name: value for name, value in arguments.items() if name in names})
+    own = {}
+    for name, kind in own_options([arguments["method"]], [arguments["reliability"]]).items():
+        default = next(field.default for field in fields(kind) if field.name == name)
+        if arguments[name] != default:
+            own[name] = arguments[name]
+    return TrainConfig.from_dict({**{name: value for name, value in arguments.items() if name in names}, "own": own})

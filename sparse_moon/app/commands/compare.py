@@ -1,6 +1,7 @@
 """``sparse-moon compare``."""
 
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def _combinations(arguments: Namespace) -> list[TrainConfig]:
     for method, label in product(arguments.method, arguments.reliability):
         name, without = parse_label(label)
         for sparsity, seed in product(arguments.sparsity, arguments.seed):
-            one = {"method": method, "reliability": name, "without": without, "seed": seed}
-            one["sparsity"] = 0.0 if method == "dense" else sparsity  # so that dense runs are not repeated
-            configs.append(settings({**vars(arguments), **one}))
+            one = {"method": method, "reliability": name, "without": without, "sparsity": sparsity, "seed": seed}
+            config = settings({**vars(arguments), **one})
+            # so that dense runs are not repeated
+            configs.append(config if config.method_class.sparse else replace(config, sparsity=0.0))
     return configs

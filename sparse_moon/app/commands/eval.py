@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from sparse_moon.app.commands import check_model
+from sparse_moon.app.commands import check_own
 from sparse_moon.app.evaluate import FinishedRun, evaluate_model, fit_detector, load_run
 from sparse_moon.app.run_data import load_ood_sets
 from sparse_moon.app.tables import format_results
@@ -17,7 +17,7 @@ from sparse_moon.ood import save_detector
 def run(arguments: Namespace) -> None:
     """Evaluate a finished run, and print its figures or write a detector as well."""
     finished = load_run(Path(arguments.run), device=arguments.device)
-    check_model(arguments.model, finished.config)
+    check_own(vars(arguments), finished.config)
     if arguments.save_detector is not None:
         if len(arguments.score or ()) != 1:
             raise ValueError(f"--save-detector needs one --score, got {arguments.score or 'none'}")

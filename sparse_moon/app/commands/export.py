@@ -1,12 +1,11 @@
 """``sparse-moon export``."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from sparse_moon import files
-from sparse_moon.app.commands import check_model
+from sparse_moon.app.commands import check_own
 from sparse_moon.app.evaluate import load_run
 from sparse_moon.nn import densify
 
@@ -17,21 +16,23 @@ def run(arguments: Namespace) -> None:
     if not target.parent.is_dir():
         raise ValueError(f"the folder {target.parent} does not exist")
     finished = load_run(Path(arguments.run), device="cpu")
-    check_model(arguments.model, finished.config)
+    check_own(vars(arguments), finished.config)
     config, dataset = finished.config, finished.dataset
-    if config.averages_predictions or config.reliability == "generalized-odin":
-        what = "several networks" if config.averages_predictions else "a cosine head"
-        raise ValueError(f"a run with {config.label} ends with {what}, not with one plain {config.model}")
+    reliability = config.make_reliability()
+    if reliability.ends_with:
+        raise ValueError(
+            f"a run with {config.label} ends with {reliability.ends_with}, not with one plain {config.model}"
+        )
     channels, size, _ = dataset.train.shape
     content = {
         "model": config.model,
-        "num_outputs": dataset.num_classes + config.unknown_unit,
+        "num_outputs": dataset.num_classes + reliability.unknown_output,
         "in_channels": channels,
         "image_size": size,
         "width": config.width,
         "mean": dataset.mean,
         "std": dataset.std,
-        "config": asdict(config),
+        "config": config.to_dict(),
         "state_dict": densify(finished.network).state_dict(),
     }
     files.write_archive(target, content)

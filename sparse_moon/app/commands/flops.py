@@ -1,13 +1,17 @@
 """``sparse-moon flops``."""
 
 import json
+from dataclasses import fields
 
 import torch
 from jsonargparse import Namespace
 
 from sparse_moon import flops
+from sparse_moon.algorithms import ALGORITHMS
 from sparse_moon.app import models
-from sparse_moon.app.config import START_SPARSITY
+from sparse_moon.nn import layer_densities
+from sparse_moon.options import MethodOptions
+from sparse_moon.settings import options_of
 
 
 def run(arguments: Namespace) -> None:
@@ -22,15 +26,17 @@ def run(arguments: Namespace) -> None:
         model = models.build(
             arguments.model, arguments.classes, in_channels=channels, image_size=height, width=arguments.width
         )
-    built = arguments.start_sparsity
-    if built is None:
-        built = START_SPARSITY.get(arguments.method)
-    if arguments.method == "top-kast":
-        built = 1.0 - (1.0 - arguments.sparsity) / arguments.forward_share
+    method = ALGORITHMS.find(arguments.method)
+    asked = MethodOptions(**{option.name: arguments[option.name] for option in fields(MethodOptions)})
+    options = options_of(method.Options, asked, vars(arguments))
+    choice = {"pattern": arguments.pattern, "exclude": arguments.exclude or ()}
+    method.check_options(options, arguments.sparsity)
+    densities = layer_densities(model, arguments.sparsity, arguments.allocation, **choice)
+    built = method.start_sparsity(options, arguments.sparsity, model, densities)
     report = flops.flops_report(
         model, (channels, height, width), sparsity=arguments.sparsity, allocation=arguments.allocation,
-        pattern=arguments.pattern, exclude=arguments.exclude or (), method=arguments.method,
-        interval=arguments.interval, update_fraction=arguments.stop, built_sparsity=built,
+        **choice, method=arguments.method, interval=arguments.interval, update_fraction=arguments.stop,
+        built_sparsity=built, growth=method.growth(options, arguments.drop_fraction, arguments.stop),
         num_classes=arguments.classes,
         examples=arguments.examples, epochs=arguments.epochs, batch_size=arguments.batch_size,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """``sparse-moon train``."""
 
 import os
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -48,7 +48,8 @@ def _resumed(config: TrainConfig, folder: Path) -> TrainConfig:
         return config
     for field in fields(TrainConfig):
         asked, kept = getattr(config, field.name), getattr(saved, field.name)
-        if asked not in (field.default, kept):
+        default = {} if field.default is MISSING else field.default
+        if asked not in (default, kept):
             raise ValueError(f"the run in {folder} has {field.name} {kept!r}, it cannot be resumed with {asked!r}")
     return saved
 

@@ -1,0 +1,153 @@
+"""From a run's settings to its parts: network, optimizer, training method, reliability method and data."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_moon.algorithms import Method, TrainingRun
+from sparse_moon.app import datasets, models
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.run_data import RunData
+from sparse_moon.distributed import rank, world_size
+from sparse_moon.nn import layer_densities, sparse_layers, sparsify
+from sparse_moon.nn.fusion import fuse
+from sparse_moon.ood import CosineHead, classifier_head
+from sparse_moon.reliability import Reliability
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The parts of a run, which know each other.
+
+    Attributes:
+        config, data: its settings and data, with ``batches`` of the training images.
+        model: the network at its start, on the run's device.
+        optimizer, method: train it.
+        reliability: attached to it.
+    """
+
+    config: TrainConfig
+    data: RunData
+    batches: datasets.Batches
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    method: Method
+    reliability: Reliability
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the training, in batches."""
+        return len(self.batches) * self.config.epochs
+
+
+def build_run(config: TrainConfig, data: RunData) -> Run:
+    """All parts of a run at its start, made by its seed.
+
+    Raises:
+        ValueError: settings that do not fit the data or the model.
+    """
+    torch.manual_seed(config.seed)
+    batches = datasets.Batches(
+        data.train, data.mean, data.std, config.batch_size, shuffle_seed=config.seed,
+        augment=data.augment, device=config.device, rank=rank(), world_size=world_size(),
+        drop_last=len(data.train) >= config.batch_size,  # batch norm cannot train on a rest of one image
+    )  # fmt: skip
+    model = build_model(config, data).to(config.device)
+    reliability = config.make_reliability()
+    reliability.attach(model, data.num_classes)
+    optimizer = torch.optim.SGD(
+        _parameter_groups(config, model, reliability), config.lr, config.momentum,
+        weight_decay=config.weight_decay, nesterov=config.momentum > 0,
+    )  # fmt: skip
+    training = TrainingRun(
+        total_steps=len(batches) * config.epochs,
+        interval=config.interval,
+        stop=reliability.topology_stop,
+        drop_fraction=config.drop_fraction,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        densities=lambda: final_densities(config, data),
+    )
+    kind = config.method_class
+    method = kind(model, optimizer, **kind.arguments(config.method_options, training))
+    return Run(config, data, batches, model, optimizer, method, reliability)
+
+
+def _parameter_groups(config: TrainConfig, model: nn.Module, reliability: Reliability) -> Any:
+    """What the optimizer trains, apart what has no weight decay."""
+    without: list[nn.Parameter] = list(reliability.loss.parameters())
+    if not config.method_class.weight_decay_matters:
+        without += [layer.values for layer in sparse_layers(model).values()]
+    head = classifier_head(model)
+    if isinstance(head, CosineHead):
+        without.append(head.weight)
+    if not without:
+        return model.parameters()
+    named = {id(parameter) for parameter in without}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in named]
+    return [{"params": others}, {"params": without, "weight_decay": 0.0}]
+
+
+def build_model(config: TrainConfig, data: datasets.DataSet) -> nn.Module:
+    """The run's network at its start, with a random topology unless the method trains a dense one."""
+    reliability, method = config.make_reliability(), config.method_class
+    model = _dense_model(config, data)
+    if method.sparse:
+        densities = _densities(config, model)
+        sparsify(
+            model, config.sparsity, config.allocation, pattern=config.pattern, exclude=_exclude(config),
+            start_sparsity=method.start_sparsity(config.method_options, config.sparsity, model, densities),
+            selection=method.selection,
+        )  # fmt: skip
+    if config.fuse:
+        model = fuse(model, recompute=config.recompute)
+    return reliability.change(model)
+
+
+def final_densities(config: TrainConfig, data: datasets.DataSet) -> dict[str, float]:
+    """Density by layer that a method which prunes is to end with."""
+    with torch.device("meta"):
+        return _densities(config, _dense_model(config, data))
+
+
+def _densities(config: TrainConfig, model: nn.Module) -> dict[str, float]:
+    exclude = _exclude(config)
+    return layer_densities(model, config.sparsity, config.allocation, pattern=config.pattern, exclude=exclude)
+
+
+def _dense_model(config: TrainConfig, data: datasets.DataSet) -> nn.Module:
+    channels, size, _ = data.train.shape
+    reliability = config.make_reliability()
+    outputs = data.num_classes + reliability.unknown_output
+    model = models.build(config.model, outputs, in_channels=channels, image_size=size, width=config.width)
+    reliability.check_model(model, config.model)
+    return model
+
+
+def _exclude(config: TrainConfig) -> tuple[str, ...]:
+    return (*config.exclude, *config.make_reliability().keeps_dense)
+
+
+def load_network(config: TrainConfig, data: datasets.DataSet, state: Mapping[str, Tensor]) -> nn.Module:
+    """The run's network in this state.
+
+    Raises:
+        ValueError: tensors of other types; RuntimeError: of other names or shapes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is said of a random topology, which the state's replaces
+        network = build_model(config, data)
+    check_dtypes(network, state)
+    network.load_state_dict(state)
+    return network
+
+
+def check_dtypes(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for tensors of other types than the model's, which loading would convert without a word."""
+    for name, tensor in model.state_dict().items():
+        if name in state and state[name].dtype != tensor.dtype:
+            raise ValueError(f"expected {name} to be {tensor.dtype}, got {state[name].dtype}")

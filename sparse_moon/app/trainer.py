@@ -1,0 +1,191 @@
+"""The training loop that the command line runs."""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from sparse_moon import flops
+from sparse_moon.app.build import build_run, check_dtypes, load_network
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.run_data import RunData, plain_batches
+from sparse_moon.averaging import refresh_batch_norm
+from sparse_moon.distributed import mean_over_processes_, world_size
+from sparse_moon.nn import overall_sparsity
+from sparse_moon.schedules import Cosine
+
+_DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHECK_EVERY = 20  # batches between looks at the loss: each look waits for the device
+
+
+class Trainer:
+    """A run, its loop over epochs and batches, and their common state."""
+
+    def __init__(self, config: TrainConfig, dataset: RunData) -> None:
+        self.run = run = build_run(config, dataset)
+        self.config, self.dataset, self.batches = config, dataset, run.batches
+        self.model, self.optimizer = run.model, run.optimizer
+        self.method, self.reliability = run.method, run.reliability
+        self.total_steps = run.total_steps
+        self.device = torch.device(config.device)
+        self.start_flops = self._forward_flops()
+        self.parallel = self._wrap()
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.amp == "float16" else None
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        lr_end = config.lr / 15 if config.lr_end is None else config.lr_end
+        self.lr = Cosine(config.lr, lr_end, max(round(config.lr_until * self.total_steps), 1))
+
+    def _wrap(self) -> nn.Module:
+        return DistributedDataParallel(self.model) if world_size() > 1 else self.model
+
+    def _forward_flops(self) -> float:
+        costs = flops.layer_costs(self.model, self.dataset.train.shape)
+        return sum(cost.forward_sparse for cost in costs)
+
+    def learning_rate(self, step: int) -> float:
+        """That of batch number ``step``."""
+        return self.reliability.learning_rate(self.lr, step, len(self.batches))
+
+    def run_epoch(self, bar: tqdm) -> None:
+        """One pass over the training data, then the epoch's bookkeeping.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
+        started = time.perf_counter()
+        self.parallel.train()
+        totals = torch.zeros(3, device=self.device)  # loss x images, correct, images
+        updates = 0
+        for step, (images, labels) in enumerate(self.batches.epoch(self.epoch)):
+            updates += self._step(images, labels, totals)
+            if step % _CHECK_EVERY == 0 or step + 1 == len(self.batches):
+                self._look(bar, totals)
+            bar.update()
+        loss, correct, count = totals.tolist()
+        row: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "loss": loss / count,
+            "train_accuracy": correct / count,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "density": 1.0 - overall_sparsity(self.model),
+            "topology_updates": updates,
+            **self.reliability.metrics(),
+        }
+        self.epoch += 1
+        self.reliability.end_epoch(self.model, self.epoch)
+        row["test_accuracy"] = self._test_accuracy()
+        row["time_s"] = time.perf_counter() - started
+        self.history.append(row)
+
+    def _step(self, images: Tensor, labels: Tensor, totals: Tensor) -> bool:
+        reliability = self.reliability
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.method.steps)
+        reliability.before_batch(self.method.updates_now)
+        images, targets = reliability.batch(images, labels)
+        with self._autocast():
+            logits = self.parallel(images)
+            loss = reliability.loss_of(logits, targets)
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        for parameter in reliability.loss.parameters():  # which DistributedDataParallel does not know
+            if parameter.grad is not None:
+                mean_over_processes_(parameter.grad)
+        updated = self.method.step(self.scaler)
+        self.optimizer.zero_grad()
+        if updated and world_size() > 1 and self.method.resizes:
+            self.parallel = self._wrap()  # its buckets have the old sizes
+        with torch.no_grad():
+            correct = logits[:, : self.dataset.num_classes].argmax(1) == labels
+            totals += torch.stack([loss.float() * len(labels), correct.sum(), correct.numel() * torch.ones_like(loss)])
+        return updated
+
+    def _autocast(self) -> Any:
+        dtype = _DTYPES[self.config.amp]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _look(self, bar: tqdm, totals: Tensor) -> None:
+        loss, correct, count = totals.tolist()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} in epoch {self.epoch + 1}, batch {self.method.steps} of {self.total_steps}; "
+                f"the last good epoch is in the checkpoint. Try a lower lr than {self.config.lr}"
+            )
+        shown = {"epoch": f"{self.epoch + 1}/{self.config.epochs}", "loss": f"{loss / count:.3f}",
+                 "acc": f"{correct / count:.3f}", **self.reliability.progress()}  # fmt: skip
+        bar.set_postfix(shown | {"density": f"{1.0 - overall_sparsity(self.model):.3f}"}, refresh=False)
+
+    def _test_accuracy(self) -> float:
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            for images, labels in plain_batches(self.dataset.test, self.dataset, self.config):
+                correct += (self.model(images)[:, : self.dataset.num_classes].argmax(1) == labels).sum()
+        return correct.item() / len(self.dataset.test)
+
+    def finish(self) -> nn.Module:
+        """Turn the model into what the run ends with, its batch norm refreshed where the weights are others now.
+
+        Returns:
+            What to predict with, :meth:`predictor`.
+        """
+        if self.reliability.finish(self.model):
+            with self._autocast():
+                refresh_batch_norm(self.model, plain_batches(self.dataset.train, self.dataset, self.config))
+        return self.predictor()
+
+    def predictor(self) -> nn.Module:
+        """What a finished run predicts with, in evaluation mode: its network, passes of it, or several networks."""
+        return self.reliability.predictor(self.model, lambda s: load_network(self.config, self.dataset, s)).eval()
+
+    def flop_counts(self) -> dict[str, float]:
+        """FLOPs of the present network: ``flops`` in ``results.json``."""
+        config, reliability = self.config, self.reliability
+        costs = flops.layer_costs(self.model, self.dataset.train.shape)
+        dense, sparse = sum(c.forward_dense for c in costs), sum(c.forward_sparse for c in costs)
+        ratio = flops.training_flops_ratio(
+            config.method, sparse, dense, interval=config.interval, update_fraction=reliability.topology_stop,
+            f_start=max(self.start_flops, sparse),
+            growth=self.method.growth(config.method_options, config.drop_fraction, reliability.topology_stop),
+        )  # fmt: skip
+        return {"forward_dense": dense, "forward_sparse": sparse, "passes": reliability.passes, "train_ratio": ratio}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs; tensors, numbers, strings and containers only."""
+        return {
+            **self.reliability.state_dict(),
+            "epoch": self.epoch,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "random_state": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            ValueError: a state that does not fit this run's model or method.
+        """
+        try:
+            check_dtypes(self.model, state["model"])
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.load_state_dict(state["method"])
+            self.reliability.load_state_dict(state)
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["random_state"])
+            self.epoch, self.history = state["epoch"], list(state["history"])
+            if not 0 <= self.epoch == len(self.history) <= self.config.epochs:
+                raise ValueError(f"{self.epoch} epochs, {len(self.history)} of them with metrics")
+        except Exception as error:  # what does not fit has no one kind of error
+            raise ValueError(f"the checkpoint does not fit this run: {error}") from None

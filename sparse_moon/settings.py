@@ -1,0 +1,125 @@
+"""What every setting of a run is: a field of a frozen dataclass, with a type, perhaps a bound, and a line of help.
+
+@dataclass(frozen=True)
+class Options:
+    \"\"\"Args:
+    keep: share of the weights that stay.
+    \"\"\"
+
+    keep: Annotated[float, POSITIVE_SHARE] = 0.9
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse.typing import restricted_string_type
+
+_PATH = r"^[^\W\d]\w*(\.[^\W\d]\w*)+$"
+
+if TYPE_CHECKING:
+    ImportPath = str
+else:
+    ImportPath = restricted_string_type("ImportPath", _PATH)
+    """Where something of the user's own is: ``package.module.name``."""
+
+OR_IMPORT_PATH = " or your own as package.module.name"
+"""What messages add to a list of names that an `ImportPath` may take the place of."""
+
+
+def is_import_path(value: object) -> bool:
+    """Whether ``value`` has the form of an `ImportPath`."""
+    return isinstance(value, str) and re.match(_PATH, value) is not None
+
+
+class Bound(NamedTuple):
+    """What numbers a setting takes, beside its type in ``Annotated``."""
+
+    text: str
+    fits: Callable[[float], bool]
+
+
+SHARE = Bound("in [0, 1]", lambda number: 0.0 <= number <= 1.0)
+SHARE_BELOW_ONE = Bound("in [0, 1)", lambda number: 0.0 <= number < 1.0)
+POSITIVE_SHARE = Bound("in (0, 1]", lambda number: 0.0 < number <= 1.0)
+POSITIVE = Bound("positive", lambda number: number > 0.0)
+AT_LEAST_0 = Bound("at least 0", lambda number: number >= 0)
+AT_LEAST_1 = Bound("at least 1", lambda number: number >= 1)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of what has none."""
+
+
+def check_settings(settings: Any) -> None:
+    """Raise ``ValueError`` unless all fields of a dataclass have values of their types, finite and in their bounds."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    plain = get_type_hints(type(settings))
+    for name, value in values.items():
+        _check_type(name, value, plain[name])
+    for name, value in values.items():
+        for bound in _bounds(hints[name]):
+            if value is not None and not bound.fits(value):
+                raise ValueError(f"{name} must be {bound.text}, got {value}")
+
+
+def _bounds(hint: Any) -> Iterator[Bound]:
+    if get_origin(hint) is Annotated:
+        yield from (extra for extra in hint.__metadata__ if isinstance(extra, Bound))
+    elif get_origin(hint) in (Union, UnionType):
+        for part in get_args(hint):
+            yield from _bounds(part)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    expected = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "nothing"}
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    names = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    if names:
+        own = ImportPath in parts
+        if value not in names and not (own and is_import_path(value)):
+            raise ValueError(f"{name} must be one of {', '.join(names)}{OR_IMPORT_PATH * own}, got {value!r}")
+        return
+    for part in parts:
+        if get_origin(part) in (list, tuple):
+            fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        elif isinstance(value, bool):
+            fits = part is bool
+        else:
+            fits = isinstance(value, int | float if part is float else get_origin(part) or part)
+        if fits:
+            return
+    kinds = " or ".join(expected.get(part, "a list of texts") for part in parts)
+    raise ValueError(f"{name} must be {kinds}, got {value!r}")
+
+
+def helps(settings: type) -> dict[str, str]:
+    """The line of help of each field, from the docstrings of a dataclass and of those that it inherits from."""
+    found: dict[str, str] = {}
+    for cls in reversed(settings.__mro__):
+        text = inspect.cleandoc(vars(cls).get("__doc__") or "").partition("Args:\n")[2]
+        pairs = (line.strip().partition(": ") for line in text.splitlines())
+        found |= {name: line for name, _, line in pairs if line}
+    return {field.name: found.get(field.name, "") for field in fields(settings)}
+
+
+def options_of(kind: type, settings: Any, own: Mapping[str, Any]) -> Any:
+    """Checked options: a ``kind``, with the values that ``settings``, whose fields may include them, or ``own`` has.
+
+    Raises:
+        ValueError: a value that is not of its type, or not in its bounds.
+    """
+    shared = {field.name for field in fields(settings)}
+    names = [field.name for field in fields(kind)]
+    found = {name: getattr(settings, name) for name in names if name in shared}
+    options = kind(**found, **{name: own[name] for name in names if name in own and name not in shared})
+    check_settings(options)
+    return options
