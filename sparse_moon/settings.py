@@ -1,12 +1,8 @@
 """What every setting of a run is: a field of a frozen dataclass, with a type, perhaps a bound, and a line of help.
 
-@dataclass(frozen=True)
-class Options:
-    \"\"\"Args:
-    keep: share of the weights that stay.
-    \"\"\"
-
     keep: Annotated[float, POSITIVE_SHARE] = 0.9
+
+The help is the field's line below ``Args:`` in the docstring of its class.
 """
 
 import inspect

@@ -59,6 +59,13 @@ class SecondSET(CautiousSET):
     name = "second-set"
 
 
+class Unset(SET):
+    name = "unset"
+
+    class Options:
+        left_alone: float
+
+
 class NotAMethod:
     name = "not-a-method"
 '''
@@ -285,6 +292,7 @@ def test_help_has_their_options(own, capsys):
         ([*CHOSEN, "--left-alone", "much"], "--left-alone must be a number, got much"),
         ([*CHOSEN, "--without", "loss"], "has the parts ('penalty',) to leave out, got ('loss',)"),
         (["--left-alone", "0.5"], "unknown option --left-alone"),
+        (["--method", "own_method.Unset"], "Unset.Options must be a frozen dataclass whose fields have defaults"),
         (
             ["--method", OWN["method"], "--reliability", "own_reliable.Taken"],
             "Taken.Options and Options have different options left_alone",

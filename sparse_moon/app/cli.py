@@ -168,7 +168,7 @@ def _settings_of_runs(path: Path) -> str:
     return yaml.safe_dump({**settings, **single})
 
 
-def _parser(program: str, argv: Sequence[str]) -> _Parser:
+def _parser(program: str, argv: Sequence[str] = ()) -> _Parser:
     parser = _Parser(
         prog="sparse-moon",
         version=sparse_moon.__version__,

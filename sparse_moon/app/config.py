@@ -1,7 +1,7 @@
 """The settings of a run."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import sparse_moon  # whose parts that need torch are imported when they are first used
@@ -175,11 +175,13 @@ def own_options(methods: Iterable[str], reliability: Iterable[str]) -> dict[str,
     found: dict[str, type] = {}
     known = {field.name for field in fields(TrainConfig)}
     for kind in kinds:
+        if not is_dataclass(kind) or any(option.default is MISSING for option in fields(kind)):
+            raise ValueError(f"{kind.__qualname__} must be a frozen dataclass whose fields have defaults")
         for option in fields(kind):
             if option.name in known:
                 continue
             other = found.setdefault(option.name, kind)
-            if (option.type, option.default) not in {(o.type, o.default) for o in fields(other)}:
+            if (option.type, option.default) not in [(o.type, o.default) for o in fields(other)]:
                 raise ValueError(f"{kind.__qualname__} and {other.__qualname__} have different options {option.name}")
     return found
 
