@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparse_moon.app.cli import _parser, _with_presets, main
+from sparse_moon.reliability import RELIABILITY
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,7 +90,10 @@ def execute(match, **names):
 def test_python_runs(match, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert match["prelude"] in PRELUDES, f"say before the block which prelude it needs, of {list(PRELUDES)}"
+    before = set(RELIABILITY)
     execute(match, **PRELUDES[match["prelude"]]())
+    for name in RELIABILITY.keys() - before:  # that the page has defined
+        del RELIABILITY[name]
 
 
 @pytest.mark.parametrize("epochs, batches", [(1, 150), (6, 25)])
