@@ -6,7 +6,7 @@ looks up what has been imported.
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +16,7 @@ NAMES = ("model", "method", "reliability")
 """Settings of a run that may be an import path."""
 
 
-def typed_paths(argv: Sequence[str], names: Iterable[str] = NAMES) -> list[str]:
+def typed_paths(argv: Sequence[str], names: Collection[str]) -> list[str]:
     """Import paths among the values of these options on a command line, which is not parsed yet."""
     found, taken = [], False
     for word in argv:

@@ -183,7 +183,11 @@ class Reliability:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; tensors, numbers, texts and containers only. It is part of the run's state."""
+        """What a resumed run needs; tensors, numbers, texts and containers only.
+
+        It stands in the run's state beside ``epoch``, ``history``, ``model``, ``optimizer``, ``method``, ``scaler`` and
+        ``random_state``.
+        """
         return {
             "loss": self.loss.state_dict(),
             "mask": None if self.mask is None else self.mask.state_dict(),
