@@ -20,7 +20,6 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md",
 MOST_LINES = {"sparse_moon": 400, "kernels": 400, "csrc": 500, "tests": 500, "benchmarks": 500}
 # Each of these wants to be two files; none may grow.
 LONGER = {
-    "sparse_moon/app/datasets.py": 424,
     "sparse_moon/app/report.py": 539,
     "sparse_moon/averaging.py": 469,
     "sparse_moon/losses.py": 413,

@@ -18,8 +18,8 @@ from typing import Any
 from sparse_moon import files
 from sparse_moon.app import plots, run_folder
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.datasets import GROUPS, ood_group
 from sparse_moon.app.evaluate import evaluate_model, load_run
+from sparse_moon.app.ood_groups import GROUPS, ood_group
 from sparse_moon.app.own import options_to_import
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_ood_sets

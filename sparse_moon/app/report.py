@@ -14,7 +14,7 @@ import torch
 from sparse_moon import files
 from sparse_moon.app import plots, run_folder
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.datasets import GROUPS, ood_group
+from sparse_moon.app.ood_groups import GROUPS, ood_group
 from sparse_moon.ood.metrics import CalibrationBins, calibration_bins
 
 _METRICS = {  # key: heading, which class is positive, whether more is better

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.datasets import GROUPS, ood_group
+from sparse_moon.app.ood_groups import GROUPS, ood_group
 
 _COLUMNS = {"auroc": ("AUROC", 8), "fpr95": ("FPR95", 8), "aupr_in": ("AUPR-in", 9), "aupr_out": ("AUPR-out", 10),
             "oscr": ("OSCR", 8)}  # fmt: skip
