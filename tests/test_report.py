@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_moon.app import plots
 from sparse_moon.app.report import write_report
+from sparse_moon.app.run_record import read_record
 from sparse_moon.ood.metrics import calibration_bins, ood_metrics
 
 TIMES, NONE = "\u00d7", "\u2013"
@@ -131,15 +131,19 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run")
 
 
+def report_of(folder: Path, **arguments: Any) -> Path:
+    return write_report(folder, read_record(folder), **arguments)
+
+
 def page_of(folder: Path, **arguments: Any) -> Page:
-    return Page(write_report(folder, **arguments).read_text(encoding="utf-8"))
+    return Page(report_of(folder, **arguments).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with its report, not to be changed."""
     folder = write_run(tmp_path_factory.mktemp("report") / "run")
-    assert write_report(folder) == folder / "report.html"
+    assert report_of(folder) == folder / "report.html"
     return folder
 
 
@@ -206,7 +210,7 @@ def test_draws_the_score_fixed_beforehand_or_the_one_asked_for(page: Page, run: 
     page = page_of(run)
     assert "Score knn" in page.text and "the run's headline" in page.text
     with pytest.raises(ValueError, match=r"unknown score 'energy', expected one of \['msp', 'knn'\]"):
-        write_report(run, score="energy")
+        report_of(run, score="energy")
 
 
 def test_figures(page: Page) -> None:
@@ -294,7 +298,7 @@ def test_everything_foreign_is_escaped(tmp_path: Path) -> None:
         folder, "config.json", lambda config: config.update({"dataset": HOSTILE, "model": HOSTILE, HOSTILE: HOSTILE})
     )
     change(folder, "results.json", lambda results: results["sparsity"]["layers"].update({HOSTILE: 0.5}))
-    text = write_report(folder).read_text(encoding="utf-8")
+    text = report_of(folder).read_text(encoding="utf-8")
     page = Page(text)
     assert "script" not in page.tags
     assert not any(name.startswith("on") for name, _ in page.attributes)
@@ -313,7 +317,7 @@ def test_damaged_inputs_are_named_and_the_old_report_survives(run: Path, file: s
         damaged = {"truncated": content[: len(content) // 2], "garbage": b"\xff\x00{" * 9, "empty": b""}[damage]
         (run / file).write_bytes(damaged)
     with pytest.raises(ValueError, match=re.escape(file)):
-        write_report(run)
+        report_of(run)
     assert (run / "report.html").read_text() == "old"
     assert len(list(run.iterdir())) == (4 if damage == "missing" else 5)
 
@@ -333,7 +337,7 @@ def test_damaged_inputs_are_named_and_the_old_report_survives(run: Path, file: s
 def test_incomplete_results(run: Path, edit: Any, message: str) -> None:
     change(run, "results.json", edit)
     with pytest.raises(ValueError, match=message) as error:
-        write_report(run)
+        report_of(run)
     assert "results.json" in str(error.value)
 
 
@@ -359,7 +363,7 @@ def test_bad_score_arrays(tmp_path: Path, name: str, array: np.ndarray | None, m
         arrays[name] = array
     np.savez(folder / "scores.npz", **arrays)
     with pytest.raises(ValueError, match=message) as error:
-        write_report(folder)
+        report_of(folder)
     assert "scores.npz" in str(error.value)
 
 
@@ -367,7 +371,7 @@ def test_scores_that_are_one_array(run: Path) -> None:
     with (run / "scores.npz").open("wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(ValueError, match=r"scores\.npz is damaged"):
-        write_report(run)
+        report_of(run)
 
 
 @pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"epoch": 4, "loss": "x"}', "[4]", ""])
@@ -375,13 +379,13 @@ def test_bad_metric_lines(run: Path, line: str) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl"):
-        write_report(run)
+        report_of(run)
 
 
 def test_config_without_a_model(run: Path) -> None:
     change(run, "config.json", lambda config: config.pop("model"))
     with pytest.raises(ValueError, match=r"config\.json has no text 'model'"):
-        write_report(run)
+        report_of(run)
 
 
 def test_replaces_as_a_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +399,7 @@ def test_replaces_as_a_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_report(run)
+        report_of(run)
     assert seen == [(run, True)]  # complete before it takes the place, and in the same folder
     assert report.read_text() == "old"
     assert len(list(run.iterdir())) == 5
@@ -403,7 +407,7 @@ def test_replaces_as_a_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_same_inputs_give_the_same_page_and_leave_matplotlib_alone(text: str, run: Path) -> None:
     settings = dict(matplotlib.rcParams)
-    assert write_report(run).read_text(encoding="utf-8") == text
+    assert report_of(run).read_text(encoding="utf-8") == text
     assert dict(matplotlib.rcParams) == settings
     assert len(text) < 400_000
 
@@ -415,51 +419,16 @@ def test_colours_come_from_the_page(text: str) -> None:
     assert {"ink", "muted", "grid", "c0", "c1"} <= used <= defined
 
 
-def test_curve_breaks_where_values_are_missing() -> None:
-    svg = plots.curve([1, 2, 3, 4, 5], {"loss": np.array([1.0, 2.0, np.nan, 3.0, 1.0])}, "Loss")
-    line = next(d for d in re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--c0\); stroke-width: 2', svg))
-    assert line.count("M") == 2 and line.count("L") == 2
-
-
-def test_density_bars_are_as_high_as_the_densities() -> None:
-    svg = plots.density_chart({"a": 1.0, "b": 0.25, "c": 0.5}, 0.4)
-    heights = []
-    for d in re.findall(r'<path d="([^"]*)"[^>]*fill: var\(--c0\)', svg):
-        ys = [float(y) for y in re.findall(r"[ML] [-\d.]+ ([-\d.]+)", d)]
-        heights.append(max(ys) - min(ys))
-    assert len(heights) == 3
-    assert np.array(heights) / heights[0] == pytest.approx([1.0, 0.25, 0.5], abs=1e-3)
-
-
-def test_density_chart_of_many_layers_leaves_out_names() -> None:
-    svg = plots.density_chart({f"layer{i}": 0.1 for i in range(200)}, 0.1)
-    assert "layer199" not in svg and "in the network" in svg
-
-
-def test_long_names_are_shortened_in_figures() -> None:
-    name = "a" * 100 + "end"
-    svg = plots.density_chart({name: 0.5}, 0.5)
-    assert name not in svg and "aaaend" in svg
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "label"), [(2.1e-5, 8e-5, "5·10⁻⁵"), (1e-7, 1e-2, "10⁻⁵"), (3e-4, 3e-4, "10⁻⁴")]
-)
-def test_logarithmic_axes_have_labels(low: float, high: float, label: str) -> None:
-    svg = plots.curve([1, 2], {"u": np.array([low, high])}, "u", log=True)
-    assert any(text.endswith(label) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg))
-
-
 def test_later_figures_and_the_temperature(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     results = json.loads((folder / "results.json").read_text())
     results["id"] |= {"classwise_ece": 0.0123, "adaptive_ece": 0.0456, "aurc": 0.0078}
     results["calibration"] = {"temperature": 1.5, "ece_before": 0.06, "ece_after": 0.02}
     (folder / "results.json").write_text(json.dumps(results))
-    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    page = Page(report_of(folder).read_text(encoding="utf-8"))
     assert page.row("Classwise ECE")[1] == "0.0123" and page.row("AURC")[1] == "0.0078"
     assert page.row("Temperature")[1] == "1.500" and "ECE 0.0200 in place of 0.0600" in page.row("Temperature")[2]
-    plain = Page(write_report(write_run(tmp_path / "plain")).read_text(encoding="utf-8"))
+    plain = Page(report_of(write_run(tmp_path / "plain")).read_text(encoding="utf-8"))
     assert "Temperature" not in plain.text and "AURC" not in plain.text
 
 
@@ -482,18 +451,6 @@ def test_the_report_says_when_with_what_and_where_it_was_made(run: Path) -> None
     assert "The score knn was left out: too few." in page.text
 
 
-def test_tiny_unknown_probabilities_are_drawn_by_their_logarithm() -> None:
-    """Matplotlib wrote 1e-5 + 9.9999e-1."""
-    rng = np.random.default_rng(0)
-    svg = plots.score_histogram(1 - 10 ** rng.uniform(-9, -6, 99), 1 - 10 ** rng.uniform(-7, -5, 99), "x", "unknown",
-                                  number=0, height=300)  # fmt: skip
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
-    assert "log₁₀ u" in texts and "\u22128" in texts
-    svg = plots.score_histogram(rng.uniform(0.99995, 0.99999, 99), rng.uniform(0.99994, 0.99999, 99), "x", "msp",
-                                  number=0, height=300)  # fmt: skip
-    assert not any("e" in text and "+" in text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg))
-
-
 def test_tables_scroll_by_themselves(text: str) -> None:
     """On a phone the page does not get wider than the screen."""
     assert len(re.findall(r'<div class="scroll"><table', text)) == text.count("<table")
@@ -501,4 +458,4 @@ def test_tables_scroll_by_themselves(text: str) -> None:
 
 def test_paths_that_are_no_text_do_not_stop_the_page(run: Path) -> None:
     change(run, "config.json", lambda config: config.update(dataset="/data/\udcff.npz"))
-    assert "udcff" in write_report(run).read_text(encoding="utf-8")
+    assert "udcff" in report_of(run).read_text(encoding="utf-8")

@@ -16,6 +16,8 @@ from sparse_moon.algorithms import RigL
 from sparse_moon.app import run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import load_run
+from sparse_moon.app.report import write_report
+from sparse_moon.app.run_record import read_record
 from sparse_moon.app.train import train
 
 QUICK = TrainConfig(
@@ -44,6 +46,12 @@ def assert_same_end(a, b):
     assert strip[0] == strip[1]
     results = [files.read_json(f / run_folder.RESULTS) for f in (a, b)]
     assert all(r.pop("time_s") > 0 and r.pop("environment") for r in results) and results[0] == results[1]
+
+
+def test_the_report_from_memory_is_that_from_the_files(whole):
+    folder, _ = whole
+    from_memory = (folder / run_folder.REPORT).read_text(encoding="utf-8")
+    assert write_report(folder, read_record(folder)).read_text(encoding="utf-8") == from_memory
 
 
 def test_a_run_writes_its_folder(whole):

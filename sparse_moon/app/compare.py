@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparse_moon import files
 from sparse_moon.app import plots, run_folder
 from sparse_moon.app.config import TrainConfig
@@ -23,6 +25,7 @@ from sparse_moon.app.ood_groups import GROUPS, ood_group
 from sparse_moon.app.own import options_to_import
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_ood_sets
+from sparse_moon.app.run_record import RunRecord, read_record
 
 TABLE, MARKDOWN, PLOT, LOG = "table.json", "table.md", "plot.png", "log.txt"
 
@@ -169,13 +172,19 @@ def evaluate_again(
             config = run.config if ood is None else replace(run.config, ood=ood)
             sets = load_ood_sets(config, run.dataset)
             new, arrays = evaluate_model(run.predictor, config, run.dataset, sets, scores)
-            results = files.read_json(path / run_folder.RESULTS)
-            for name, by_score in new["ood"].items():
-                results["ood"].setdefault(name, {}).update(by_score)
-            run_folder.write_scores(path, {**run_folder.read_scores(path), **arrays})
-            files.write_json(path / run_folder.RESULTS, {**results, **{k: v for k, v in new.items() if k != "ood"}})
-            write_report(path)
+            record = _with_evaluation(read_record(path), new, arrays)
+            run_folder.write_scores(path, record.scores)
+            files.write_json(path / run_folder.RESULTS, record.results)
+            write_report(path, record)
         print(f"{path.name}: evaluated on {', '.join(new['ood'])}", flush=True)
+
+
+def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RunRecord:
+    """What a run left, with the figures and arrays of another evaluation beside the old ones or in their place."""
+    ood = {name: {**by_score} for name, by_score in record.results["ood"].items()}
+    for name, by_score in new["ood"].items():
+        ood.setdefault(name, {}).update(by_score)
+    return replace(record, results={**record.results, **new, "ood": ood}, scores={**record.scores, **arrays})
 
 
 def _run_folders(folder: Path) -> list[Path]:

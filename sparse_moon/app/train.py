@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sparse_moon import files, flops
-from sparse_moon.app import datasets, run_folder
+from sparse_moon.app import datasets, run_folder, run_record
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.environment import environment
 from sparse_moon.app.evaluate import evaluate_model, scores_for
@@ -121,7 +121,7 @@ def _results(
     }
     run_folder.write_scores(folder, arrays)
     files.write_json(folder / run_folder.RESULTS, results)
-    write_report(folder)
+    write_report(folder, run_record.RunRecord(config.to_dict(), trainer.history, results, arrays))
     # last, because this checkpoint holds the finished model: a run killed before comes here again
     if not finished:
         run_folder.write_checkpoint(folder, checkpoint)
