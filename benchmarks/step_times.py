@@ -1,0 +1,207 @@
+"""Whole training steps of networks, and the memory of training one."""
+
+import copy
+import multiprocessing
+import resource
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench import NETWORKS, Bench, Network, Row, autocast
+from timing import computes_bf16, median_ms
+from torch import Tensor, nn
+
+import sparse_moon as sm
+from sparse_moon import flops
+
+INTERVAL = 100
+
+
+def step(bench: Bench) -> None:
+    """Whole training steps, with topology updates and averaging spread over their intervals."""
+    for network in NETWORKS:
+        if not bench.arguments.case or any(part in network.name for part in bench.arguments.case):
+            _step(bench, network)
+
+
+def _step(bench: Bench, network: Network) -> None:
+    arguments = bench.arguments
+    x = torch.randn(network.batch, *network.image_shape, device=bench.device)
+    last = network.name != "mlp" and bench.device.type == "cuda"  # the kernels of GPUs work on channels_last
+    sparse_x = x.contiguous(memory_format=torch.channels_last) if last else x
+    half = arguments.dtype == ["bfloat16"]
+    y = torch.randint(network.classes, (network.batch,), device=bench.device)
+
+    def training(model: nn.Module, method: sm.Method, loss: nn.Module, x: Tensor = x) -> Callable[[int], Any]:
+        def run(_: int) -> None:
+            loss(model(x), y).backward()
+            method.step()
+            method.optimizer.zero_grad()
+
+        return run
+
+    runs = {name: run for name, run in _dense_steps(network, x, training, bench.device)}
+    losses = bench.times(_losses(network, bench.device))
+    variants = [(s, a, p) for s in arguments.sparsity for a in ("uniform", "erk") for p in arguments.pattern]
+    costs = {}
+    for variant in variants:
+        steps, costs[variant] = _sparse_steps(network, variant, partial(training, x=sparse_x), bench)
+        steps = {name: autocast(run, bench.device) for name, run in steps.items()} if half else steps
+        runs |= {f"{variant} {name}": run for name, run in steps.items()}
+    waiting = (" update", " average") if arguments.graph else ()  # for the GPU, so they cannot be captured
+    times = bench.times({name: run for name, run in runs.items() if not name.endswith(waiting)})
+    if waiting:
+        eager = {name: run for name, run in runs.items() if name.endswith((" rigl", *waiting))}
+        eager_times = median_ms(eager, bench.device, seconds=bench.seconds)
+        for v in variants:
+            times[f"{v} average"] = eager_times[f"{v} average"]
+            times[f"{v} update"] = times[f"{v} rigl"] + eager_times[f"{v} update"] - eager_times[f"{v} rigl"]
+    fp32 = {name: time for name, time in times.items() if name.startswith("dense fp32")}
+    baselines = {name: times[name] for name in (min(fp32, key=fp32.__getitem__), "dense bf16") if name in times}
+    for variant in variants:
+        own = {name: times[f"{variant} {name}"] for name in ("rigl", "moon", "cigl", "update", "average")}
+        own["more loss"] = losses["moon"] - losses["cross-entropy"]
+        _report_step(bench, network, variant, costs[variant], own, baselines, "bf16" if half else "fp32")
+
+
+def _losses(network: Network, device: torch.device) -> dict[str, Callable[[int], Any]]:
+    """Both losses, forward and backward, on a batch of logits: their difference is lost in the noise of whole steps."""
+    target = torch.randint(network.classes, (network.batch,), device=device)
+    known, all_ = (
+        torch.randn(network.batch, n, device=device, requires_grad=True) for n in (network.classes, network.classes + 1)
+    )
+    unknown_aware = sm.UnknownAwareLoss(network.classes, 10, warmup_epochs=0).to(device)
+    return {
+        "moon": lambda _: unknown_aware(all_, target).backward(),
+        "cross-entropy": lambda _: F.cross_entropy(known, target).backward(),
+    }
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True)
+
+
+def _dense_steps(
+    network: Network, x: Tensor, training: Callable[..., Callable[[int], Any]], device: torch.device
+) -> Iterator[tuple[str, Callable[[int], Any]]]:
+    """The dense training step, in the layouts and precisions that dense users choose from."""
+    convolutional = network.name != "mlp"
+    x_last = x.contiguous(memory_format=torch.channels_last) if convolutional else x
+    for name, layout in (("dense fp32", torch.contiguous_format), ("dense fp32 channels_last", torch.channels_last)):
+        if layout == torch.contiguous_format or convolutional:
+            model = network.build(network.classes).to(device, memory_format=layout)
+            own_x = x_last if layout == torch.channels_last else x
+            yield name, training(model, sm.Dense(model, _sgd(model)), nn.CrossEntropyLoss(), own_x)
+    if not computes_bf16(device):
+        return
+    layout = torch.channels_last if convolutional else torch.contiguous_format
+    model = network.build(network.classes).to(device, memory_format=layout)
+    yield "dense bf16", autocast(training(model, sm.Dense(model, _sgd(model)), nn.CrossEntropyLoss(), x_last), device)
+
+
+def _sparse_steps(
+    network: Network, variant: tuple[float, Any, str], training: Callable[..., Callable[[int], Any]], bench: Bench
+) -> tuple[dict[str, Callable[[int], Any]], tuple[float, float]]:
+    """Steps of RigL, with MOON and with CigL, one with a topology update, an averaging; forward FLOPs of both kinds."""
+    sparsity, allocation, pattern = variant
+    rigl, moon, cigl = (
+        sm.sparsify(
+            network.build(outputs), sparsity, allocation, pattern=pattern, fuse=bench.arguments.fuse,
+            recompute=bench.arguments.recompute,
+        ).to(bench.device, memory_format=torch.channels_last if bench.device.type == "cuda" else torch.preserve_format)
+        for outputs in (network.classes, network.classes + 1, network.classes)
+    )  # fmt: skip
+    changing = copy.deepcopy(rigl)
+    updating = sm.RigL(changing, _sgd(changing), total_steps=10**9, interval=1)
+    updating.load_state_dict({**updating.state_dict(), "steps": 1})  # the first batch never updates, all others do
+    average = sm.WeightAverage(moon)
+    cross_entropy = nn.CrossEntropyLoss()
+    unknown_aware = sm.UnknownAwareLoss(network.classes, 10, warmup_epochs=0).to(bench.device)
+    costs = flops.layer_costs(rigl, network.image_shape)
+    mask = sm.RandomMask(cigl)
+    masked_step = training(cigl, sm.RigL(cigl, _sgd(cigl), total_steps=10**9, interval=10**8), cross_entropy)
+
+    def cigl_step(i: int) -> None:
+        mask.draw()
+        masked_step(i)
+
+    return {
+        "rigl": training(rigl, sm.RigL(rigl, _sgd(rigl), total_steps=10**9, interval=10**8), cross_entropy),
+        "moon": training(moon, sm.RigL(moon, _sgd(moon), total_steps=10**9, interval=10**8), unknown_aware),
+        "cigl": cigl_step,
+        "update": training(changing, updating, cross_entropy),
+        "average": lambda _: average.update(moon),
+    }, (sum(c.forward_sparse for c in costs), float(sum(c.forward_dense for c in costs)))
+
+
+def _report_step(
+    bench: Bench, network: Network, variant: tuple[float, str, str], forward: tuple[float, float],
+    times: dict[str, float], baselines: dict[str, float], dtype: str,
+) -> None:  # fmt: skip
+    sparsity, allocation, pattern = variant
+    update_ms = times["update"] - times["rigl"]
+    average_ms = times["average"] / network.steps_per_epoch
+    rigl = times["rigl"] + update_ms / INTERVAL
+    moon, cigl = (times[name] + update_ms / INTERVAL + average_ms for name in ("moon", "cigl"))
+    row = Row(
+        "step", f"{network.name}_b{network.batch}_{allocation}", pattern, sparsity, dtype, bench.device.type, "rigl",
+        rigl, "", 0.0, 0.0, 3 * network.batch * forward[0],
+    )  # fmt: skip
+    for name, time in baselines.items():
+        bench.add(replace(row, baseline=name, baseline_ms=time, speedup=time / rigl))
+    parts = rigl + times["more loss"] + average_ms
+    for name, time in (("moon", moon), ("moon (sum of parts)", parts), ("cigl", cigl)):
+        bench.add(replace(row, pass_=name, ms=time, baseline="rigl", baseline_ms=rigl, speedup=rigl / time))
+    print(
+        f"        forward FLOPs {forward[0] / forward[1]:.3f} x dense; topology update {update_ms:.1f} ms more than a "
+        f"step, {update_ms / INTERVAL / rigl:.2%} of a step at every {INTERVAL}; MOON {moon / rigl - 1:+.2%}, by its "
+        f"parts {parts / rigl - 1:+.3%}, CigL {cigl / rigl - 1:+.2%}, of which averaging {average_ms / rigl:.3%} at "
+        f"{network.steps_per_epoch} steps an epoch",
+        flush=True,
+    )
+
+
+def memory(bench: Bench) -> None:
+    """Peak resident memory of a process that trains ResNet-18, dense and sparse, topology updates included.
+
+    Medians of five processes, because where the C library finds room differs from run to run.
+    """
+    if bench.device.type != "cpu":
+        return
+
+    def peak(kind: str, sparsity: float) -> float:
+        context, peaks = multiprocessing.get_context("spawn"), []
+        for _ in range(5):
+            with context.Pool(1) as pool:  # a fresh process each, because a peak never falls
+                peaks.append(pool.apply(_peak_mb, (kind, sparsity, bench.arguments.fuse, bench.arguments.recompute)))
+        return statistics.median(peaks)
+
+    dense = peak("dense", 0.0)
+    for sparsity in bench.arguments.sparsity:
+        sparse = peak("sparse", sparsity)
+        named = {"dense_mb": round(dense, 1), "sparse_mb": round(sparse, 1)}
+        bench.peaks.append({"network": NETWORKS[0].name, "sparsity": sparsity, **named})
+        print(
+            f"memory  {NETWORKS[0].name}_b{NETWORKS[0].batch}  {sparsity:.2f}  peak resident "
+            f"{sparse:.0f} MB, dense training {dense:.0f} MB, {sparse / dense:.2f} x",
+            flush=True,
+        )
+
+
+def _peak_mb(kind: str, sparsity: float, fuse: bool, recompute: bool) -> float:
+    network = NETWORKS[0]
+    model = network.build(network.classes)
+    if kind == "sparse":
+        model = sm.sparsify(model, sparsity, "uniform", fuse=fuse, recompute=recompute)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
+    method = sm.Dense(model, optimizer) if kind == "dense" else sm.RigL(model, optimizer, total_steps=100, interval=2)
+    x, y = torch.randn(network.batch, *network.image_shape), torch.randint(network.classes, (network.batch,))
+    for _ in range(4):
+        F.cross_entropy(model(x), y).backward()
+        method.step()
+        optimizer.zero_grad()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
