@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from timing import environment, write_results
 
+from sparse_moon.text_table import text_table
+
 COMMANDS = {
     "import torch": ["-c", "import torch"],
     "import sparse_moon": ["-c", "import sparse_moon"],
@@ -50,8 +52,8 @@ def main() -> None:
         {"command": name, "cpu_s": round(median, 3), "over_torch": round(median / reference, 3)}
         for name, median in medians.items()
     ]
-    for row in rows:
-        print(f"{row['command']:<40}{row['cpu_s']:>8.2f} s{row['over_torch']:>8.2f} x torch")
+    shown = [(row["command"], f"{row['cpu_s']:.2f}", f"{row['over_torch']:.2f}") for row in rows]
+    print(text_table([("command", "CPU time in s", "x torch"), *shown], "lrr"))
     write_results(options.out, {**environment(torch.device("cpu")), "rounds": options.rounds, "rows": rows})
 
 

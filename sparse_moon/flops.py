@@ -19,6 +19,7 @@ from sparse_moon.nn import Exclude, Pattern, layer_densities, sparse_layers
 from sparse_moon.nn.inspect import Inputs, weights
 from sparse_moon.reliability import RELIABILITY, RunCost
 from sparse_moon.reliability.costs import Refresh
+from sparse_moon.text_table import text_table
 
 __all__ = [
     "LayerCost",
@@ -175,11 +176,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         rows.append((name, layer["kind"], shape, f"{layer['density']:.4f}", *flops))
     f_dense, f_sparse = report["forward_dense"], report["forward_sparse"]
     rows.append(("total", "", "", f"{1 - report['sparsity']:.4f}", _quantity(f_dense), _quantity(f_sparse)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
-    lines = ["  ".join(to(cell, w) for to, cell, w in zip(align, row, widths, strict=True)) for row in rows]
-    rule = "-" * len(lines[0])
-    lines = [lines[0], rule, *(line.rstrip() for line in lines[1:-1]), rule, lines[-1].rstrip(), ""]
+    lines = [text_table(rows, "lllrrr", total=True), ""]
 
     train, train_dense = report["train_ratio"] * 3 * f_dense, 3 * f_dense
     lines += [

@@ -6,9 +6,9 @@ from typing import Any
 
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.ood_groups import GROUPS, ood_group
+from sparse_moon.text_table import text_table
 
-_COLUMNS = {"auroc": ("AUROC", 8), "fpr95": ("FPR95", 8), "aupr_in": ("AUPR-in", 9), "aupr_out": ("AUPR-out", 10),
-            "oscr": ("OSCR", 8)}  # fmt: skip
+_COLUMNS = {"auroc": "AUROC", "fpr95": "FPR95", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out", "oscr": "OSCR"}
 
 
 def format_results(results: Mapping[str, Any], config: TrainConfig, *, whole: bool = False) -> str:
@@ -45,25 +45,20 @@ def _out_of_distribution(ood: Mapping[str, Any], config: TrainConfig, whole: boo
         return ["out of distribution: no sets, or no scores"]
     shown = scores if whole or config.headline not in scores else [config.headline]
     named = {group: [name for name in ood if ood_group(config.dataset, name) == group] for group in GROUPS}
-    rows: list[tuple[tuple[str, str, str], Mapping[str, float]]] = []
+    rows = [("", "set", "score", *_COLUMNS.values())]
     for group, names in named.items():
         for score in shown:
             members = [(name, ood[name][score]) for name in names if score in ood[name]]
-            rows += [((group, name, score), metrics) for name, metrics in members]
             if len(members) > 1:
-                rows.append(((group, "mean", score), _mean([metrics for _, metrics in members])))
-    heads = ("", "set", "score")
-    wide = [max(len(words[i]) for words in [heads, *(words for words, _ in rows)]) + 2 for i in range(3)]
+                members.append(("mean", _mean([metrics for _, metrics in members])))
+            for name, metrics in members:
+                rows.append((group, name, score, *(f"{100 * metrics[key]:.2f}" for key in _COLUMNS)))
     lines = [
         "out of distribution, in %: AUROC; FPR95 = share of OOD taken for ID where 95 % of ID is kept; AUPR-in (ID",
         "positive), AUPR-out (OOD positive); OSCR (ID classified correctly)",
         "",
-        "".join(f"{head:<{space}}" for head, space in zip(heads, wide, strict=True))
-        + "".join(f"{heading:>{space}}" for heading, space in _COLUMNS.values()),
+        text_table(rows, "lll" + "r" * len(_COLUMNS)),
     ]
-    for words, metrics in rows:
-        cells = "".join(f"{100 * metrics[key]:>{space}.2f}" for key, (_, space) in _COLUMNS.items())
-        lines.append("".join(f"{word:<{space}}" for word, space in zip(words, wide, strict=True)) + cells)
     if len(shown) < len(scores):
         lines += ["", *_best(ood, config.headline)]
     return lines

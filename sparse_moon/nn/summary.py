@@ -7,6 +7,7 @@ from torch import nn
 from sparse_moon.nn.fusion import fusions
 from sparse_moon.nn.inspect import weights
 from sparse_moon.nn.layers import SparseLayer
+from sparse_moon.text_table import text_table
 from sparse_moon.topology import pattern_name
 
 
@@ -82,11 +83,7 @@ class Summary:
             remark = f"dense: {row.dense_because}" if row.dense_because else row.fused or ""
             lines.append((row.name or "(model)", row.type, shape, *counts, row.pattern or "", remark))
         lines.append(("total", "", "", f"{self.weights:,}", f"{self.sparsity:.4f}", "", f"{self.present:,} exist"))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.ljust)
-        text = ["  ".join(to(cell, w) for to, cell, w in zip(align, line, widths, strict=True)) for line in lines]
-        rule = "-" * len(text[0])
-        return "\n".join(line.rstrip() for line in (text[0], rule, *text[1:-1], rule, text[-1]))
+        return text_table(lines, "lllrrll", total=True)
 
     __repr__ = __str__
 
