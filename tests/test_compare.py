@@ -4,6 +4,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 
@@ -117,6 +118,61 @@ def test_sigterm_ends_the_runs_and_a_run_has_one_writer(tmp_path):
         assert process.wait() == 128 + signal.SIGTERM
     with run_folder.only_writer(folder):  # the run was ended, too
         pass
+
+
+def started_processes(monkeypatch, code):
+    """Processes that compare starts in place of runs, by folder: each runs this Python code in its folder."""
+    started = {}
+
+    def start(folder):
+        started[folder.name] = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stderr=subprocess.DEVNULL)
+        (folder / compare.LOG).touch()
+        return started[folder.name]
+
+    monkeypatch.setattr(compare, "_start", start)
+    return started
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_killed_and_damaged_runs_leave_the_others_alone(tmp_path, capsys, monkeypatch):
+    configs = [settings(seed=seed) for seed in range(4)]
+    damaged, *folders = [tmp_path / compare.run_name(config) for config in configs]
+    compare._prepare(damaged, configs[0])
+    for name in (run_folder.RESULTS, run_folder.CHECKPOINT):
+        (damaged / name).write_bytes(b"damaged")
+    results = {"id": {"accuracy": 0.5, "ece": 0.25}, "time_s": 1.0}
+    code = f"""
+import json, os, pathlib, signal
+if pathlib.Path.cwd().name == {folders[0].name!r}:
+    os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path({run_folder.RESULTS!r}).write_text(json.dumps({results}))
+"""
+    started = started_processes(monkeypatch, code)
+    failed = compare.run_all(configs, tmp_path, jobs=2)
+    printed = capsys.readouterr().out
+    assert sorted(failed) == [damaged.name, folders[0].name] and started.keys() == {path.name for path in folders}
+    assert f"{damaged.name}: FAILED: {damaged / run_folder.CHECKPOINT} is damaged" in printed
+    assert f"{folders[0].name}: FAILED with code {-signal.SIGKILL}: it printed nothing" in printed
+    for path in folders[1:]:
+        assert f"{path.name}: accuracy 0.5000, ECE 0.2500, 1.0 s" in printed
+    assert [f"[{i}/4]" in printed for i in range(1, 5)] == [True] * 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_an_interrupt_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
+    started = started_processes(monkeypatch, "import time; time.sleep(60)")
+
+    def interrupt():
+        _wait(lambda: len(started) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_all([settings(seed=seed) for seed in range(5)], tmp_path, jobs=2)
+    thread.join()
+    assert len(started) == 2
+    assert all(process.returncode == -signal.SIGTERM for process in started.values())
 
 
 def _wait(condition):

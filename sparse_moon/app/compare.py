@@ -8,8 +8,8 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,19 +33,20 @@ TABLE, MARKDOWN, PLOT, LOG = "table.json", "table.md", "plot.png", "log.txt"
 _PLACE = ("seed", "device", "data_root", "download", "ood", "headline")
 # Settings with columns of their own.
 _SHOWN = ("method", "reliability", "without", "sparsity")
-_POLL_S = 0.05
+# What a run's time is compared with: its method and label.
+_REFERENCE = "rigl none"
 
 
 def run_name(config: TrainConfig) -> str:
     """Name of a run's folder: ``rigl-moon-without-tuning-0.95-seed0``."""
     without = f"-without-{'-'.join(config.without)}" if config.without else ""
-    sparsity = "" if config.method == "dense" else f"-{config.sparsity:g}"
+    sparsity = f"-{config.sparsity:g}" if config.method_class.sparse else ""
     return f"{config.method}-{config.reliability}{without}{sparsity}-seed{config.seed}"
 
 
 def row_label(config: TrainConfig, varying: Iterable[str] = ()) -> str:
     """Name of a run's row in the table, with the settings in ``varying``: ``rigl moon:-tuning 0.95 pattern=block8``."""
-    sparsity = [] if config.method == "dense" else [f"{config.sparsity:g}"]
+    sparsity = [f"{config.sparsity:g}"] if config.method_class.sparse else []
     others = [f"{key}={getattr(config, key)}" for key in varying]
     return " ".join([config.method, config.label, *sparsity, *others])
 
@@ -63,12 +64,40 @@ def _exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Processes:
+    """Processes of runs that threads start and wait for. Once they are told to end, no other starts."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._ending = False
+
+    def run(self, folder: Path) -> int:
+        """Run the one of this folder to its end: its exit code."""
+        with self._lock:
+            if self._ending:
+                raise CancelledError
+            process = _start(folder)
+            self._running.add(process)
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._running.discard(process)
+
+    def end(self) -> None:
+        with self._lock:
+            self._ending = True
+            for process in self._running:
+                process.terminate()
+
+
 @_exit_on_sigterm()
 def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> list[str]:
     """Train each run in ``folder / run_name``; skip finished ones, resume interrupted ones.
 
     Each is a process of its own, ``jobs`` at a time; what it prints goes to ``log.txt`` in its folder. One that fails
-    is reported and leaves the others alone.
+    is reported and leaves the others alone, also where it is killed, which would break a pool of processes as a whole.
 
     Returns:
         Names of the runs that failed.
@@ -76,37 +105,36 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> l
     Raises:
         ValueError: a folder of such a name that holds a run with other settings.
     """
-    waiting = {run_name(config): config for config in configs}
-    for name, config in waiting.items():
+    runs = {run_name(config): config for config in configs}
+    for name, config in runs.items():
         _prepare(folder / name, config)
-    total, done = len(waiting), 0
-    running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
+    pool, processes = ThreadPoolExecutor(jobs), _Processes()
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name = next(iter(waiting))
-                del waiting[name]
-                if _finished(folder / name):
-                    done += 1
-                    print(f"[{done}/{total}] {name}: finished before", flush=True)
-                else:
-                    running[name] = _start(folder / name)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                done += 1
-                code = running.pop(name).returncode
-                if code == 0 and _finished(folder / name):
-                    print(f"[{done}/{total}] {name}: {_summary(folder / name)}", flush=True)
-                else:
-                    failed.append(name)
-                    print(f"[{done}/{total}] {name}: FAILED with code {code}: {_reason(folder / name)}", flush=True)
-            time.sleep(_POLL_S if running else 0.0)
+        names = {pool.submit(_train, folder / name, processes): name for name in runs}
+        for done, future in enumerate(as_completed(names), 1):
+            finished, outcome = future.result()
+            if not finished:
+                failed.append(names[future])
+            print(f"[{done}/{len(runs)}] {names[future]}: {outcome}", flush=True)
     finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
+        pool.shutdown(wait=False, cancel_futures=True)
+        processes.end()
+        pool.shutdown()
     return failed
+
+
+def _train(folder: Path, processes: _Processes) -> tuple[bool, str]:
+    """Train a run unless that is done: whether it is finished now, and what came of it in words."""
+    try:
+        if _finished(folder):
+            return True, "finished before"
+        code = processes.run(folder)
+        if code == 0 and _finished(folder):
+            return True, _summary(files.read_json(folder / run_folder.RESULTS))
+        return False, f"FAILED with code {code}: {_reason(folder)}"
+    except (OSError, ValueError) as error:  # such as damaged files
+        return False, f"FAILED: {error}"
 
 
 def _prepare(folder: Path, config: TrainConfig) -> None:
@@ -143,8 +171,7 @@ def _start(folder: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **path})
 
 
-def _summary(folder: Path) -> str:
-    results = files.read_json(folder / run_folder.RESULTS)
+def _summary(results: Mapping[str, Any]) -> str:
     return f"accuracy {results['id']['accuracy']:.4f}, ECE {results['id']['ece']:.4f}, {results['time_s']:.1f} s"
 
 
@@ -196,10 +223,10 @@ def _run_folders(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Run:
-    config: dict[str, Any]
+    config: TrainConfig
+    settings: dict[str, Any]  # those that make runs different experiments
     results: dict[str, Any]
     epoch_s: float
-    headline: str
 
 
 def write_table(folder: Path, relative_times: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -213,8 +240,9 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
 
     Returns:
         What ``table.json`` holds: ``near``, ``far`` and ``ungrouped``, the names of the OOD sets by group;
-        ``headline``, the score of the first run's settings; ``rows``, each with ``settings``, ``label``, ``runs`` and
-        ``figures`` ``{name: {"mean", "std"}}``; std is that of a sample, None for a single run. Shares are in [0, 1].
+        ``headline``, the score of the first run's settings; ``rows``, each with ``label``, ``sparse`` (whether its
+        networks are), ``settings``, ``runs`` and ``figures`` ``{name: {"mean", "std"}}``; std is that of a sample, None
+        for a single run. Shares are in [0, 1].
 
     Raises:
         ValueError: no finished run.
@@ -225,38 +253,36 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
         results = files.read_json(path / run_folder.RESULTS)
         try:
             epochs = [row["time_s"] for row in run_folder.read_metrics(path, results.get("epochs"))]
-            run = _Run(_experiment(config), results, statistics.median(epochs), config.headline)
+            run = _Run(config, _experiment(config), results, statistics.median(epochs))
             _figures(run)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the results in {path} are incomplete: {error!r}") from None
-        groups.setdefault(json.dumps(run.config, sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
     members = list(groups.values())
     varying = [
-        key for key in members[0][0].config
-        if key not in _SHOWN and len({json.dumps(group[0].config[key]) for group in members}) > 1
+        key for key in members[0][0].settings
+        if key not in _SHOWN and len({json.dumps(group[0].settings[key]) for group in members}) > 1
     ]  # fmt: skip
-    base = {_base_key(g[0].config): _seconds(g) for g in members if _is_base(g[0].config)}
+    reference_s = {_kin(group[0]): _seconds(group) for group in members if _is_reference(group[0].config)}
     rows: list[dict[str, Any]] = []
     for group in members:
-        settings = group[0].config
-        seconds = _seconds(group)
-        reference = base.get(_base_key(settings))
+        config, settings = group[0].config, group[0].settings
         gathered: dict[str, list[float]] = {}
         for run in group:
             for name, value in _figures(run).items():
                 gathered.setdefault(name, []).append(value)
         row_figures = {name: _mean_and_std(values) for name, values in gathered.items()}
         shown = {key: settings[key] for key in (*_SHOWN, *varying)}
-        label = row_label(TrainConfig.from_dict(settings), varying)
+        label = row_label(config, varying)
         if relative_times is not None:
             if label in relative_times:
                 row_figures["relative_epoch_time"] = {"mean": relative_times[label], "std": None}
-        elif reference:
+        elif reference := reference_s.get(_kin(group[0])):
             row_figures["relative_epoch_time"] = _mean_and_std([run.epoch_s / reference for run in group])
-        rows.append({"label": label, "settings": shown, "runs": len(group), "epoch_s": seconds,
-                     "figures": row_figures})  # fmt: skip
+        rows.append({"label": label, "sparse": config.method_class.sparse, "settings": shown, "runs": len(group),
+                     "epoch_s": _seconds(group), "figures": row_figures})  # fmt: skip
     rows.sort(key=lambda row: (row["settings"]["sparsity"], row["settings"]["method"], row["label"]))
-    headline = members[0][0].headline
+    headline = members[0][0].config.headline
     table: dict[str, Any] = {**_groups(members[0][0]), "headline": headline, "rows": rows}
     files.write_json(folder / TABLE, table)
     files.write_text(folder / MARKDOWN, format_markdown(table))
@@ -265,12 +291,14 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
     return table
 
 
-def _base_key(config: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in config.items() if key not in ("method", "reliability", "without")})
+def _kin(run: _Run) -> str:
+    """The settings that a run has in common with the reference for its time."""
+    own = ("method", "reliability", "without")
+    return json.dumps({key: value for key, value in run.settings.items() if key not in own})
 
 
-def _is_base(config: Mapping[str, Any]) -> bool:
-    return bool(config["method"] == "rigl" and config["reliability"] == "none")
+def _is_reference(config: TrainConfig) -> bool:
+    return f"{config.method} {config.label}" == _REFERENCE
 
 
 def _seconds(group: Iterable[_Run]) -> float:
@@ -281,7 +309,7 @@ def _groups(run: _Run) -> dict[str, list[str]]:
     """Names of the OOD sets by group."""
     by_group: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in run.results["ood"]:
-        by_group[ood_group(run.config["dataset"], name)].append(name)
+        by_group[ood_group(run.config.dataset, name)].append(name)
     return by_group
 
 
@@ -314,7 +342,7 @@ def format_markdown(table: Mapping[str, Any]) -> str:
         ("accuracy", "accuracy %", 100.0, 2), ("ece", "ECE", 1.0, 4), ("ece_scaled", "ECE after temperature", 1.0, 4),
         ("nll", "NLL", 1.0, 4), ("forward_flops", "forward FLOPs / dense", 1.0, 3),
         ("training_flops", "training FLOPs / dense", 1.0, 3),
-        ("relative_epoch_time", "time an epoch / rigl none", 1.0, 3),
+        ("relative_epoch_time", f"time an epoch / {_REFERENCE}", 1.0, 3),
         *((f"auroc/{group}/{headline}", f"AUROC % {group}, {headline}", 100.0, 2) for group in GROUPS),
     ]  # fmt: skip
     columns = [column for column in columns if any(column[0] in row["figures"] for row in rows)]

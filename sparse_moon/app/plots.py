@@ -205,12 +205,12 @@ def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figu
     for score in scores:
         panels = [(f"auroc/{kind}/{score}", f"AUROC {score}, {kind} OOD") for kind in ("near", "far")]
         columns.append([panel for panel in panels if any(panel[0] in row["figures"] for row in rows)])
-    sparsities = sorted({row["settings"]["sparsity"] for row in rows if row["settings"]["method"] != "dense"})
+    sparsities = sorted({row["settings"]["sparsity"] for row in rows if row["sparse"]})
     several = len(sparsities) > 1
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         words = row["label"].split(" ")
-        if several and row["settings"]["method"] != "dense":
+        if several and row["sparse"]:
             del words[2]  # the sparsity
         lines.setdefault(" ".join(words), []).append(row)
     height = 6.4 + 0.2 * len(lines) / 4 if several else 2 * (1.2 + 0.25 * len(lines))
@@ -225,7 +225,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figu
                 style: dict[str, Any] = {"color": matplotlib.colormaps["tab20"](i % 20), "marker": "o", "markersize": 4}
                 if not several:
                     axes.errorbar(means, [i] * len(means), xerr=spreads, linestyle="", capsize=3, **style)
-                elif line[0]["settings"]["method"] == "dense":
+                elif not line[0]["sparse"]:
                     axes.axhline(means[0] if means else np.nan, label=label, color=style["color"], linestyle="--")
                 else:
                     x = [sparsities.index(row["settings"]["sparsity"]) for row in shown]
