@@ -367,6 +367,11 @@ def test_bad_score_arrays(tmp_path: Path, name: str, array: np.ndarray | None, m
     assert "scores.npz" in str(error.value)
 
 
+def test_averaged_confidences_may_pass_one_by_rounding(run: Path) -> None:
+    np.savez(run / "scores.npz", **(arrays_of(run) | {"confidence": np.full(200, 1 + 1e-7)}))
+    assert "ECE" in page_of(run).text
+
+
 def test_scores_that_are_one_array(run: Path) -> None:
     with (run / "scores.npz").open("wb") as file:
         np.save(file, np.zeros(3))

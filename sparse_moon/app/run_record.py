@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparse_moon import files
 from sparse_moon.app import run_folder
+from sparse_moon.ood.metrics import check_predictions
 
 METRICS = ("auroc", "fpr95", "aupr_in", "aupr_out")
 """What the results hold of each OOD set and score, in [0, 1]."""
@@ -112,12 +114,10 @@ def _read_scores(path: Path, ood: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     for key in ("confidence", "correct", *named, *of_id):
         if key not in arrays:
             raise ValueError(f"{path} has no array {key!r}")
-    confidence, correct = arrays["confidence"], arrays["correct"]
-    if confidence.shape != correct.shape or not ((confidence >= 0) & (confidence <= 1)).all():
-        raise ValueError(
-            f"{path} is damaged: expected a confidence in [0, 1] for each of the {len(correct)} images, got shape "
-            f"{confidence.shape} and {confidence.min():g} to {confidence.max():g}"
-        )
+    try:
+        check_predictions(*map(torch.from_numpy, (arrays["confidence"], arrays["correct"])), bounded=True)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     return arrays
 
 
