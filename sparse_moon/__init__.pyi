@@ -14,14 +14,7 @@ from . import (
 )
 from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from .allocation import allocate
-from .averaging import (
-    EMA,
-    PredictionAverage,
-    StochasticPasses,
-    TicketAverage,
-    WeightAverage,
-    refresh_batch_norm,
-)
+from .averaging import EMA, PredictionAverage, StochasticPasses, TicketAverage, WeightAverage
 from .losses import AbstainingLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
 from .nn import (
     SparseConv2d,
@@ -32,6 +25,7 @@ from .nn import (
     linear_conv2d_sparsity,
     live_outputs,
     overall_sparsity,
+    refresh_batch_norm,
     sparse_layers,
     sparsify,
 )

@@ -20,8 +20,6 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md",
 MOST_LINES = {"sparse_moon": 400, "kernels": 400, "csrc": 500, "tests": 500, "benchmarks": 500}
 # Each of these wants to be two files; none may grow.
 LONGER = {
-    "sparse_moon/averaging.py": 469,
-    "sparse_moon/losses.py": 413,
     "tests/test_algorithms_methods.py": 661,
     "tests/test_metrics.py": 537,
     "tests/test_ood.py": 541,

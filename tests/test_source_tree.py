@@ -58,7 +58,7 @@ def test_the_program_starts_there_by_its_name(clone):
 
 
 def test_a_clone_that_is_not_what_is_installed_says_so(clone):
-    with (clone / "sparse_moon" / "losses.py").open("a") as file:
+    with (clone / "sparse_moon" / "schedules.py").open("a") as file:
         file.write("\nEDITED = True\n")
     result = run(clone, "-W", "always", "-c", PROGRAM)
     assert result.returncode == 0 and result.stderr.count("Warning: ") == 1

@@ -1,5 +1,6 @@
 """Sparse layers, the conversion of whole models, and what a model is made of."""
 
+from sparse_moon.nn.batch_norm import refresh_batch_norm
 from sparse_moon.nn.convert import densify, layer_densities, sparsify
 from sparse_moon.nn.inspect import (
     evaluation_mode,
@@ -26,6 +27,7 @@ __all__ = [
     "linear_conv2d_sparsity",
     "live_outputs",
     "overall_sparsity",
+    "refresh_batch_norm",
     "sparse_layers",
     "sparsify",
     "weight_layers",
