@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import get_args
 
@@ -25,6 +26,29 @@ LONGER = {
     "tests/test_ood.py": 541,
     "tests/test_ood_detectors.py": 678,
 }
+# Each goes through the dispatcher to an operator that is defined in a file above.
+CIRCULAR = {("sparse_moon.ops.sparse_conv2d.dense", "sparse_moon.ops.sparse_conv2d.api")}
+
+
+def run_nodes(tree):
+    """All of a tree but what is under ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node = ast.Module(body=node.orelse, type_ignores=[])
+        yield node
+        yield from run_nodes(node)
+
+
+def imports_of(node):
+    """Each module that a statement imports and, where names come from it, each name; and what it is called here."""
+    if isinstance(node, ast.Import):
+        return [(alias.name, None, alias.asname or alias.name) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        module = ".".join(
+            filter(None, ("sparse_moon" if node.level else None, node.module))
+        )  # relative: in __init__.pyi
+        return [(module, alias.name, alias.asname or alias.name) for alias in node.names]
+    return []
 
 
 # Files of the application that still know a method by name.
@@ -33,12 +57,8 @@ WORDS = {"none", "set"}  # which mean other things as well: they count where som
 
 
 def imports(tree):
-    """Each imported module and, where names come from it, each name; those inside functions as well."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None, alias.asname or alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((node.module or ".", alias.name, alias.asname or alias.name) for alias in node.names)
+    """Those of a whole file, inside functions as well."""
+    return [found for node in ast.walk(tree) for found in imports_of(node)]
 
 
 def is_private(name):
@@ -59,6 +79,49 @@ def private_uses(path):
             module = modules.get(node.value.id, "")
             if (ROOT / f"{module.replace('.', '/')}.py").is_file():
                 yield module
+
+
+def modules():
+    """The file of each module by its dotted name."""
+    folders = [(ROOT / "sparse_moon", PACKAGE, "sparse_moon"), (ROOT / "kernels", KERNELS, "sparse_moon.kernels")]
+    return {
+        ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
+        for folder, paths, package in folders
+        for path in paths
+    }
+
+
+def operator_of(call, *functions):
+    """The operator that a call of one of these functions is about, or None."""
+    if not call.args or ast.unparse(call.func) not in functions:
+        return None
+    first = call.args[0].values[0] if isinstance(call.args[0], ast.JoinedStr) else call.args[0]
+    return first.value.partition("(")[0] if isinstance(first, ast.Constant) else None
+
+
+def uses_of_modules():
+    """The modules that each module imports, or whose operators it calls by their names."""
+    files = modules()
+    nodes = {name: list(run_nodes(ast.parse(path.read_text(encoding="utf-8")))) for name, path in files.items()}
+    nodes["sparse_moon"] += run_nodes(ast.parse(files["sparse_moon"].with_suffix(".pyi").read_text(encoding="utf-8")))
+    calls = {name: [node for node in nodes[name] if isinstance(node, ast.Call)] for name in files}
+    home = {operator_of(call, "define", "Product"): name for name in files for call in calls[name]}
+    uses = {}
+    for name in files:
+        imported = (
+            f"{module}.{attribute}" if f"{module}.{attribute}" in files else module
+            for node in nodes[name]
+            for module, attribute, _ in imports_of(node)
+        )
+        operators = {operator_of(call, "call", "implement") for call in calls[name]}
+        operators |= {
+            node.attr
+            for node in nodes[name]
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.ops.sparse_moon"
+        }
+        homes = {home[operator] for operator in operators - {None}}
+        uses[name] = {used for used in (*imported, *homes) if used in files and used != name}
+    return uses
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
@@ -94,6 +157,16 @@ def test_the_application_knows_no_method_by_name():
     found = {name: named for name, named in found.items() if named}
     assert found.keys() <= KNOWING, "ask the method's class"
     assert not KNOWING - found.keys(), "these know none any more: take them from the list"
+
+
+def test_no_module_uses_itself_by_way_of_others():
+    uses = uses_of_modules()
+    for user, used in CIRCULAR:
+        uses[user].remove(used)
+    try:
+        TopologicalSorter(uses).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(reversed(error.args[1]))}")
 
 
 def test_files_are_short():
