@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparse_moon import ops
 from sparse_moon.nn import sparse_layers
 from sparse_moon.random_mask import RandomMask
-from sparse_moon.topology import build_index
+from sparse_moon.topology import Topology, build_index
 
 
 class _Average(nn.Module):
@@ -21,6 +21,10 @@ class _Average(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device))
+
+    def _check_started(self) -> None:
+        if self.count == 0:
+            raise ValueError("no model has been averaged yet")
 
     def _buffers_named(self, prefix: str) -> list[Tensor]:
         return [buffer for name, buffer in self.named_buffers() if name.startswith(prefix)]
@@ -89,8 +93,7 @@ class WeightAverage(_Average):
         Raises:
             ValueError: nothing has been averaged yet, or another topology.
         """
-        if self.count == 0:
-            raise ValueError("no model has been averaged yet")
+        self._check_started()
         self._check(model)
         for parameter, average in zip(_averaged(model), self._buffers_named("average_"), strict=True):
             parameter.copy_(average)
@@ -108,7 +111,34 @@ class WeightAverage(_Average):
             )
 
 
-class EMA(_Average):
+class _PlacedAverage(_Average):
+    """Averages of the sparse layers' values with their places, which need not be the model's."""
+
+    @staticmethod
+    def _others(model: nn.Module) -> list[Tensor]:
+        """What is averaged besides the sparse layers' values."""
+        return _unmasked(model)
+
+    def _kept(self, i: int, topology: Topology) -> tuple[Tensor, Tensor]:
+        """Places and values that a layer gets, the i-th, which has this topology now."""
+        return self.get_buffer(f"place_{i}"), self.get_buffer(f"value_{i}")
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the average into a model of the same structure, whose topology becomes the average's.
+
+        Raises:
+            ValueError: nothing has been averaged yet.
+        """
+        self._check_started()
+        for i, layer in enumerate(sparse_layers(model).values()):
+            places, values = self._kept(i, layer.topology)
+            layer.replace_(build_index(places, layer.topology.grid), values.to(layer.values.dtype))
+        for tensor, average in zip(self._others(model), self._buffers_named("average_"), strict=True):
+            tensor.copy_(average)
+
+
+class EMA(_PlacedAverage):
     """Exponential moving average of a model whose topology moves: ``avg <- decay avg + (1 - decay) w``.
 
     At every weight that the model has now it is the average of the dense weights, those that were away counting as 0: a
@@ -166,21 +196,6 @@ class EMA(_Average):
                 average.copy_(tensor)
         self.count += 1
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Write the average into a model of the same structure, with its topology.
-
-        Raises:
-            ValueError: nothing has been averaged yet.
-        """
-        if self.count == 0:
-            raise ValueError("no model has been averaged yet")
-        for i, layer in enumerate(sparse_layers(model).values()):
-            values = self.get_buffer(f"value_{i}").to(layer.values.dtype)
-            layer.replace_(build_index(self.get_buffer(f"place_{i}"), layer.topology.grid), values)
-        for tensor, average in zip(self._others(model), self._buffers_named("average_"), strict=True):
-            tensor.copy_(average)
-
 
 def _wide(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
@@ -196,7 +211,7 @@ def _follow(average: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return result
 
 
-class TicketAverage(_Average):
+class TicketAverage(_PlacedAverage):
     """Average of networks of different topologies, pruned back to the size of one (Sup-tickets, Yin et al. 2022).
 
     A weight that a network lacks counts as 0. What exists in any of them is kept until :meth:`copy_to` prunes each
@@ -229,22 +244,11 @@ class TicketAverage(_Average):
             average.lerp_(parameter, share.to(average.dtype))
         self.count += 1
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Write the average, pruned, into a model of the same structure; its topology changes.
-
-        Raises:
-            ValueError: nothing has been averaged yet.
-        """
-        if self.count == 0:
-            raise ValueError("no model has been averaged yet")
-        for i, layer in enumerate(sparse_layers(model).values()):
-            values, topology = self.get_buffer(f"value_{i}"), layer.topology
-            best = topology.value_scores(values).sort(descending=True, stable=True).indices[: topology.num_blocks]
-            best = best.sort().values
-            layer.replace_(build_index(self.get_buffer(f"place_{i}")[best], topology.grid), values[best])
-        for parameter, average in zip(_unmasked(model), self._buffers_named("average_"), strict=True):
-            parameter.copy_(average)
+    def _kept(self, i: int, topology: Topology) -> tuple[Tensor, Tensor]:
+        places, values = super()._kept(i, topology)
+        best = topology.value_scores(values).sort(descending=True, stable=True).indices[: topology.num_blocks]
+        best = best.sort().values
+        return places[best], values[best]
 
 
 class PredictionAverage(nn.Module):
