@@ -30,21 +30,9 @@ def _coefficients(ce, u, wrong, y, w, classes):
 
 @triton.jit
 def _whole_rows(
-    p_z,
-    stride_row,
-    p_target,
-    stride_target,
-    p_w,
-    p_grad,
-    p_loss,
-    p_statistics,
-    p_sums,
-    batch,
-    classes,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    ONE_PROGRAM: tl.constexpr,
-):
+    p_z, stride_row, p_target, stride_target, p_w, p_grad, p_loss, p_statistics, p_sums, batch, classes,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, ONE_PROGRAM: tl.constexpr,
+):  # fmt: skip
     """Rows that fit in registers, (ROWS, CLASSES) at a time: read once, written once. Sums: (4, programs)."""
     w = tl.load(p_w).to(tl.float32)
     o_class = tl.arange(0, CLASSES)[None, :]
@@ -89,20 +77,9 @@ def _whole_rows(
 
 @triton.jit
 def _long_row(
-    p_z,
-    stride_row,
-    p_target,
-    stride_target,
-    p_w,
-    p_grad,
-    p_loss,
-    p_statistics,
-    p_sums,
-    batch,
-    classes,
-    CLASSES: tl.constexpr,
-    ONE_PROGRAM: tl.constexpr,
-):
+    p_z, stride_row, p_target, stride_target, p_w, p_grad, p_loss, p_statistics, p_sums, batch, classes,
+    CLASSES: tl.constexpr, ONE_PROGRAM: tl.constexpr,
+):  # fmt: skip
     """A row a program, in chunks: once for maximum and sum together (online softmax), once more for the gradient."""
     w = tl.load(p_w).to(tl.float32)
     row = tl.program_id(0).to(tl.int64)

@@ -1,12 +1,9 @@
 #pragma once
 #include <cstdint>
 
+#include "host_device.h"
+
 // Plain functions for host and device; no standard containers.
-#ifdef __CUDACC__
-#define SPARSE_MOON_HOST_DEVICE __host__ __device__
-#else
-#define SPARSE_MOON_HOST_DEVICE
-#endif
 
 namespace sparse_moon {
 

@@ -6,11 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SPARSE_MOON_HOST_DEVICE __host__ __device__
-#else
-#define SPARSE_MOON_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 #if defined(__CUDACC__) || defined(SPARSE_MOON_CUDA_ON_HOST)
 #define SPARSE_MOON_CUDA_KERNELS

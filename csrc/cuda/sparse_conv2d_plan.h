@@ -142,6 +142,18 @@ void run_correlate(Device& device, const CorrelateJob<T>& job) {
                                [&](auto tile) { device.template correlate<tile>(job); });
 }
 
+// What the jobs of all passes share: the panel that they read, and the entries in its vectors.
+template <template <class> class Job, class T>
+Job<T> job_over(const Plan& p, const Vec<T>* panel, const Entry* entries) {
+    Job<T> job{};
+    job.panel = p.panel;
+    job.height = p.axes.height;
+    job.width = p.axes.width;
+    job.source = panel;
+    job.entries = entries;
+    return job;
+}
+
 template <class T, class Device>
 void forward(Device& device, const Conv2d& conv, const Conv2dIndex& index, const T* values, const T* input,
              const T* bias, T* output, void* workspace) {
@@ -151,12 +163,7 @@ void forward(Device& device, const Conv2d& conv, const Conv2dIndex& index, const
     const EntryJob<T> entry_job{p.panel, make_taps(conv), index.n, index.col, values, entries};
     device.prepare(entry_job, PackJob<T>{p.panel, p.axes.height, p.axes.width, input, panel});
 
-    CorrelateJob<T> job{};
-    job.panel = p.panel;
-    job.height = p.axes.height;
-    job.width = p.axes.width;
-    job.source = panel;
-    job.entries = entries;
+    auto job = job_over<CorrelateJob, T>(p, panel, entries);
     job.starts = index.row_ptr;
     job.channels = conv.out_channels;
     job.group_channels = conv.out_channels / conv.groups;
@@ -181,12 +188,7 @@ void input_gradient(Device& device, const Conv2d& conv, const Conv2dIndex& index
                                     values,       entries,       starts};
     device.prepare(entry_job, PackJob<T>{p.panel, p.axes.height, p.axes.width, grad, panel});
 
-    CorrelateJob<T> job{};
-    job.panel = p.panel;
-    job.height = p.axes.height;
-    job.width = p.axes.width;
-    job.source = panel;
-    job.entries = entries;
+    auto job = job_over<CorrelateJob, T>(p, panel, entries);
     job.starts = starts;
     job.channels = conv.in_channels;
     job.group_channels = group_channels;
@@ -210,14 +212,9 @@ void values_gradient(Device& device, const Conv2d& conv, const Conv2dIndex& inde
     device.prepare(entry_job, PackJob<T>{p.panel, p.axes.height, p.axes.width, input, panel},
                    PackJob<T>{p.grad_panel, p.grad_axes.height, p.grad_axes.width, grad, grad_panel});
 
-    DotsJob<T> job{};
-    job.panel = p.panel;
+    auto job = job_over<DotsJob, T>(p, panel, entries);
     job.grad_panel = p.grad_panel;
-    job.height = p.axes.height;
-    job.width = p.axes.width;
-    job.source = panel;
     job.grad = grad_panel;
-    job.entries = entries;
     job.row_ptr = index.row_ptr;
     job.n = index.n;
     job.channels = conv.out_channels;
