@@ -37,11 +37,11 @@ from sparse_moon.kernels.sum_splits import sum_splits
 
 # of the copied input of vectors: bounds the workspace, and is large enough that a layer is seldom more than one or two
 # launches (32 MiB would stay in L2, but four times the launches cost more than that wherever the host is in the way)
-_COPY_BYTES = 128 * 2**20
+COPY_BYTES = 128 * 2**20
 _PROGRAMS = 4 * 132  # four programs on each multiprocessor of an H200
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """A convolution, as in the public functions."""
 
     weight_shape: tuple[int, ...]
@@ -79,7 +79,7 @@ def _values_tiles(block: tuple[int, ...], dtype: torch.dtype, precision: str) ->
 
 
 def _gathered(
-    input: Tensor, output: Tensor, block: tuple[int, ...], geometry: _Geometry
+    input: Tensor, output: Tensor, block: tuple[int, ...], geometry: Geometry
 ) -> Iterator[tuple[list[Launch], Tensor, Tensor, dict[str, Any]]]:
     """Groups of images: what to launch first, the input to gather from, their output, and the kernels' geometry."""
     images, channels, height, width = input.shape
@@ -100,7 +100,7 @@ def _gathered(
     copy_height = (out_height - 1) * geometry.stride[0] + (kh - 1) * geometry.dilation[0] + 1
     pitch = triton.cdiv(out_width, 8)
     size = channels * kw * copy_height * pitch * 8
-    group = max(1, _COPY_BYTES // (size * input.element_size()))
+    group = max(1, COPY_BYTES // (size * input.element_size()))
     group = triton.cdiv(images, triton.cdiv(images, group)) if images else 1  # equal groups
     copy = torch.empty(min(group, images) * size, dtype=input.dtype, device=input.device)
     for first in range(0, images, group):
@@ -122,7 +122,7 @@ def _positions(output: Tensor, arguments: dict[str, Any]) -> int:
 
 def _forward_launches(
     input: Tensor, values: Tensor, bias: Tensor | None, row_ptr: Tensor, col: Tensor, output: Tensor,
-    geometry: _Geometry, allow_tf32: bool,
+    geometry: Geometry, allow_tf32: bool,
 ) -> Iterator[Launch]:  # fmt: skip
     precision = precision_of(input.dtype, allow_tf32)
     tiles = _tiles(values.shape[1], input.dtype, precision)
@@ -137,7 +137,7 @@ def _forward_launches(
 
 def _input_grad_launch(
     grad: Tensor, values: Tensor, t_ptr: Tensor, t_row: Tensor, t_perm: Tensor, output: Tensor,
-    geometry: _Geometry, allow_tf32: bool,
+    geometry: Geometry, allow_tf32: bool,
 ) -> Launch:  # fmt: skip
     images, channels, height, width = output.shape
     outputs, channels_per_group, kh, kw = geometry.weight_shape
@@ -156,9 +156,10 @@ def _input_grad_launch(
     ), tiles.num_warps, tiles.num_stages)  # fmt: skip
 
 
-def _values_grad_launches(
-    grad: Tensor, input: Tensor, row_ptr: Tensor, col: Tensor, output: Tensor, geometry: _Geometry, allow_tf32: bool
+def values_grad_launches(
+    grad: Tensor, input: Tensor, row_ptr: Tensor, col: Tensor, output: Tensor, geometry: Geometry, allow_tf32: bool
 ) -> Iterator[Launch]:
+    """What :func:`sparse_conv2d_values_grad` launches, in order."""
     block, precision = output.shape[1:], precision_of(grad.dtype, allow_tf32)
     tiles = _values_tiles(block, grad.dtype, precision)
     rows, n = grad.shape[1] // block[0], col.numel()
@@ -184,7 +185,7 @@ def _values_grad_launches(
         yield sum_splits(sums, output, 256, num_warps=2)
 
 
-def _check(block: tuple[int, ...], geometry: _Geometry, *images: Tensor) -> None:
+def _check(block: tuple[int, ...], geometry: Geometry, *images: Tensor) -> None:
     dtype = images[0].dtype
     if not takes(block, geometry.weight_shape, geometry.groups, dtype):
         raise ValueError(
@@ -196,7 +197,7 @@ def _check(block: tuple[int, ...], geometry: _Geometry, *images: Tensor) -> None
             raise ValueError(f"tensors must be channels_last, got strides {tensor.stride()} of {tuple(tensor.shape)}")
 
 
-_BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (8, 1), (16, 1), (32, 1)]
+BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (8, 1), (16, 1), (32, 1)]
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -204,7 +205,7 @@ def takes(block: tuple[int, ...], weight_shape: tuple[int, ...], groups: int, dt
     """Whether the kernels below work for this block, weight (O, C/groups, kh, kw) and element type."""
     outputs, channels = weight_shape[:2]
     return (
-        dtype in _DTYPES and tuple(block) in _BLOCKS and outputs % (groups * block[0]) == 0 and channels % block[1] == 0
+        dtype in _DTYPES and tuple(block) in BLOCKS and outputs % (groups * block[0]) == 0 and channels % block[1] == 0
     )
 
 
@@ -228,7 +229,7 @@ def sparse_conv2d(
     Raises:
         ValueError: a case that :func:`takes` refuses, or tensors that are not channels_last.
     """
-    geometry = _Geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = Geometry(weight_shape, stride, padding, dilation, groups)
     _check(values.shape[1:], geometry, input, output)
     for launch in _forward_launches(input, values, bias, row_ptr, col, output, geometry, allow_tf32):
         launch()
@@ -244,7 +245,7 @@ def sparse_conv2d_input_grad(
     Blocks (b, b) only. ``t_ptr``, ``t_row`` and ``t_perm`` are the transpose index, int32; all else as in
     :func:`sparse_conv2d`.
     """
-    geometry = _Geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = Geometry(weight_shape, stride, padding, dilation, groups)
     _check(values.shape[1:], geometry, grad, output)
     if values.shape[2] == 1:
         raise ValueError(f"no kernel for the input gradient of vectors, got blocks {tuple(values.shape[1:])}")
@@ -261,9 +262,9 @@ def sparse_conv2d_values_grad(
     The same inputs give the same bits: partial sums over positions are added in a fixed order. All else as in
     :func:`sparse_conv2d`.
     """
-    geometry = _Geometry(weight_shape, stride, padding, dilation, groups)
+    geometry = Geometry(weight_shape, stride, padding, dilation, groups)
     _check(output.shape[1:], geometry, grad, input)
-    for launch in _values_grad_launches(grad, input, row_ptr, col, output, geometry, allow_tf32):
+    for launch in values_grad_launches(grad, input, row_ptr, col, output, geometry, allow_tf32):
         launch()
 
 
@@ -272,9 +273,9 @@ def variants() -> Variants:
 
     float16 takes the tiles of bfloat16, and no more than the type of the matrix instruction differs.
     """
-    common = _Geometry((256, 256, 3, 3), (1, 1), (1, 1), (1, 1), 1)
-    strided = _Geometry((256, 256, 3, 3), (2, 2), (0, 0), (2, 2), 1)
-    cases = [(block, dtype, tf32, common) for block in _BLOCKS
+    common = Geometry((256, 256, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    strided = Geometry((256, 256, 3, 3), (2, 2), (0, 0), (2, 2), 1)
+    cases = [(block, dtype, tf32, common) for block in BLOCKS
              for dtype, tf32 in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))]  # fmt: skip
     cases += [(block, torch.float16, True, strided) for block in ((32, 32), (16, 1))]
     seen = set()
@@ -286,7 +287,7 @@ def variants() -> Variants:
         for launch in (
             *_forward_launches(x, values, y[0, :, 0, 0], index, index[:6], y, geometry, tf32),
             *([_input_grad_launch(y, values, index, index, index, x, geometry, tf32)] if block[1] > 1 else []),
-            *_values_grad_launches(y, x, index, index[:6], values, geometry, tf32),
+            *values_grad_launches(y, x, index, index[:6], values, geometry, tf32),
         ):
             kernel = launch.kernel.fn.__name__
             same = {name: value for name, value in launch.arguments.items() if not isinstance(value, Tensor)}

@@ -160,9 +160,10 @@ def _splits(programs: int, tokens: int) -> int:
     return max(1, min(triton.cdiv(_ENOUGH_PROGRAMS, max(programs, 1)), tokens // 256))
 
 
-def _values_grad(
+def values_grad_launches(
     grad: Tensor, input: Tensor, row_ptr: Tensor, col: Tensor, output: Tensor, allow_tf32: bool
 ) -> list[Launch]:
+    """What :func:`sparse_linear_values_grad` launches, in order."""
     (n, bh, bw), tokens, n_rows = (output.shape[0], *_block(output)), input.shape[0], row_ptr.numel() - 1
     precision, launches = precision_of(input.dtype, allow_tf32), []
     x, s_x = input, _row_stride("input", input)
@@ -247,7 +248,7 @@ def sparse_linear_values_grad(
 
     Sums over tokens in an order that depends on the shapes alone: the same operands give the same bits.
     """
-    for launch in _values_grad(grad, input, row_ptr, col, output, allow_tf32):
+    for launch in values_grad_launches(grad, input, row_ptr, col, output, allow_tf32):
         launch()
 
 
@@ -271,8 +272,8 @@ def variants() -> Variants:
         launches = [
             *_forward(long[0], values, bias, row_ptr, col, long[1], allow_tf32),
             *_input_grad(long[1], values, t_ptr, col, col, long[0], allow_tf32),
-            *_values_grad(long[1], long[0], row_ptr, col, values, allow_tf32),
-            *_values_grad(short[1], short[0], row_ptr, col, values, allow_tf32),
+            *values_grad_launches(long[1], long[0], row_ptr, col, values, allow_tf32),
+            *values_grad_launches(short[1], short[0], row_ptr, col, values, allow_tf32),
         ]
         for launch in launches:
             precision = launch.arguments.get("PRECISION")

@@ -84,3 +84,16 @@ def _reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def nothing_measured() -> Iterator[None]:
+    """No crossovers but those of the stored tables."""
+    from sparse_moon.ops import choice
+
+    before = choice.remembered()
+    choice.forget()
+    yield
+    choice.forget()
+    for work, crossover in before.items():
+        choice.remember(work, crossover)

@@ -61,7 +61,7 @@ def settings(draw: Draw) -> Any:
     native.set_isa(draw("isa", native.supported_isas()))
     native.set_flat_panels(draw("flat", ("faster", "possible", "never")))
     torch.set_num_threads(draw("threads", (1, 2, 3)))
-    choice._WINOGRAD_TILES = draw("winograd_tiles", (1, 32))
+    choice.WINOGRAD_TILES = draw("winograd_tiles", (1, 32))
     shapes_of.cache_clear()
     return ops.use_backend(draw("backend", ("auto", "kernel", "kernel", "dense", "reference")))
 

@@ -14,12 +14,10 @@ from sparse_moon.ops.choice import PASSES, Work
 from sparse_moon.ops.native import native
 
 LINEAR_PASSES = PASSES[:3]
-pytestmark = pytest.mark.skipif(native is None, reason="needs the compiled CPU kernels")
-
-
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch):
-    monkeypatch.setattr(choice, "_measured", {})
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="needs the compiled CPU kernels"),
+    pytest.mark.usefixtures("nothing_measured"),
+]
 
 
 def conv():
@@ -115,24 +113,27 @@ def test_nearest_neighbour(monkeypatch):
         (base._replace(pass_="values_grad"), 0.6),
     ]
     monkeypatch.setattr(choice, "table", lambda device: table)
-    for name in ("_nearest", "_measured_of"):
-        monkeypatch.setattr(choice, name, getattr(choice, name).__wrapped__)
+
+    def measure(work, crossover):
+        table.append((work, crossover))
+        choice.forget()
+
     for work, value in table:
         assert choice.crossover(work) == value
     assert choice.crossover(base._replace(batch=2, inputs=48)) == 0.2
     assert choice.crossover(base._replace(positions=4)) == pytest.approx(0.1)
-    table.append((base._replace(positions=64), 0.3))  # as far from 128 positions as those of 256
+    measure(base._replace(positions=64), 0.3)  # as far from 128 positions as those of 256
     assert choice.crossover(base._replace(positions=128)) == pytest.approx(0.2)
-    table.append((base._replace(channels_last=True), 0.7))
+    measure(base._replace(channels_last=True), 0.7)
     assert choice.crossover(base._replace(channels_last=True)) == 0.7
     assert choice.crossover(base._replace(channels_last=True, taps=1)) == 0.3  # a layout counts less than a kind
     assert choice.crossover(base._replace(block=(16, 16))) == choice.crossover(base._replace(dtype="bfloat16")) == 0.0
     assert choice.crossover(base._replace(batch=1, taps=1)) == 0.3
     assert choice.crossover(base._replace(positions=1, taps=1, inputs=4096, batch=1)) == 0.5
     assert choice.crossover(base._replace(pass_="grads")) == 0.0
-    table.append((base._replace(inputs=1), 0.9))  # whose dense product is not Winograd's
+    measure(base._replace(inputs=1), 0.9)  # whose dense product is not Winograd's
     assert choice.crossover(base._replace(inputs=12)) == 0.9 and choice.crossover(base._replace(inputs=17)) == 0.1
-    table.append((base._replace(pass_="grads"), 0.3))
+    measure(base._replace(pass_="grads"), 0.3)
     assert choice.crossover(base._replace(pass_="grads")) == 0.3
 
 
@@ -142,8 +143,6 @@ def test_stored_table_covers_every_pass(isa, monkeypatch):
     stored = choice.table.__wrapped__("cpu")
     assert {work.pass_ for work, _ in stored} == set(PASSES)
     monkeypatch.setattr(choice, "table", lambda device: stored)
-    for name in ("_nearest", "_measured_of"):
-        monkeypatch.setattr(choice, name, getattr(choice, name).__wrapped__)
     for pass_ in PASSES:
         for work in (Work(pass_, 1, 3, 64, 1024, 49, 2, 1), Work(pass_, 2048, 768, 3072, 1, 1, 1, 1)):
             assert 0.0 <= choice.crossover(work) <= 1.0
@@ -181,7 +180,7 @@ def test_tune_takes_what_is_faster(monkeypatch):
     monkeypatch.setattr(tuning, "kernel_gain", lambda run, device: 0.6)
     sm.tune(model, (3, 8, 8), 5)
     assert tuning.chosen_backends(model[3], (5, 8 * 36)) == dict.fromkeys(LINEAR_PASSES, "dense")
-    assert set(choice._measured) == {
+    assert choice.remembered().keys() == {
         *[Work(p, 5, 3, 8, 36, 9, 1, 1) for p in PASSES],
         *[Work(p, 5, 8 * 36, 32, 1, 1, 1, 1) for p in LINEAR_PASSES],
     }
@@ -242,7 +241,7 @@ def test_a_new_shape_costs_little():
     for work in shapes[1:]:
         choice.crossover(work)
     assert (time.perf_counter() - start) / 199 < 5e-4  # 1 ms before, 40 us now
-    assert choice._nearest.cache_info().maxsize == 4096
+    assert choice.nearest.cache_info().maxsize == 4096
 
 
 @pytest.mark.parametrize("make", [conv, lambda: (sm.SparseLinear(40, 24, sparsity=0.9), (5, 40))])

@@ -82,13 +82,13 @@ def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: t
 @contextmanager
 def by_winograd():
     """Dense products instead of the sparse kernels, those of Winograd also where they are slow."""
-    before, choice._WINOGRAD_TILES = choice._WINOGRAD_TILES, 1
+    before, choice.WINOGRAD_TILES = choice.WINOGRAD_TILES, 1
     conv2d.shapes_of.cache_clear()
     try:
         with use_backend("dense"):
             yield
     finally:
-        choice._WINOGRAD_TILES = before
+        choice.WINOGRAD_TILES = before
         conv2d.shapes_of.cache_clear()
 
 

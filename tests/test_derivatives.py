@@ -79,7 +79,7 @@ def test_gradient_penalty(kind, images, training):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_penalty_in_float32(kind, images, kernels, monkeypatch):
     if not kernels:
-        monkeypatch.setattr(registry, "_kernels", {})
+        monkeypatch.setattr(registry, "KERNELS", {})
     images = images.detach().float().requires_grad_()
     pair = [model.float() for model in networks(kind)]
     with sm.ops.use_backend("kernel" if kernels else "auto"):

@@ -360,9 +360,9 @@ def test_vim_against_a_loop(extra, dim):
 
 
 def test_vim_default_dimension():
-    from sparse_moon.ood.features import _principal_dim
+    from sparse_moon.ood.features import principal_dim
 
-    assert [_principal_dim(n) for n in (1, 7, 512, 767, 768, 2047, 2048)] == [0, 3, 256, 383, 512, 512, 1000]
+    assert [principal_dim(n) for n in (1, 7, 512, 767, 768, 2047, 2048)] == [0, 3, 256, 383, 512, 512, 1000]
 
 
 def test_vim_without_a_residual_is_the_energy():

@@ -45,20 +45,20 @@ def test_direct_calls_give_the_operators_bits(layer, image, monkeypatch):
     with Watch() as watch:
         seen = gradients(layer, image)
     assert {OPERATORS.sparse_conv2d.default, OPERATORS.sparse_conv2d_grads.default} <= set(watch.seen)
-    monkeypatch.setattr(registry, "_kernels", {})
+    monkeypatch.setattr(registry, "KERNELS", {})
     dispatched = gradients(layer, image)
     monkeypatch.undo()
     for direct, other, third in zip(gradients(layer, image), dispatched, seen, strict=True):
         assert torch.equal(direct, other) and torch.equal(direct, third)
 
 
-@pytest.mark.skipif(("sparse_conv2d", "cpu") not in registry._kernels, reason="needs the compiled kernels")
+@pytest.mark.skipif(("sparse_conv2d", "cpu") not in registry.KERNELS, reason="needs the compiled kernels")
 def test_eager_execution_calls_the_kernel(layer, image, monkeypatch):
     calls = []
     for operator in ("sparse_conv2d", "sparse_conv2d_grads"):
-        kernel = registry._kernels[operator, "cpu"]
+        kernel = registry.KERNELS[operator, "cpu"]
         monkeypatch.setitem(
-            registry._kernels,
+            registry.KERNELS,
             (operator, "cpu"),
             lambda *inputs, kernel=kernel: (calls.append(kernel), kernel(*inputs))[1],
         )

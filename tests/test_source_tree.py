@@ -80,7 +80,7 @@ def test_missing_kernels_are_explained_by_what_is_true(monkeypatch, source_tree)
     monkeypatch.setattr(native.importlib, "import_module", missing)
     monkeypatch.setattr(native, "is_source_tree", lambda: source_tree)
     with pytest.warns(RuntimeWarning, match="without its compiled CPU kernels") as caught:
-        assert native._load() is None
+        assert native.load() is None
     text = str(caught[0].message)
     assert ("pip install -e ." in text) == source_tree and ("compiler and reinstall" in text) != source_tree
     monkeypatch.setattr(native, "native_cuda", None)

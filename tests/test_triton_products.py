@@ -77,10 +77,10 @@ def test_conv2d_products(block, layout):
     ((2, 2), "triton", "dense"), ((2, 2), "auto", "dense"), ((1, 1), "triton", "dense"),
     ((1, 1), "cuda", "cuda"), ((1, 1), "kernel", "cuda"), ((1, 1), "auto", "dense"),
 ])  # fmt: skip
-def test_what_runs(block, backend, expected, monkeypatch):
+@pytest.mark.usefixtures("nothing_measured")
+def test_what_runs(block, backend, expected):
     if expected == "cuda" and native_cuda is None:
         expected = "dense"
-    monkeypatch.setattr(choice, "_measured", {})
     topology = Topology.random((32, 32), 0.5, block)
     x, values = torch.randn(4, 32), torch.randn(topology.values_shape)
     plan = Plan(tuple(t.to("meta") for t in topology.index), block)
@@ -129,8 +129,8 @@ def test_layers_on_the_gpu(pattern, dtype, backend):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", ["unstructured", "block64"])
-def test_tune_takes_the_kernel_of_a_very_sparse_layer_on_the_gpu(pattern, monkeypatch):
-    monkeypatch.setattr(choice, "_measured", {})
+@pytest.mark.usefixtures("nothing_measured")
+def test_tune_takes_the_kernel_of_a_very_sparse_layer_on_the_gpu(pattern):
     layer = sm.SparseLinear(4096, 4096, sparsity=0.99, pattern=pattern, device="cuda")
     chosen = tuning.tune_layer(layer, (4096, 4096))
     assert set(chosen.values()) == {"kernel"}  # many times as fast

@@ -158,12 +158,12 @@ def test_no_images(block):
 @pytest.mark.parametrize("block", [(16, 16), (8, 1)])
 def test_splits_and_image_groups(block, monkeypatch):
     """Many partial sums, and an input copied in unequal groups of images."""
-    monkeypatch.setattr(kernels, "_COPY_BYTES", 16 * 3 * 9 * 8 * 4 * 2)  # two images
+    monkeypatch.setattr(kernels, "COPY_BYTES", 16 * 3 * 9 * 8 * 4 * 2)  # two images
     case = Case((16, 16, 3, 3), (7, 6), block, batch=5, padding=(1, 1), density=0.1)
     grids = [
         launch.grid
-        for launch in kernels._values_grad_launches(
-            case.dy, case.x, *case.topology.index[:2], case.values, kernels._Geometry(**case.geometry), False
+        for launch in kernels.values_grad_launches(
+            case.dy, case.x, *case.topology.index[:2], case.values, kernels.Geometry(**case.geometry), False
         )
         if launch.kernel is kernels.values_grad_kernel
     ]
@@ -206,7 +206,7 @@ def test_refuses_what_it_cannot_do():
         kernels.sparse_conv2d_input_grad(case.dy, case.values, *case.topology.index[2:], case.x, **rest)
 
 
-SMALL = [(block, dtype) for block in kernels._BLOCKS for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+SMALL = [(block, dtype) for block in kernels.BLOCKS for dtype in (torch.float16, torch.bfloat16, torch.float32)]
 
 
 @pytest.mark.gpu

@@ -107,7 +107,7 @@ def test_split_over_tokens(block):
     for tokens in (515, 800):
         x, values, _, grad = operands(topology, tokens, torch.float16)
         first, second = torch.empty_like(values), torch.empty_like(values)
-        launches = kernels._values_grad(grad, x, *index, first, False)
+        launches = kernels.values_grad_launches(grad, x, *index, first, False)
         assert launches[-2].grid[1] == tokens // 256
         kernels.sparse_linear_values_grad(grad, x, *index, first, allow_tf32=False)
         kernels.sparse_linear_values_grad(grad, x, *index, second, allow_tf32=False)

@@ -6,7 +6,8 @@ import torch
 
 from sparse_moon.kernels.unknown_aware_loss import unknown_aware_loss
 from sparse_moon.ops.choice import use_backend
-from sparse_moon.ops.unknown_aware_loss import _cuda, _forward, unknown_aware_loss_reference
+from sparse_moon.ops.registry import KERNELS
+from sparse_moon.ops.unknown_aware_loss import loss_and_gradient_reference, unknown_aware_loss_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -43,7 +44,7 @@ def assert_as_accurate_as_torch(logits, target, w):
         return loss, grad, *statistics
 
     kernel = separate(*run(logits, target, w))
-    torch32 = separate(*_forward(logits, target, torch.tensor(float(w))))
+    torch32 = separate(*loss_and_gradient_reference(logits, target, torch.tensor(float(w))))
     wanted = separate(*exact(logits, target, w))
     for ours, theirs, right in zip(kernel, torch32, wanted, strict=True):
         error, allowed = (ours - right).abs().max(), 2 * (theirs - right).abs().max() + 2**-22 * right.abs().max()
@@ -115,7 +116,7 @@ def test_extreme_logits_as_the_reference(outputs, w):
         # the rest is between them and the unknown unit, so that chunks consist of -inf alone
         logits = torch.cat([torch.tensor(row[:2]), torch.full((outputs - 3,), -inf), torch.tensor(row[2:])])[None]
         target = torch.tensor([y])
-        kernel, reference = run(logits, target, w), _forward(logits, target, torch.tensor(w))
+        kernel, reference = run(logits, target, w), loss_and_gradient_reference(logits, target, torch.tensor(w))
         for ours, theirs in zip(kernel[:2], reference[:2], strict=True):
             torch.testing.assert_close(ours, theirs, equal_nan=True)
         torch.testing.assert_close(kernel[2][:2], reference[2][:2], equal_nan=True)
@@ -149,21 +150,22 @@ def test_strided_rows_targets_and_other_dtypes_of_w(outputs):
 def test_operator_takes_the_kernel_where_it_can(monkeypatch):
     logits, target = (t.to(DEVICE) for t in make(9, 6))
     w = torch.tensor(2.0, device=DEVICE)
-    expected = _forward(logits, target, w)
+    expected = loss_and_gradient_reference(logits, target, w)
+    on_gpu = KERNELS["unknown_aware_loss", "cuda"]
     with use_backend("triton"):
-        for ours, theirs in zip(_cuda(logits.t().contiguous().t(), target, w), expected, strict=True):
+        for ours, theirs in zip(on_gpu(logits.t().contiguous().t(), target, w), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
     monkeypatch.setitem(sys.modules, "sparse_moon.kernels.unknown_aware_loss", None)  # importing it fails
     for backend in ("cuda", "reference"):
         with use_backend(backend):
-            assert torch.equal(_cuda(logits, target, w)[1], expected[1])
+            assert torch.equal(on_gpu(logits, target, w)[1], expected[1])
     for backend in ("auto", "kernel"):
         with use_backend(backend):
             with pytest.raises(ImportError):
-                _cuda(logits, target, w)
-            assert _cuda(logits.double(), target, w.double())[0].dtype == torch.float64
+                on_gpu(logits, target, w)
+            assert on_gpu(logits.double(), target, w.double())[0].dtype == torch.float64
     monkeypatch.setattr(sys.modules["sparse_moon.ops.unknown_aware_loss"], "has_triton", lambda: False)
-    assert torch.equal(_cuda(logits, target, w)[1], expected[1])
+    assert torch.equal(on_gpu(logits, target, w)[1], expected[1])
 
 
 @pytest.mark.gpu

@@ -115,7 +115,7 @@ def sparsify(
         _move_hooks(module, sparse)
         made[module] = sparse
     for layer, reason in plan.dense_because.items():
-        layer._dense_because = reason  # type: ignore[assignment]  # for summary
+        layer.dense_because = reason  # type: ignore[assignment]  # for summary
     for module, sparse in made.items():
         for name in plan.places[module]:
             model = _replace(model, name, sparse)
@@ -147,7 +147,7 @@ def densify(model: nn.Module) -> nn.Module:
     dense_weights: dict[nn.Parameter, nn.Parameter] = {}
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        module.__dict__.pop("_dense_because", None)
+        module.__dict__.pop("dense_because", None)
         if not isinstance(module, SparseLinear | SparseConv2d):
             continue
         if module not in replaced:

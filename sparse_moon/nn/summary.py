@@ -115,7 +115,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _why_dense(module: nn.Module) -> str:
-    reason: str | None = getattr(module, "_dense_because", None)
+    reason: str | None = getattr(module, "dense_because", None)
     if reason is not None:
         return reason
     if type(module) in (nn.Linear, nn.Conv2d):

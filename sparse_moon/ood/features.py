@@ -224,7 +224,7 @@ class ViM(Detector):
         """Set the (D,) ``origin``, the (D, D - dim) basis ``residual`` and the 0-d ``alpha``, all float64."""
         origin = self.fitted(self._origin)
         size = len(origin)
-        dim = _principal_dim(size) if self.dim is None else self.dim
+        dim = principal_dim(size) if self.dim is None else self.dim
         self.residual = torch.linalg.eigh(self._products).eigenvectors[:, : size - dim].contiguous()
         centered = self._sample.rows().double() - origin
         norm, whole = (centered @ self.residual).norm(dim=1).mean(), centered.norm(dim=1).mean()
@@ -285,7 +285,8 @@ class GeneralizedODIN(Detector):
         return F.linear(F.normalize(features_of(outputs).double()), F.normalize(weight)).amax(1)
 
 
-def _principal_dim(size: int) -> int:
+def principal_dim(size: int) -> int:
+    """ViM's default dimension of the principal space, for this many features (Wang et al. 2022)."""
     if size >= 2048:
         return 1000
     return 512 if size >= 768 else size // 2

@@ -56,7 +56,7 @@ class Work(NamedTuple):
 # Where dense convolutions by Winograd's products are faster than torch's: 1.1 to 3 times on Zen 4, but 0.7 to 1.2 times
 # with half as many channels, or tiles of 2 x 2 outputs in the batch.
 _WINOGRAD_CHANNELS = 16
-_WINOGRAD_TILES = 32
+WINOGRAD_TILES = 32
 
 # Measured by the user's own process; precedes the stored table.
 _measured: dict[Work, float] = {}
@@ -144,7 +144,7 @@ def winograd_pays(work: Work) -> bool:
     return (
         (work.taps, work.stride, work.groups) == (9, 1, 1)
         and min(work.inputs, work.outputs) >= _WINOGRAD_CHANNELS
-        and work.batch * work.positions >= 4 * _WINOGRAD_TILES
+        and work.batch * work.positions >= 4 * WINOGRAD_TILES
     )
 
 
@@ -167,12 +167,24 @@ def asked_for() -> Iterator[list[Work]]:
 
 def crossover(work: Work) -> float:
     """Largest density at which the sparse kernel is the faster one."""
-    return _measured[work] if work in _measured else _nearest(work)
+    return _measured[work] if work in _measured else nearest(work)
 
 
 def remember(work: Work, crossover_density: float) -> None:
     """Take a measured crossover from now on, in this process."""
     _measured[work] = crossover_density
+
+
+def remembered() -> dict[Work, float]:
+    """The crossovers that this process has measured itself."""
+    return dict(_measured)
+
+
+def forget() -> None:
+    """Drop the crossovers that this process has measured itself, and what it has read from tables."""
+    _measured.clear()
+    nearest.cache_clear()
+    _measured_of.cache_clear()
 
 
 def table_name(device: str) -> str:
@@ -217,7 +229,7 @@ def _measured_of(device: str, pass_: Pass, block: tuple[int, int], dtype: str) -
 
 
 @lru_cache(maxsize=4096)
-def _nearest(work: Work) -> float:
+def nearest(work: Work) -> float:
     """Mean crossover of the measured products most alike, nearest in the logarithms of their numbers; 0 without any."""
     candidates = _measured_of(work.device, work.pass_, work.block, work.dtype)
     if candidates is None:

@@ -18,7 +18,8 @@ def _how_to_build(tool: str) -> str:
     return f"Get {tool} and reinstall to build them."
 
 
-def _load() -> ModuleType | None:
+def load() -> ModuleType | None:
+    """The CPU extension; a warning that says how to build it, and None, where it was not built."""
     try:
         return importlib.import_module("sparse_moon._C")
     except ImportError as error:
@@ -39,7 +40,7 @@ def _load_cuda() -> ModuleType | None:
         return None
 
 
-native = _load()
+native = load()
 native_cuda = _load_cuda()
 
 

@@ -22,7 +22,8 @@ from sparse_moon.ops.plan import Plan
 
 LIBRARY = torch.library.Library("sparse_moon", "DEF")
 
-_kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # by operator and type of device
+KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
+"""The kernel that eager execution calls, by operator and type of device."""
 _parts: dict[str, Callable[..., tuple[Any, ...]]] = {}  # by operator
 
 # Looked at in every call.
@@ -74,7 +75,7 @@ def implement(
         dispatched: what the dispatcher calls in its place: the kernel behind checks of what strangers may bring.
     """
     LIBRARY.impl(operator, dispatched or kernel, device_type.upper())
-    _kernels[operator, device_type] = kernel
+    KERNELS[operator, device_type] = kernel
 
 
 def behind(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +105,7 @@ def direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any] 
         or not _PLAIN.issuperset(map(type, inputs))
     ):
         return None
-    return _kernels.get((operator, inputs[0].device.type))
+    return KERNELS.get((operator, inputs[0].device.type))
 
 
 def transformed() -> bool:

@@ -45,11 +45,12 @@ def unknown_aware_loss_reference(logits: Tensor, target: Tensor, w: Tensor) -> T
 
 def _differentiable(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for transforms, which take the gradient from the loss."""
-    _, grad, statistics = _forward(logits.detach(), target, w)
+    _, grad, statistics = loss_and_gradient_reference(logits.detach(), target, w)
     return unknown_aware_loss_reference(logits, target, w), grad, statistics
 
 
-def _forward(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def loss_and_gradient_reference(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator in torch's own operators: loss (0-d), its gradient (B, K+1), and the statistics as a tensor (3,)."""
     known_labels_reference(target, logits.shape[1] - 1)
     label, log_p, ce, u, wrong, extra = _terms(logits, target, w)
     p = log_p.exp()
@@ -69,7 +70,7 @@ def _fake(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 _OP = define("unknown_aware_loss(Tensor logits, Tensor target, Tensor w) -> (Tensor, Tensor, Tensor)",
-             _forward, _fake)  # fmt: skip
+             loss_and_gradient_reference, _fake)  # fmt: skip
 
 
 def _cpu(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +106,7 @@ if native is not None:
 
 def _cuda(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if logits.dtype == torch.float64 or not (has_triton() and kernel_runs("triton")):
-        return _forward(logits, target, w)
+        return loss_and_gradient_reference(logits, target, w)
     from sparse_moon.kernels.unknown_aware_loss import unknown_aware_loss as launch
 
     outputs = _fake(logits, target, w)
