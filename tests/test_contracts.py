@@ -5,6 +5,7 @@ import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import get_args
 
 import pytest
@@ -24,7 +25,6 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md",
 MOST_LINES = {"sparse_moon": 400, "kernels": 400, "csrc": 500, "tests": 500, "benchmarks": 500}
 # Each of these wants to be two files; none may grow.
 LONGER = {
-    "tests/test_algorithms_methods.py": 661,
 }
 # What tests use of files' private names, at most ten, and why.
 _RUNS = "no public way says which runs of a comparison would start"
@@ -207,3 +207,23 @@ def test_pages_name_files_that_exist(page):
     missing = [name for name in named if not any((at / name).exists() for at in (ROOT, ROOT / "sparse_moon"))]
     missing += [link for link in re.findall(r"\]\(([\w./-]+\.md)", text) if not (page.parent / link).exists()]
     assert not missing
+
+
+def exists(name):
+    try:
+        resolve_name(re.sub(r"^sm\b", "sparse_moon", name))
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_pages_and_docstrings_name_what_exists():
+    texts = {path: path.read_text(encoding="utf-8") for path in (*PAGES, *PACKAGE, *KERNELS)}
+    changes = ROOT / "CHANGELOG.md"
+    texts[changes] = re.sub(r"^\|[^|]*\|", "", changes.read_text(encoding="utf-8"), flags=re.M)  # but for what was
+    named = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path, text in texts.items()
+        for name in re.findall(r"(?<![\w./])(?:sparse_moon|sm)(?:\.[A-Za-z]\w*)+", text)
+    }
+    assert len(named) > 300 and not [(path, name) for path, name in named if not exists(name)]
