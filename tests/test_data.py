@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from image_sets import Tree, arrays, everything, save, save_tree
+from small_image_sets import Tree, arrays, everything, save, save_tree
 from sparse_moon.app import datasets
 from sparse_moon.app.datasets import DataSet, Images, load, load_ood
 

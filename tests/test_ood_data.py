@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from image_sets import arrays, everything, rgb, save, save_tree
+from small_image_sets import arrays, everything, rgb, save, save_tree
 from sparse_moon.app.datasets import DataSet, default_ood, load, load_ood
 
 

@@ -16,7 +16,7 @@ from sparse_moon.app.build import build_run, check_dtypes, load_network
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import RunData, plain_batches
 from sparse_moon.distributed import mean_over_processes_, world_size
-from sparse_moon.nn import refresh_batch_norm, overall_sparsity
+from sparse_moon.nn import overall_sparsity, refresh_batch_norm
 from sparse_moon.schedules import Cosine
 
 _DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -99,6 +99,12 @@ class Plan:
             )
 
 
+def geometry_of(plan: Plan) -> Geometry:
+    """The plan's convolution."""
+    assert plan.geometry is not None
+    return plan.geometry
+
+
 def index_state(index: Index) -> tuple[object, ...]:
     """Where the tensors of an index lie and how often they were written to."""
     a, b, c, d, e = index

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.index import block_of, check_block, check_entries, check_values, matrix_shape
+from sparse_moon.ops.index import block_of, check_block, check_entries, check_values
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.masked_dense import gather_values
-from sparse_moon.ops.plan import Geometry, Plan
+from sparse_moon.ops.plan import Geometry, Plan, geometry_of
 from sparse_moon.ops.product import (
     GEOMETRY_SCHEMA,
     INDEX_SCHEMA,
@@ -22,14 +22,12 @@ from sparse_moon.ops.product import (
 )
 from sparse_moon.ops.recompute import itself, keep
 from sparse_moon.ops.registry import (
-    behind,
     call,
-    define,
     differentiable_gradients,
     register_autograd,
 )
 from sparse_moon.ops.sparse_conv2d import dense
-from sparse_moon.ops.sparse_conv2d.dense import geometry_of
+from sparse_moon.ops.sparse_conv2d.checks import check_channels, check_geometry, check_grad, check_weight_shape
 from sparse_moon.ops.sparse_conv2d.reference import sparse_conv2d_reference
 
 
@@ -50,10 +48,6 @@ def fake_values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     return input.new_empty(plan.values_shape)
 
 
-def _fake_dense_grad(grad: Tensor, input: Tensor, block_width: int, weight_shape: list[int], *_: Any) -> Tensor:
-    return input.new_empty(matrix_shape(tuple(weight_shape)))
-
-
 def separate_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Both gradients, one after the other."""
     return INPUT_GRAD(grad, values, input.shape, plan), VALUES_GRAD(grad, input, plan)
@@ -63,46 +57,14 @@ def _fake_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tupl
     return fake_input_grad(grad, values, list(input.shape), plan), fake_values_grad(grad, input, plan)
 
 
-def check_geometry(input_shape: Sequence[int], geometry: Geometry) -> None:
-    """Raise ``ValueError`` for a convolution that torch would not compute either."""
-    weight_shape, stride, padding, dilation, groups = geometry
-    if len(weight_shape) != 4 or min(weight_shape[2:]) < 1 or min(weight_shape[:2]) < 0:
-        raise ValueError(f"weight shape must be (O, C/groups, kh, kw), got {weight_shape}")
-    if groups < 1 or weight_shape[0] % groups:
-        raise ValueError(f"groups must divide {weight_shape[0]} output channels, got {groups}")
-    if len(input_shape) != 4 or input_shape[1] != weight_shape[1] * groups or min(input_shape) < 0:
-        raise ValueError(f"input must be (N, {weight_shape[1] * groups}, H, W), got shape {tuple(input_shape)}")
-    if {len(stride), len(padding), len(dilation)} != {2} or min(*stride, *dilation) < 1 or min(padding) < 0:
-        raise ValueError(f"invalid stride {stride}, padding {padding} or dilation {dilation}")
-    if min(geometry.output_size(input_shape)) < 1:
-        raise ValueError(f"a {weight_shape[2]} x {weight_shape[3]} kernel does not fit input {tuple(input_shape)}")
-
-
-def _check_block(geometry: Geometry, block: Sequence[int]) -> None:
-    check_block(block)
-    channels = geometry.weight_shape[:2]
-    if channels[0] % block[0] or channels[1] % block[1]:
-        raise ValueError(f"block {tuple(block)} does not divide the channels of a weight {geometry.weight_shape}")
-
-
 def _check(plan: Plan, input_shape: Sequence[int], grad: Tensor | None) -> Geometry:
     geometry = geometry_of(plan)
     check_geometry(input_shape, geometry)
-    _check_block(geometry, plan.block)
-    _check_weight_shape(plan)
+    check_channels(geometry, plan.block)
+    check_weight_shape(plan)
     if grad is not None:
-        _check_grad(grad, input_shape, geometry)
+        check_grad(grad, input_shape, geometry)
     return geometry
-
-
-def _check_weight_shape(plan: Plan) -> None:
-    weight_shape = geometry_of(plan).weight_shape
-    if matrix_shape(weight_shape) != plan.shape:
-        raise ValueError(f"weight shape {weight_shape} does not fit an index of a {plan.shape} matrix")
-
-
-def _check_grad(grad: Tensor, input_shape: Sequence[int], geometry: Geometry) -> None:
-    expect_shape("grad", grad, (input_shape[0], geometry.weight_shape[0], *geometry.output_size(input_shape)))
 
 
 def _check_forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> None:
@@ -123,14 +85,6 @@ def _check_values_grad(grad: Tensor, input: Tensor, plan: Plan) -> None:
 
 def _check_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> None:
     _check_input_grad(grad, values, input.shape, plan)
-
-
-def check_dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> None:
-    """What the operator without an index asks of the shapes of its arguments where others call it."""
-    geometry = Geometry.of(*parts)
-    check_geometry(input.shape, geometry)
-    _check_block(geometry, (1, block_width))
-    _check_grad(grad, input.shape, geometry)
 
 
 def _parts(*inputs: Any) -> tuple[Any, ...]:
@@ -170,8 +124,6 @@ GRADS = Product(
     f"sparse_conv2d_grads(Tensor grad, Tensor input, Tensor values, {_SPEC}) -> (Tensor, Tensor)",
     separate_grads, _fake_grads, _check_grads, parts=_parts, whole=_grads_whole,
 )  # fmt: skip
-define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {GEOMETRY_SCHEMA}) -> Tensor",
-       behind(check_dense_grad, dense.dense_grad), _fake_dense_grad)  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -240,7 +192,7 @@ def sparse_conv2d(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     if plan.state is None or input.shape not in plan.inputs:  # traced shapes may be symbols
-        _check_weight_shape(plan)
+        check_weight_shape(plan)
         check_geometry(input.shape, geometry_of(plan))
         plan.note_input(input.shape)
     input, values, bias = checked(input, values, bias, plan, probe)

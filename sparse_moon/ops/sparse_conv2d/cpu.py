@@ -19,7 +19,7 @@ from sparse_moon.ops.index import weight_to_matrix
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.masked_dense import scatter_values
 from sparse_moon.ops.native import native
-from sparse_moon.ops.plan import Geometry, Plan
+from sparse_moon.ops.plan import Geometry, Plan, geometry_of
 from sparse_moon.ops.registry import behind, implement
 from sparse_moon.ops.sparse_conv2d import dense
 from sparse_moon.ops.sparse_conv2d.api import (
@@ -27,10 +27,9 @@ from sparse_moon.ops.sparse_conv2d.api import (
     GRADS,
     INPUT_GRAD,
     VALUES_GRAD,
-    check_dense_grad,
     separate_grads,
 )
-from sparse_moon.ops.sparse_conv2d.dense import geometry_of
+from sparse_moon.ops.sparse_conv2d.checks import check_dense_grad
 
 # Winograd's products of a smaller plane are mostly of its padding.
 _LEAST_SIZE = 4

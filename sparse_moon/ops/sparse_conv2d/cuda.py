@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sparse_moon.ops.index import Index
 from sparse_moon.ops.native import current_stream, require_cuda
-from sparse_moon.ops.plan import Geometry, Plan
-from sparse_moon.ops.sparse_conv2d.dense import geometry_of
+from sparse_moon.ops.plan import Geometry, Plan, geometry_of
 
 _Pair = tuple[int, ...]
 _Convolution = tuple[int, _Pair, _Pair, _Pair, _Pair, _Pair, _Pair, int]

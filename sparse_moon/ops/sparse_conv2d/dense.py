@@ -8,20 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.index import weight_to_matrix
+from sparse_moon.ops.index import matrix_shape, weight_to_matrix
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.masked_dense import gather_values, scatter_values
-from sparse_moon.ops.plan import Geometry, Plan
-from sparse_moon.ops.registry import call
+from sparse_moon.ops.plan import Geometry, Plan, geometry_of
+from sparse_moon.ops.product import GEOMETRY_SCHEMA
+from sparse_moon.ops.registry import behind, call, define
+from sparse_moon.ops.sparse_conv2d.checks import check_dense_grad
 
 # Activations that the dense gradient is computed from at a time on the CPU.
 PART_BYTES = 2**25
-
-
-def geometry_of(plan: Plan) -> Geometry:
-    """The plan's convolution."""
-    assert plan.geometry is not None
-    return plan.geometry
 
 
 def dense_weight(values: Tensor, plan: Plan, activation: Tensor) -> Tensor:
@@ -80,6 +76,14 @@ def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Te
     for more in summands:
         total += more
     return weight_to_matrix(total, block_width).contiguous()
+
+
+def _fake_dense_grad(grad: Tensor, input: Tensor, block_width: int, weight_shape: list[int], *_: Any) -> Tensor:
+    return input.new_empty(matrix_shape(tuple(weight_shape)))
+
+
+define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {GEOMETRY_SCHEMA}) -> Tensor",
+       behind(check_dense_grad, dense_grad), _fake_dense_grad)  # fmt: skip
 
 
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:

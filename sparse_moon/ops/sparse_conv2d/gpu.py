@@ -11,10 +11,9 @@ from sparse_moon.ops.gpu import Implementation, choose, speed_dtype
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.native import native_cuda
-from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.plan import Plan, geometry_of
 from sparse_moon.ops.sparse_conv2d import cuda, dense, triton
 from sparse_moon.ops.sparse_conv2d.api import FORWARD, INPUT_GRAD, VALUES_GRAD
-from sparse_moon.ops.sparse_conv2d.dense import geometry_of
 
 
 def choice(pass_: Pass, input_shape: Sequence[int], x: Tensor, plan: Plan, *operands: Tensor | None) -> Implementation:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.choice import Pass
-from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.plan import Plan, geometry_of
 from sparse_moon.ops.sparse_conv2d.api import fake_values_grad
-from sparse_moon.ops.sparse_conv2d.dense import geometry_of
 
 
 def tf32() -> bool:
