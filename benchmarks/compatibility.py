@@ -327,14 +327,8 @@ def table(rows: list[Row]) -> Iterator[str]:
         for row in (row for row in rows if row.library == library):
             dense = ", ".join(f"{kind} {share:.1%}" for kind, share in list(row.dense.items())[:3])
             marks = [{"ok": "ok", "": ""}.get(row.checks.get(name, ""), "fails") for name in names]
-            cells = [
-                f"{row.library} {row.name}",
-                f"{row.weights / 1e6:.2f} M",
-                f"{row.share:.3f}",
-                row.outcome,
-                dense,
-                *marks,
-            ]
+            title = f"{row.library} {row.name}"
+            cells = [title, f"{row.weights / 1e6:.2f} M", f"{row.share:.3f}", row.outcome, dense, *marks]
             yield "| " + " | ".join(cells) + " |"
     failed = [(row, name, text) for row in rows for name, text in row.checks.items() if text != "ok"]
     if failed:
