@@ -167,6 +167,31 @@ def test_the_working_folder_is_searched_and_a_run_asks_for_its_module(own):
     assert again.returncode == 0, again.stderr
 
 
+LOAD = "import own_detector; from sparse_moon.ood import load_detector; print(load_detector('d.pt').name)"
+
+
+@pytest.mark.parametrize(("name", "text", "model", "score", "load", "printed"), [
+    ("own_detector.py", DETECTOR, "mlp", OWN_DETECTOR, ["-c", f"import sys; sys.path.append('.'); {LOAD}"],
+     "negative-entropy"),
+    ("own_model.py", MODEL, OWN_MODEL, "dice", ["-m", "sparse_moon", "eval", "run", "--model", OWN_MODEL], "dice"),
+])  # fmt: skip
+def test_one_file_is_all_that_is_needed(tmp_path, name, text, model, score, load, printed):
+    """Trained, evaluated, saved and loaded, each in a process of its own that finds nothing but that file."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    own = ["--model", model] if model != "mlp" else []
+    for argv in (
+        ["-m", "sparse_moon", "train", *QUICK, "--model", model, "--out", "run"],
+        ["-m", "sparse_moon", "eval", "run", *own, "--score", score, "--save-detector", "d.pt"],
+        load,
+    ):
+        done = subprocess.run([sys.executable, *argv], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
+    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {name, "run", "d.pt"}
+
+
 def test_compare_trains_and_evaluates_an_own_model(own, capsys):
     runs = str(own / "runs")
     main(["compare", *QUICK, "--model", OWN_MODEL, "--method", "static", "--reliability", "none", "--out", runs])
