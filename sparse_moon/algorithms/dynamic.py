@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ from sparse_moon.algorithms.optimizers import (
 from sparse_moon.algorithms.run import TrainingRun
 from sparse_moon.nn import SparseLayer, sparse_layers
 from sparse_moon.ops.drop_and_grow import Regrown
+
+
+class UpdateArguments(TypedDict, total=False):
+    """What every dynamic method takes by keyword, for subclasses to pass on; see :class:`DynamicMethod`."""
+
+    total_steps: Required[int]
+    interval: int
+    stop: float
+    moved_state: Collection[str]
 
 
 class DynamicMethod(Method):

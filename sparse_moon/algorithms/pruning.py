@@ -1,19 +1,19 @@
 """Methods that start with more weights than they end with: GMP and GraNet."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 from torch.optim import Optimizer
 
-from sparse_moon.algorithms.dynamic import DynamicMethod
+from sparse_moon.algorithms.dynamic import DynamicMethod, UpdateArguments
 from sparse_moon.algorithms.method import plain_names
-from sparse_moon.algorithms.regrowth import RigL
+from sparse_moon.algorithms.regrowth import ExchangeArguments, RigL
 from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.nn import SparseLayer
 from sparse_moon.options import PruningOptions
-from sparse_moon.schedules import Cubic, Schedule
+from sparse_moon.schedules import Cubic
 
 Densities = Mapping[str, float] | float
 
@@ -133,17 +133,12 @@ class GMP(_Pruning):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        total_steps: int,
         densities: Densities,
-        interval: int = 100,
         start: float = 0.0,
-        stop: float = 0.75,
-        moved_state: Collection[str] = (),
+        **arguments: Unpack[UpdateArguments],
     ) -> None:
-        super().__init__(
-            model, optimizer, total_steps=total_steps, interval=interval, stop=stop, moved_state=moved_state
-        )
-        self.plan = _plan(self, densities, start, total_steps)
+        super().__init__(model, optimizer, **arguments)
+        self.plan = _plan(self, densities, start, self.total_steps)
 
     @property
     def updates_now(self) -> bool:
@@ -182,21 +177,12 @@ class GraNet(_Pruning, RigL):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        total_steps: int,
         densities: Densities,
-        interval: int = 100,
         start: float = 0.0,
-        stop: float = 0.75,
-        drop_fraction: Schedule | None = None,
-        seed: int = 0,
-        backwards_per_step: int = 1,
-        moved_state: Collection[str] = (),
+        **arguments: Unpack[ExchangeArguments],
     ) -> None:
-        super().__init__(
-            model, optimizer, total_steps=total_steps, interval=interval, stop=stop, drop_fraction=drop_fraction,
-            seed=seed, backwards_per_step=backwards_per_step, moved_state=moved_state,
-        )  # fmt: skip
-        self.plan = _plan(self, densities, start, total_steps)
+        super().__init__(model, optimizer, **arguments)
+        self.plan = _plan(self, densities, start, self.total_steps)
 
     def counts(self, layer: SparseLayer) -> tuple[int, int]:
         kept = self.plan.blocks(layer, self.first_blocks[layer], self.steps)

@@ -1,15 +1,14 @@
 """Methods that keep the number of weights and exchange the worst for others: SET, MEST and RigL."""
 
-from collections.abc import Collection
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_moon.algorithms.dense_gradient import DenseGradient
-from sparse_moon.algorithms.dynamic import DynamicMethod
+from sparse_moon.algorithms.dynamic import DynamicMethod, UpdateArguments
 from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.distributed import mean_over_processes_, sum_over_processes, world_size
 from sparse_moon.nn import SparseLayer
@@ -20,6 +19,14 @@ from sparse_moon.schedules import Cosine, Schedule
 
 # Random growth draws from streams of its own, apart from those that number masks.
 _GROWTH_STREAM = 1 << 31
+
+
+class ExchangeArguments(UpdateArguments, total=False):
+    """What :class:`SET` takes by keyword, for subclasses to pass on."""
+
+    drop_fraction: Schedule | None
+    seed: int
+    backwards_per_step: int
 
 
 class SET(DynamicMethod):
@@ -51,17 +58,12 @@ class SET(DynamicMethod):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        total_steps: int,
-        interval: int = 100,
-        stop: float = 0.75,
         drop_fraction: Schedule | None = None,
         seed: int = 0,
         backwards_per_step: int = 1,
-        moved_state: Collection[str] = (),
+        **arguments: Unpack[UpdateArguments],
     ) -> None:
-        super().__init__(
-            model, optimizer, total_steps=total_steps, interval=interval, stop=stop, moved_state=moved_state
-        )
+        super().__init__(model, optimizer, **arguments)
         if backwards_per_step < 1:
             raise ValueError(f"backwards_per_step must be positive, got {backwards_per_step}")
         self.drop_fraction = drop_fraction or Cosine(self.default_drop_fraction, 0.0, max(self.stop_step, 1))
@@ -122,19 +124,11 @@ class MEST(SET):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        total_steps: int,
-        interval: int = 100,
-        stop: float = 0.75,
         gradient_weight: float = 0.01,
         soft_memory_bound: bool = False,
-        drop_fraction: Schedule | None = None,
-        seed: int = 0,
-        moved_state: Collection[str] = (),
+        **arguments: Unpack[ExchangeArguments],
     ) -> None:
-        super().__init__(
-            model, optimizer, total_steps=total_steps, interval=interval, stop=stop, drop_fraction=drop_fraction,
-            seed=seed, moved_state=moved_state,
-        )  # fmt: skip
+        super().__init__(model, optimizer, **arguments)
         if gradient_weight < 0.0:
             raise ValueError(f"gradient_weight must be at least 0, got {gradient_weight}")
         self.gradient_weight = gradient_weight

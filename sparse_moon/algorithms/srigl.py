@@ -1,19 +1,18 @@
 """SRigL: RigL with the same number of weights in every row."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_moon import ops
-from sparse_moon.algorithms.regrowth import RigL
+from sparse_moon.algorithms.regrowth import ExchangeArguments, RigL
 from sparse_moon.algorithms.run import TrainingRun
 from sparse_moon.nn import SparseLayer
 from sparse_moon.ops.drop_and_grow import Regrown
 from sparse_moon.options import SRigLOptions
-from sparse_moon.schedules import Schedule
 
 
 class SRigL(RigL):
@@ -56,20 +55,11 @@ class SRigL(RigL):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        total_steps: int,
-        interval: int = 100,
-        stop: float = 0.75,
         gamma_sal: float = 0.3,
         no_ablation: Collection[str] | None = None,
-        drop_fraction: Schedule | None = None,
-        seed: int = 0,
-        backwards_per_step: int = 1,
-        moved_state: Collection[str] = (),
+        **arguments: Unpack[ExchangeArguments],
     ) -> None:
-        super().__init__(
-            model, optimizer, total_steps=total_steps, interval=interval, stop=stop, drop_fraction=drop_fraction,
-            seed=seed, backwards_per_step=backwards_per_step, moved_state=moved_state,
-        )  # fmt: skip
+        super().__init__(model, optimizer, **arguments)
         if not 0.0 <= gamma_sal <= 1.0:
             raise ValueError(f"gamma_sal must be in [0, 1], got {gamma_sal}")
         names = list(self.layers)

@@ -1,8 +1,8 @@
 """Top-KAST: a network that is sparser in the forward pass than in what it trains."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from sparse_moon.algorithms.optimizers import unscale_
-from sparse_moon.algorithms.regrowth import SET
+from sparse_moon.algorithms.regrowth import SET, ExchangeArguments
 from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.nn import SparseLayer, weight_layers
 from sparse_moon.options import TopKASTOptions
-from sparse_moon.schedules import Schedule
 
 
 class TopKAST(SET):
@@ -85,15 +84,11 @@ class TopKAST(SET):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        total_steps: int,
-        interval: int = 100,
-        stop: float = 1.0,
         forward_share: float = 0.5,
         penalty: float = 1e-4,
-        drop_fraction: Schedule | None = None,
-        seed: int = 0,
-        moved_state: Collection[str] = (),
+        **arguments: Unpack[ExchangeArguments],
     ) -> None:
+        stop = arguments.setdefault("stop", 1.0)
         if not 0.0 < forward_share <= 1.0 or penalty < 0.0 or stop <= 0.0:
             raise ValueError(
                 "forward_share must be in (0, 1], penalty at least 0 and stop in (0, 1], "
@@ -102,10 +97,7 @@ class TopKAST(SET):
         self.forward_share, self.penalty = forward_share, penalty
         self._active: dict[SparseLayer, Tensor] = {}  # bool (n,): A among B
         self._hidden: dict[SparseLayer, Tensor] = {}  # the values of B outside A, while they are 0 in the model
-        super().__init__(
-            model, optimizer, total_steps=total_steps, interval=interval, stop=stop, drop_fraction=drop_fraction,
-            seed=seed, moved_state=moved_state,
-        )  # fmt: skip
+        super().__init__(model, optimizer, **arguments)
 
     @property
     def updates_now(self) -> bool:
