@@ -84,6 +84,12 @@ def operator_of(call, *functions):
     return first.value.partition("(")[0] if isinstance(first, ast.Constant) else None
 
 
+def operators_named(nodes):
+    """The operators that attributes of ``torch.ops.sparse_moon`` name."""
+    attributes = (node for node in nodes if isinstance(node, ast.Attribute))
+    return {node.attr for node in attributes if ast.unparse(node.value) == "torch.ops.sparse_moon"}
+
+
 def uses_of_modules():
     """The modules that each module imports, or whose operators it calls by their names."""
     files = modules()
@@ -98,12 +104,7 @@ def uses_of_modules():
             for node in nodes[name]
             for module, attribute, _ in imports_of(node)
         )
-        operators = {operator_of(call, "call", "implement") for call in calls[name]}
-        operators |= {
-            node.attr
-            for node in nodes[name]
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.ops.sparse_moon"
-        }
+        operators = {operator_of(call, "call", "implement") for call in calls[name]} | operators_named(nodes[name])
         homes = {home[operator] for operator in operators - {None}}
         uses[name] = {used for used in (*imported, *homes) if used in files and used != name}
     return uses
@@ -173,6 +174,13 @@ def test_no_module_uses_itself_by_way_of_others():
         TopologicalSorter(uses).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {' -> '.join(reversed(error.args[1]))}")
+
+
+def test_torch_is_asked_for_an_operator_where_it_is_defined():
+    for path in PACKAGE:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        defined = {operator_of(node, "define", "Product") for node in nodes if isinstance(node, ast.Call)}
+        assert operators_named(nodes) <= defined, f"{path}: call its public function, or that of ops/registry.py"
 
 
 def test_files_are_short():
