@@ -2,7 +2,7 @@
 """Measure at which density the sparse kernels overtake the dense product, and store the table that users get.
 
     python benchmarks/tune.py                  # sparse_moon/ops/tables/crossover_cpu_avx2.json or ..._avx512.json
-    python benchmarks/tune.py --device cuda    # sparse_moon/ops/tables/crossover_cuda.json
+    python benchmarks/tune.py --device cuda    # sparse_moon/ops/tables/crossover_cuda_sm90.json
     python benchmarks/tune.py --missing        # only what the table of this machine lacks
 
 Run it on an otherwise idle machine with as many threads as users have.

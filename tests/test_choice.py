@@ -1,6 +1,9 @@
+import importlib
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from sparse_moon.ops import choice
 from sparse_moon.ops.choice import PASSES, Work
 from sparse_moon.ops.native import native
 
+ROOT = Path(__file__).parents[1]
 LINEAR_PASSES = PASSES[:3]
 pytestmark = [
     pytest.mark.skipif(native is None, reason="needs the compiled CPU kernels"),
@@ -159,7 +163,65 @@ def test_each_instruction_set_has_its_table(monkeypatch):
         monkeypatch.setattr(choice, "native", SimpleNamespace(isa=lambda isa=isa: isa))
         found.add(choice.table_name("cpu"))
     assert found == stored
-    assert choice.table_name("cuda") == "crossover_cuda.json"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choice.table_name("cuda") == "crossover_cuda_sm90.json"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    choice.table.cache_clear()
+    choice.forget()
+    yield
+    choice.table.cache_clear()
+    choice.forget()
+
+
+def linear(pass_="forward", size=4096, block=64, dtype="bfloat16", **changes):
+    work = Work(pass_, size, size, size, 1, 1, 1, 1, "cuda", (block, block), dtype)
+    return work._replace(**changes)
+
+
+def conv2d(pass_="forward", channels=256, block=64, dtype="bfloat16", **changes):
+    work = Work(pass_, 256, channels, channels, 256, 9, 1, 1, "cuda", (block, block), dtype)
+    return work._replace(**changes)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("pass_", LINEAR_PASSES)
+def test_kernels_that_paid_on_a_hopper_gpu_run_there_by_default(pass_):
+    for density in (0.1, 0.05):
+        for block in (32, 64, 128):
+            assert choice.kernel_pays(linear(pass_, block=block), density, "triton")
+            assert choice.kernel_pays(conv2d(pass_, block=block), density, "triton")
+            assert choice.kernel_pays(conv2d(pass_, 512, block=block), density, "triton")
+        assert choice.kernel_pays(linear(pass_, block=1, dtype="float32"), density, "cuda")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("pass_", LINEAR_PASSES)
+def test_nothing_is_taken_for_granted_beyond_what_was_measured_there(pass_):
+    assert not choice.kernel_pays(linear(pass_), 0.11, "triton")  # more weights
+    assert not choice.kernel_pays(linear(pass_, outputs=2048), 0.05, "triton")  # smaller
+    assert not choice.kernel_pays(linear(pass_, batch=1024), 0.05, "triton")
+    assert not choice.kernel_pays(conv2d(pass_, batch=16), 0.05, "triton")
+    assert not choice.kernel_pays(conv2d(pass_, stride=2), 0.05, "triton")  # other loops
+    assert not choice.kernel_pays(conv2d(pass_, taps=1), 0.05, "triton")
+    assert not choice.kernel_pays(linear(pass_, block=16), 0.05, "triton")  # other blocks and dtypes
+    assert not choice.kernel_pays(linear(pass_, block=1), 0.05, "cuda")
+    assert not choice.kernel_pays(conv2d(pass_, block=1, dtype="tf32"), 0.05, "cuda")  # slower than TF32 there
+    assert choice.kernel_pays(linear(pass_, size=8192), 0.1, "triton")  # larger
+    assert choice.kernel_pays(conv2d(pass_, batch=1024, positions=64), 0.1, "triton")  # as many places in all
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_table_of_the_gpu_is_what_was_measured_layer_by_layer(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cuda_table = importlib.import_module("cuda_table")
+    monkeypatch.setattr(cuda_table, "TABLE", tmp_path / "table.json")
+    cuda_table.main()
+    stored = files("sparse_moon.ops").joinpath("tables", "crossover_cuda_sm90.json")
+    assert json.loads((tmp_path / "table.json").read_text()) == json.loads(stored.read_text())
 
 
 def test_kernels_run_on_an_unmeasured_device_only_when_asked_for():

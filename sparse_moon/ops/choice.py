@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 
 from sparse_moon.ops.native import native, native_cuda
 
@@ -188,7 +189,13 @@ def forget() -> None:
 
 
 def table_name(device: str) -> str:
-    """File of the crossovers of a kind of device; CPUs differ by the instruction set that the kernels use."""
+    """File of the crossovers of a kind of device.
+
+    CPUs differ by the instruction set that the kernels use, GPUs by their architecture: of Hopper's, ``sm90``.
+    """
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return f"crossover_cuda_sm{major}{minor}.json"
     if device != "cpu" or native is None:
         return f"crossover_{device}.json"
     # without vectors of their own, the compiler's, which are those of AVX2 or shorter
@@ -221,6 +228,15 @@ class _Measured(NamedTuple):
         layouts = np.array([w.channels_last for w in works], dtype=float)
         return cls(np.array(loops, dtype=float), np.array(sizes), layouts, np.array(crossovers))
 
+    def no_larger(self, other: "_Measured") -> "_Measured":
+        """Those with the loops of the one product in ``other``, and no more rows, inputs or outputs."""
+
+        def extents(sizes: np.ndarray) -> np.ndarray:
+            return np.stack([sizes[:, 0] + sizes[:, 3], sizes[:, 1], sizes[:, 2]], 1)
+
+        alike = (self.loops == other.loops).all(1) & (extents(self.sizes) <= extents(other.sizes) + 1e-9).all(1)
+        return _Measured(*(column[alike] for column in self))
+
 
 @cache
 def _measured_of(device: str, pass_: Pass, block: tuple[int, int], dtype: str) -> _Measured | None:
@@ -230,11 +246,19 @@ def _measured_of(device: str, pass_: Pass, block: tuple[int, int], dtype: str) -
 
 @lru_cache(maxsize=4096)
 def nearest(work: Work) -> float:
-    """Mean crossover of the measured products most alike, nearest in the logarithms of their numbers; 0 without any."""
+    """Mean crossover of the measured products most alike, nearest in the logarithms of their numbers; 0 without any.
+
+    On a GPU only of products that are no larger, with the same loops: a smaller one may leave most of it idle, and
+    takes the host longer than the GPU.
+    """
     candidates = _measured_of(work.device, work.pass_, work.block, work.dtype)
     if candidates is None:
         return 0.0
     this = _Measured.of([work], [0.0])
+    if work.device != "cpu":
+        candidates = candidates.no_larger(this)
+        if not candidates.crossovers.size:
+            return 0.0
     # what changes the loops of either side (a plane or none, taps, stride, groups) counts more than sizes
     distances = 4 * np.abs(candidates.loops - this.loops).sum(1) + np.abs(candidates.sizes - this.sizes).sum(1)
     distances += np.abs(candidates.channels_last - this.channels_last)
