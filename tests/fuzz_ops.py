@@ -132,10 +132,11 @@ def campaign(library: Path, preload: str, options: argparse.Namespace, folder: P
     }
     log, until, first, failures = folder / "case", time.time() + 60 * options.minutes, 0, 0
     total: Counter[str] = Counter()
-    if options.case is not None:
-        first, until = options.case, time.time() + 3600
+    last = -1
+    if options.case is not None or options.cases:
+        first = options.case or 0
+        last, until = first + max(options.cases, 1) - 1, time.time() + 3600
     while time.time() < until and failures < options.failures:
-        last = options.case if options.case is not None else -1
         arguments = [str(library), str(log), options.seed, first, last, until, *options.kinds]
         command = [sys.executable, __file__, "child", *map(str, arguments)]
         counts: dict[str, int] = {}
@@ -177,6 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="of cases, after the build")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=0, help="run so many in place of a time")
     parser.add_argument("--case", type=int, help="run this one alone")
     parser.add_argument("--kinds", nargs="*", default=[], help="run only these")
     parser.add_argument("--failures", type=int, default=20, help="stop after so many")
