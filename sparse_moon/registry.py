@@ -56,7 +56,7 @@ class Registry(dict[str, type[T]]):
         if module:
             hint = (
                 f": import {module}, where it must be a {self.base} with a name of its own; "
-                "the command line imports what is named there"
+                "the command line imports what is named there, and is told again of a finished run"
             )
         raise ValueError(f"no {self.kind} {path} is known{hint}")
 

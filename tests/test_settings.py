@@ -5,9 +5,11 @@ from typing import Annotated, Literal, get_args
 
 import pytest
 
-from sparse_moon import options, settings
+import sparse_moon
+from sparse_moon import algorithms, ood, options, reliability, settings
 from sparse_moon.algorithms import ALGORITHMS
 from sparse_moon.app.config import TrainConfig
+from sparse_moon.ood import SCORES
 from sparse_moon.reliability import RELIABILITY
 from sparse_moon.settings import ImportPath, check_settings, helps, options_of
 
@@ -95,6 +97,15 @@ def test_every_option_of_ours_is_a_setting_of_the_same_default():
     all_fields = {option.name: option.default for option in fields(TrainConfig)}
     for kind in (*ALGORITHMS.values(), *RELIABILITY.values()):
         for option in fields(kind.Options):
+            where = f"{kind.__name__}: add its options to the bases in sparse_moon/options.py"
+            assert option.name in all_fields, where
             assert all_fields[option.name] == option.default, (kind.name, option.name)
-    assert set(get_args(options.TrainingMethod)) == set(ALGORITHMS)
-    assert set(get_args(options.ReliabilityMethod)) == set(RELIABILITY)
+    for names, registry in ((options.TrainingMethod, ALGORITHMS), (options.ReliabilityMethod, RELIABILITY)):
+        assert set(get_args(names)) == set(registry), "name it in sparse_moon/options.py"
+
+
+def test_every_class_of_ours_is_exported():
+    for registry, package in ((ALGORITHMS, algorithms), (RELIABILITY, reliability), (SCORES, ood)):
+        classes = {kind.__name__ for kind in registry.values() if kind.__module__.startswith("sparse_moon.")}
+        assert classes <= set(package.__all__), f"export it in {package.__name__}"
+    assert {kind.__name__ for kind in ALGORITHMS.values()} <= set(sparse_moon.__all__), "export it in __init__.pyi"

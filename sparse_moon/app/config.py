@@ -55,7 +55,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         momentum: Nesterov momentum of SGD.
         weight_decay: L2 penalty on all parameters; with top-kast its own penalty on the sparse weights.
         interval: batches from topology update to topology update.
-        drop_fraction: share of a layer's weights that the first update exchanges; falls to 0 along half a cosine.
+        drop_fraction: share of a layer's weights that the first update exchanges; falls to 0, mostly half a cosine.
         stop: share of the training after which the topology is frozen; sup-tickets goes on to the end.
         amp: none, bfloat16 or float16 automatic mixed precision.
         seed: of initial weights, topology, data order and augmentation.
@@ -175,7 +175,8 @@ def own_options(methods: Iterable[str], reliability: Iterable[str]) -> dict[str,
     found: dict[str, type] = {}
     known = {field.name for field in fields(TrainConfig)}
     for kind in kinds:
-        if not is_dataclass(kind) or any(option.default is MISSING for option in fields(kind)):
+        frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        if not frozen or any(option.default is MISSING for option in fields(kind)):
             raise ValueError(f"{kind.__qualname__} must be a frozen dataclass whose fields have defaults")
         for option in fields(kind):
             if option.name in known:
