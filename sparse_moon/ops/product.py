@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_moon.ops import registry
 from sparse_moon.ops.check_index import guarded
+from sparse_moon.ops.index import block_of, check_block, check_values
 from sparse_moon.ops.plan import Geometry, Plan, index_state, is_plain
 
 GEOMETRY_SCHEMA = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
@@ -25,6 +26,28 @@ def plan_of(parts: tuple[Any, ...], block: tuple[int, ...]) -> Plan:
     index = row_ptr, col, t_ptr, t_row, t_perm
     geometry = Geometry.of(*parts[:5]) if len(parts) > 5 else None
     return Plan(index, (block[0], block[1]), geometry, index_state(index) if is_plain(col) else None)
+
+
+def flat(*inputs: Any) -> tuple[Any, ...]:
+    """Operands and a plan as arguments of a schema that ends with the plan's parts."""
+    return *inputs[:-1], *parts_of(inputs[-1])
+
+
+def flat_values_grad(grad: Tensor, input: Tensor, plan: Plan) -> tuple[Any, ...]:
+    """The same for the gradient of the values, where nothing else tells the block."""
+    return grad, input, plan.block, *parts_of(plan)
+
+
+def whole_values_grad(grad: Tensor, input: Tensor, block: list[int], *parts: Any) -> tuple[Any, ...]:
+    """Inverse of :func:`flat_values_grad`."""
+    check_block(block)
+    return grad, input, plan_of(parts, tuple(block))
+
+
+def whole_grads(grad: Tensor, input: Tensor, values: Tensor, *parts: Any) -> tuple[Any, ...]:
+    """Inverse of :func:`flat` for both gradients."""
+    check_values(values)
+    return grad, input, values, plan_of(parts, block_of(values))
 
 
 class Product:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.index import block_of, check_block, check_entries, check_values
+from sparse_moon.ops.index import block_of, check_entries, check_values
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Geometry, Plan, geometry_of
@@ -17,8 +17,11 @@ from sparse_moon.ops.product import (
     Product,
     checked,
     expect_shape,
-    parts_of,
+    flat,
+    flat_values_grad,
     plan_of,
+    whole_grads,
+    whole_values_grad,
 )
 from sparse_moon.ops.recompute import itself, keep
 from sparse_moon.ops.registry import (
@@ -87,42 +90,28 @@ def _check_grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> Non
     _check_input_grad(grad, values, input.shape, plan)
 
 
-def _parts(*inputs: Any) -> tuple[Any, ...]:
-    return *inputs[:-1], *parts_of(inputs[-1])
-
-
 def _whole(input: Tensor, values: Tensor, *rest: Any) -> tuple[Any, ...]:
     check_values(values)
     return input, values, *rest[:-10], plan_of(rest[-10:], block_of(values))
 
 
-def _grads_whole(grad: Tensor, input: Tensor, values: Tensor, *parts: Any) -> tuple[Any, ...]:
-    check_values(values)
-    return grad, input, values, plan_of(parts, block_of(values))
-
-
-def _values_grad_whole(grad: Tensor, input: Tensor, block: list[int], *parts: Any) -> tuple[Any, ...]:
-    check_block(block)
-    return grad, input, plan_of(parts, tuple(block))
-
-
 _SPEC = f"{GEOMETRY_SCHEMA}, {INDEX_SCHEMA}"
 FORWARD = Product(
     f"sparse_conv2d(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {_SPEC}) -> Tensor",
-    dense.forward, fake_forward, _check_forward, parts=_parts, whole=_whole,
+    dense.forward, fake_forward, _check_forward, parts=flat, whole=_whole,
 )  # fmt: skip
 INPUT_GRAD = Product(
     f"sparse_conv2d_input_grad(Tensor grad, Tensor values, int[] input_shape, {_SPEC}) -> Tensor",
-    dense.input_grad, fake_input_grad, _check_input_grad, parts=_parts, whole=_whole,
+    dense.input_grad, fake_input_grad, _check_input_grad, parts=flat, whole=_whole,
 )  # fmt: skip
 VALUES_GRAD = Product(
     f"sparse_conv2d_values_grad(Tensor grad, Tensor input, int[] block, {_SPEC}) -> Tensor",
-    dense.values_grad, fake_values_grad, _check_values_grad, whole=_values_grad_whole,
-    parts=lambda grad, input, plan: (grad, input, plan.block, *parts_of(plan)),
+    dense.values_grad, fake_values_grad, _check_values_grad, parts=flat_values_grad,
+    whole=whole_values_grad,
 )  # fmt: skip
 GRADS = Product(
     f"sparse_conv2d_grads(Tensor grad, Tensor input, Tensor values, {_SPEC}) -> (Tensor, Tensor)",
-    separate_grads, _fake_grads, _check_grads, parts=_parts, whole=_grads_whole,
+    separate_grads, _fake_grads, _check_grads, parts=flat, whole=whole_grads,
 )  # fmt: skip
 
 

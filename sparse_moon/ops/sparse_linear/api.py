@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_moon.ops.index import block_of, check_block, check_entries, check_values
+from sparse_moon.ops.index import block_of, check_entries, check_values
 from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.product import (
@@ -13,8 +13,11 @@ from sparse_moon.ops.product import (
     Product,
     checked,
     expect_shape,
-    parts_of,
+    flat,
+    flat_values_grad,
     plan_of,
+    whole_grads,
+    whole_values_grad,
 )
 from sparse_moon.ops.registry import call, define, differentiable_gradients, register_autograd
 from sparse_moon.ops.sparse_linear import dense
@@ -76,36 +79,22 @@ def _whole(input: Tensor, values: Tensor, *rest: Any) -> tuple[Any, ...]:
     return input, values, *rest[:-5], plan_of(rest[-5:], block_of(values))
 
 
-def _grads_whole(grad: Tensor, input: Tensor, values: Tensor, *index: Tensor) -> tuple[Any, ...]:
-    check_values(values)
-    return grad, input, values, plan_of(index, block_of(values))
-
-
-def _values_grad_whole(grad: Tensor, input: Tensor, block: list[int], *index: Tensor) -> tuple[Any, ...]:
-    check_block(block)
-    return grad, input, plan_of(index, tuple(block))
-
-
-def _parts(*inputs: Any) -> tuple[Any, ...]:
-    return *inputs[:-1], *parts_of(inputs[-1])
-
-
 FORWARD = Product(
     f"sparse_linear(Tensor input, Tensor values, Tensor? bias, Tensor? probe, {INDEX_SCHEMA}) -> Tensor",
-    dense.forward, fake_forward, _check_forward, parts=_parts, whole=_whole,
+    dense.forward, fake_forward, _check_forward, parts=flat, whole=_whole,
 )  # fmt: skip
 INPUT_GRAD = Product(
     f"sparse_linear_input_grad(Tensor grad, Tensor values, {INDEX_SCHEMA}) -> Tensor",
-    dense.input_grad, fake_input_grad, _check_input_grad, parts=_parts, whole=_whole,
+    dense.input_grad, fake_input_grad, _check_input_grad, parts=flat, whole=_whole,
 )  # fmt: skip
 VALUES_GRAD = Product(
     f"sparse_linear_values_grad(Tensor grad, Tensor input, int[] block, {INDEX_SCHEMA}) -> Tensor",
-    dense.values_grad, fake_values_grad, _check_values_grad, whole=_values_grad_whole,
-    parts=lambda grad, input, plan: (grad, input, plan.block, *parts_of(plan)),
+    dense.values_grad, fake_values_grad, _check_values_grad, parts=flat_values_grad,
+    whole=whole_values_grad,
 )  # fmt: skip
 GRADS = Product(
     f"sparse_linear_grads(Tensor grad, Tensor input, Tensor values, {INDEX_SCHEMA}) -> (Tensor, Tensor)",
-    _separate_grads, _fake_grads, _check_grads, parts=_parts, whole=_grads_whole,
+    _separate_grads, _fake_grads, _check_grads, parts=flat, whole=whole_grads,
 )  # fmt: skip
 define("sparse_linear_dense_grad(Tensor grad, Tensor input) -> Tensor", dense.dense_grad, _fake_dense_grad)
 
