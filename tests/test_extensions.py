@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from small_own import own_files, refused
 from sparse_moon.app import models, run_folder
 from sparse_moon.app.cli import main
 from sparse_moon.app.config import TrainConfig
@@ -83,24 +84,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* never updates the topology:Us
 @pytest.fixture(autouse=True)
 def own(tmp_path, monkeypatch):
     """The two files on the path, and forgotten afterwards."""
-    (tmp_path / "own_detector.py").write_text(DETECTOR)
-    (tmp_path / "own_model.py").write_text(MODEL)
-    monkeypatch.syspath_prepend(tmp_path)
-    before = dict(SCORES), dict(DETECTORS)
-    yield tmp_path
-    for registered, kept in zip((SCORES, DETECTORS), before, strict=True):
-        for name in registered.keys() - kept:
-            del registered[name]
-    for name in ("own_detector", "own_model"):
-        sys.modules.pop(name, None)
-
-
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in argv])
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2 and printed.count("\n") == 1 and "should not happen" not in printed, printed
-    return printed
+    with own_files(tmp_path, monkeypatch, (SCORES, DETECTORS), own_detector=DETECTOR, own_model=MODEL):
+        yield tmp_path
 
 
 def python(folder, code):

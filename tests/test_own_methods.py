@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from small_own import own_files, refused
 from sparse_moon import files
 from sparse_moon.algorithms import ALGORITHMS, RigL
 from sparse_moon.app import compare, run_folder
@@ -150,24 +151,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* never updates the topology:Us
 @pytest.fixture(autouse=True)
 def own(tmp_path, monkeypatch):
     """The two files on the path, and forgotten afterwards."""
-    (tmp_path / "own_method.py").write_text(METHOD)
-    (tmp_path / "own_reliable.py").write_text(RELIABLE)
-    monkeypatch.syspath_prepend(tmp_path)
-    before = dict(ALGORITHMS), dict(RELIABILITY)
-    yield tmp_path
-    for registered, kept in zip((ALGORITHMS, RELIABILITY), before, strict=True):
-        for name in registered.keys() - kept:
-            del registered[name]
-    for name in ("own_method", "own_reliable"):
-        sys.modules.pop(name, None)
-
-
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in argv])
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2 and printed.count("\n") == 1 and "should not happen" not in printed, printed
-    return printed
+    registries = ALGORITHMS, RELIABILITY
+    with own_files(tmp_path, monkeypatch, registries, own_method=METHOD, own_reliable=RELIABLE):
+        yield tmp_path
 
 
 def call(folder, *argv):
