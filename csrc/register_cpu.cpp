@@ -47,17 +47,17 @@ struct FromPython<MaskedDense> {
     }
 };
 
-// (images, channels, plane), channels_last, relu, batch_statistics, eps, then the addresses of weight, bias, input,
+// (images, channels, plane), channels_last, activation, batch_statistics, eps, then the addresses of weight, bias, input,
 // mean and var; the number of threads comes for itself.
 template <>
 struct FromPython<BatchNormReLU> {
-    using Type = std::tuple<std::array<int64_t, 3>, bool, bool, bool, double, Address, Address, Address, Address,
+    using Type = std::tuple<std::array<int64_t, 3>, bool, int, bool, double, Address, Address, Address, Address,
                             Address>;
     static BatchNormReLU convert(const Type& b) {
-        const auto& [shape, channels_last, relu, batch_statistics, eps, weight, bias, input, mean, var] = b;
-        return {shape[0], shape[1], shape[2], channels_last, relu, batch_statistics, eps, pointer<const float>(weight),
-                pointer<const float>(bias), pointer<const float>(input), pointer<float>(mean), pointer<float>(var), 1,
-                nullptr};
+        const auto& [shape, channels_last, activation, batch_statistics, eps, weight, bias, input, mean, var] = b;
+        return {shape[0], shape[1], shape[2], channels_last, static_cast<Activation>(activation), batch_statistics, eps,
+                pointer<const float>(weight), pointer<const float>(bias), pointer<const float>(input),
+                pointer<float>(mean), pointer<float>(var), 1, nullptr};
     }
 };
 

@@ -29,7 +29,8 @@ from .nn import (
     sparse_layers,
     sparsify,
 )
-from .nn.fusion import BatchNormReLU2d, fuse
+from .nn.batch_norm_relu import BatchNormReLU2d
+from .nn.fusion import fuse
 from .nn.summary import summary
 from .nn.tune import tune
 from .random_mask import RandomMask

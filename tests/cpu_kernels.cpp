@@ -179,7 +179,7 @@ void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool chan
 }
 
 void check_batch_norm(int64_t images, int64_t channels, int64_t plane, bool channels_last, bool batch_statistics,
-                      bool with_residual) {
+                      bool with_residual, Activation activation) {
     const int64_t size = images * channels * plane;
     const double eps = 1e-3, count = static_cast<double>(images * plane);
     const std::vector<float> x = random_values(size), grad = random_values(size), residual = random_values(size);
@@ -201,8 +201,17 @@ void check_batch_norm(int64_t images, int64_t channels, int64_t plane, bool chan
         const double scale = 1 / std::sqrt(var[c] + eps);
         each(c, [&](int64_t i) {
             const double normal = (x[i] - mean[c]) * scale;
-            y[i] = std::fmax(normal * weight[c] + bias[c] + (with_residual ? residual[i] : 0), 0);
-            dr[i] = y[i] > 0 ? grad[i] : 0;
+            const double v = normal * weight[c] + bias[c] + (with_residual ? residual[i] : 0);
+            const double s = 1 / (1 + std::exp(-v)), part = std::fmin(std::fmax(v + 3, 0), 6) / 6;
+            double slope = 1;
+            switch (activation) {
+                case Activation::kNone: y[i] = v; break;
+                case Activation::kReLU: y[i] = std::fmax(v, 0), slope = v > 0; break;
+                case Activation::kReLU6: y[i] = std::fmin(std::fmax(v, 0), 6), slope = v > 0 && v < 6; break;
+                case Activation::kSiLU: y[i] = v * s, slope = s * (1 + v * (1 - s)); break;
+                case Activation::kHardswish: y[i] = v * part, slope = part + (std::fabs(v) < 3 ? v / 6 : 0); break;
+            }
+            dr[i] = slope * grad[i];
             db[c] += dr[i];
             dw[c] += dr[i] * normal;
         });
@@ -211,24 +220,25 @@ void check_batch_norm(int64_t images, int64_t channels, int64_t plane, bool chan
             dx[i] = weight[c] * scale * (dr[i] - taken * (db[c] + (x[i] - mean[c]) * scale * dw[c]));
         });
     }
+    const bool masked = with_residual && activation != Activation::kNone;  // else the residual's gradient is grad
     for (const std::string& isa : supported_isas()) {
         set_isa(isa);
         std::vector<float> got_mean(mean.begin(), mean.end()), got_var(var.begin(), var.end());
         if (batch_statistics) got_mean.assign(channels, NAN), got_var.assign(channels, NAN);
         std::vector<float> got_y(size, NAN), got_dx(size, NAN), got_dr(size, NAN), got_dw(channels, NAN);
         std::vector<float> got_db(channels, NAN);
-        const BatchNormReLU norm = {images, channels, plane, channels_last, true, batch_statistics, eps, weight.data(),
-                                    bias.data(), x.data(), got_mean.data(), got_var.data(), 2, nullptr};
+        const BatchNormReLU norm = {images, channels, plane, channels_last, activation, batch_statistics, eps,
+                                    weight.data(), bias.data(), x.data(), got_mean.data(), got_var.data(), 2, nullptr};
         batch_norm_relu({norm, with_residual ? residual.data() : nullptr, got_y.data()});
-        batch_norm_relu_backward({norm, grad.data(), with_residual ? got_y.data() : nullptr, got_dx.data(),
-                                  with_residual ? got_dr.data() : nullptr, got_dw.data(), got_db.data()});
+        batch_norm_relu_backward({norm, grad.data(), masked ? got_y.data() : nullptr, got_dx.data(),
+                                  masked ? got_dr.data() : nullptr, got_dw.data(), got_db.data()});
         compare("batch_norm_relu", isa, got_y, y);
         compare("batch_norm_relu mean", isa, got_mean, mean);
         compare("batch_norm_relu variance", isa, got_var, var);
         compare("batch_norm_relu_backward", isa, got_dx, dx);
         compare("batch_norm_relu_backward weight", isa, got_dw, dw);
         compare("batch_norm_relu_backward bias", isa, got_db, db);
-        if (with_residual) compare("batch_norm_relu_backward residual", isa, got_dr, dr);
+        if (masked) compare("batch_norm_relu_backward residual", isa, got_dr, dr);
     }
 }
 
@@ -238,9 +248,13 @@ int main() {
     for (const bool channels_last : {false, true}) {
         for (const bool batch_statistics : {false, true}) {
             for (const bool with_residual : {false, true}) {
-                check_batch_norm(5, 17, 13, channels_last, batch_statistics, with_residual);
-                check_batch_norm(2, 3, 1500, channels_last, batch_statistics, with_residual);
-                check_batch_norm(19, 40, 1, channels_last, batch_statistics, with_residual);
+                for (const Activation a : {Activation::kNone, Activation::kReLU, Activation::kReLU6, Activation::kSiLU,
+                                           Activation::kHardswish}) {
+                    if (with_residual && a > Activation::kReLU6) continue;
+                    check_batch_norm(5, 17, 13, channels_last, batch_statistics, with_residual, a);
+                    check_batch_norm(2, 3, 1500, channels_last, batch_statistics, with_residual, a);
+                    check_batch_norm(19, 40, 1, channels_last, batch_statistics, with_residual, a);
+                }
             }
         }
     }

@@ -20,6 +20,7 @@ import sparse_moon as sm
 from sparse_moon import ops
 from sparse_moon.nn import SparseLayer
 from sparse_moon.ops import choice
+from sparse_moon.ops.activations import FUNCTIONS, NAMES
 from sparse_moon.ops.native import native
 from sparse_moon.ops.sparse_conv2d.cpu import shapes_of
 from sparse_moon.topology import matrix_to_weight, weight_to_matrix
@@ -224,7 +225,7 @@ def batch_norm_relu(draw: Draw) -> None:
     shape = (draw("batch", (1, 2, 3, 7, 16, 33)), channels, draw("h", (1, 2, 3, 7, 8, 15)), draw("w", (1, 3, 5, 8, 17)))
     training = draw.chance("training", 0.6)
     dtype = draw("dtype", DTYPES[:-1])
-    relu, eps = draw.chance("relu", 0.8), draw("eps", (1e-5, 1e-3))
+    activation, eps = draw("activation", ("relu", *NAMES)), draw("eps", (1e-5, 1e-3))
     if training and shape[0] * shape[2] * shape[3] == 1:
         shape = (2, *shape[1:])
     leaves = [laid_out(draw, "input", shape, dtype)]
@@ -241,12 +242,15 @@ def batch_norm_relu(draw: Draw) -> None:
         residual = rest[-1] if summed else None
         statistics = [convert(t.clone()) for t in running] if known or not training else [None, None]
         if fused:
-            y = ops.batch_norm_relu(x, *statistics, weight, bias, residual, training=training, eps=eps, relu=relu)
+            y = ops.batch_norm_relu(
+                x, *statistics, weight, bias, residual, training=training, eps=eps, activation=activation
+            )
         else:
             y = F.batch_norm(x, *statistics, weight, bias, training, 0.1, eps)
             y = y if residual is None else y + residual
-            near.copy_(y.detach().abs() < 1e-3)  # where the rectifier may decide either way
-            y = F.relu(y) if relu else y
+            z = y.detach()  # where its derivative jumps, an activation may decide either way
+            near.copy_((z.abs() < 1e-3) | ((z - 6).abs() < 1e-3) | ((z.abs() - 3).abs() < 1e-3))
+            y = FUNCTIONS[NAMES.index(activation)](y)
         grads = torch.autograd.grad(y, [x, *rest], convert(grad).masked_fill(near, 0.0))
         return y.detach(), *grads, *(t for t in statistics if t is not None)
 

@@ -211,9 +211,9 @@ def arguments(draw: Draw, operator: str) -> list[Any]:
         "average_": [[vector, vector.double()], [vector.clone(), vector.double()], integer, 0.5, 3, integer],
         "bernoulli_mask": [vector, 0.5, 3, 4, integer],
         "random_scores": [inner, 3, 4, integer],
-        "batch_norm_relu": [planes, draw("residual", (None, planes.clone())), optional, optional, *moving, 1e-5, True],
+        "batch_norm_relu": [planes, draw("residual", (None, planes.clone())), optional, optional, *moving, 1e-5, 1],
         "batch_norm_relu_backward": [planes, planes.clone(), draw("output", (None, planes.clone())), optional, optional,
-                                     *statistics, 1e-5, True, draw("of_batch", (False, True))],
+                                     *statistics, 1e-5, 1, draw("of_batch", (False, True))],
     }[operator]  # fmt: skip
 
 

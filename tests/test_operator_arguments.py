@@ -148,20 +148,20 @@ def test_batch_norm_relu():
     x, v, short = torch.randn(2, 3, 4, 5), torch.ones(3), torch.ones(2)
     for operands in ((x[1:], v, v, v, v), (None, short, v, v, v), (None, v, short, v, v), (None, v, v, short, v)):
         with pytest.raises(ValueError, match="must have"):
-            OPS.batch_norm_relu(x, *operands, 1e-5, True)
+            OPS.batch_norm_relu(x, *operands, 1e-5, 1)
     with pytest.raises(ValueError, match="together"):
-        OPS.batch_norm_relu(x, None, v, v, v, None, 1e-5, True)
+        OPS.batch_norm_relu(x, None, v, v, v, None, 1e-5, 1)
     with pytest.raises(ValueError, match=r"eps must be positive in training, got 0\.0"):
-        OPS.batch_norm_relu(x, None, v, v, None, None, 0.0, True)
+        OPS.batch_norm_relu(x, None, v, v, None, None, 0.0, 1)
     with pytest.raises(ValueError, match=r"eps must be at least 0, got -1\.0"):
-        OPS.batch_norm_relu(x, None, v, v, v, v, -1.0, True)
-    assert OPS.batch_norm_relu(x, None, v, v, v, v, 0.0, True)[0].isfinite().all()
+        OPS.batch_norm_relu(x, None, v, v, v, v, -1.0, 1)
+    assert OPS.batch_norm_relu(x, None, v, v, v, v, 0.0, 1)[0].isfinite().all()
     for operands in ((x[1:], x, None, v, v, v, v), (x, x, x[1:], v, v, v, v), (x, x, None, v, v, v, short)):
         with pytest.raises(ValueError, match="must have"):
-            OPS.batch_norm_relu_backward(*operands, 1e-5, True, True)
+            OPS.batch_norm_relu_backward(*operands, 1e-5, 1, True)
 
 
 def test_batch_norm_relu_backward_with_an_output_that_was_not_rectified():
     x, grad, v = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.ones(3)
-    found = OPS.batch_norm_relu_backward(grad, x, torch.randn_like(x), v, v, v, v, 1e-5, False, True)
+    found = OPS.batch_norm_relu_backward(grad, x, torch.randn_like(x), v, v, v, v, 1e-5, 0, True)
     assert torch.equal(found[1], grad) and found[0].isfinite().all()

@@ -3,12 +3,15 @@
 
 namespace sparse_moon {
 
+// Python passes these numbers.
+enum class Activation { kNone, kReLU, kReLU6, kSiLU, kHardswish };
+
 // A batch of planes of float32 and what normalises it. All activations of one call have the same layout, without gaps:
 // (images, channels, plane), or with channels_last (images, plane, channels).
 struct BatchNormReLU {
     int64_t images, channels, plane;
     bool channels_last;
-    bool relu;
+    Activation activation;
     bool batch_statistics;  // those of this batch (training), or given ones that are constants (evaluation)
     double eps;
     const float *weight, *bias;  // [channels], each or null for 1 and 0
@@ -18,19 +21,20 @@ struct BatchNormReLU {
     char* scratch;      // [batch_norm_relu_scratch(job)] bytes, 64-byte aligned
 };
 
-// output = relu((input - mean) weight / sqrt(var + eps) + bias + residual), each of the last two optional.
+// output = activation((input - mean) weight / sqrt(var + eps) + bias + residual). A residual only without activation or
+// with one that shows in its output where it is flat: ReLU and ReLU6.
 struct BatchNormReLUForward : BatchNormReLU {
     const float* residual;  // or null
     float* output;
 };
 
-// With g = grad where the output was above 0 (or not a number), all of grad without relu, and
-// xhat = (input - mean) / sqrt(var + eps):
+// With g = grad times the derivative of the activation (that of ReLU and ReLU6 is 0 where they are flat, at the ends too,
+// and 1 for what is not a number), and xhat = (input - mean) / sqrt(var + eps):
 //   bias_grad = sum g, weight_grad = sum g xhat, residual_grad = g,
 //   input_grad = weight / sqrt(var + eps) (g - mean(g) - xhat mean(g xhat)), the means only with batch statistics.
 struct BatchNormReLUBackward : BatchNormReLU {
     const float* grad;
-    const float* output;   // of the forward pass; null without residual: then it is computed again from the input
+    const float* output;   // of the forward pass; null without residual: then what was activated is computed again
     float* input_grad;
     float* residual_grad;  // null exactly where output is null
     float *weight_grad, *bias_grad;  // [channels]

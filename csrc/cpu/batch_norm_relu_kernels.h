@@ -1,5 +1,6 @@
-// Batch norm, residual sum and rectifier in one pass forward, and in two passes backward; see batch_norm_relu.h.
+// Batch norm, residual sum and activation in one pass forward, and in two passes backward; see batch_norm_relu.h.
 #pragma once
+#include "activation_kernels.h"
 #include "batch_norm_relu.h"
 #include "jobs.h"
 #include "simd.h"
@@ -77,10 +78,6 @@ struct Sums {
     }
 };
 
-// As torch.relu and its gradient: what is not a number passes.
-SPARSE_MOON_INLINE Vec rectify(Vec v) { return v <= Vec{} ? Vec{} : v; }
-SPARSE_MOON_INLINE Vec rectify_grad(Vec grad, Vec output) { return output <= Vec{} ? Vec{} : grad; }
-
 SPARSE_MOON_INLINE Vec normalise(Vec x, Vec mean, Vec scale, Vec bias) { return (x - mean) * scale + bias; }
 
 SPARSE_MOON_INLINE double rstd(const BatchNormReLU& job, int64_t c) {
@@ -116,8 +113,8 @@ SPARSE_MOON_INLINE GradTerms close_sums(const BatchNormReLUBackward& job, int64_
             static_cast<float>(-s * (product / count) * r * r)};
 }
 
-// Where the rectifier's mask comes from.
-enum class Mask { kNone, kInput, kOutput };
+// What the activation's derivative is computed from.
+enum class From { kNothing, kInput, kOutput };
 
 // ---- contiguous planes
 
@@ -167,7 +164,7 @@ static void plane_statistics(const BatchNormReLU& job, int64_t first, int n) {
     }
 }
 
-template <bool kReLU, bool kResidual>
+template <Activation kActivation, bool kResidual>
 static void forward_planes(const BatchNormReLUForward& job) {
     const int64_t together = channels_together(job);
 #pragma omp parallel for schedule(static) num_threads(job.threads)
@@ -188,14 +185,14 @@ static void forward_planes(const BatchNormReLUForward& job) {
                 for_vectors(job.plane, [&](int64_t i, auto part) {
                     Vec v = normalise(get(x + i, part), m, s, b);
                     if (kResidual) v += get(r + i, part);
-                    put(y + i, kReLU ? rectify(v) : v, part);
+                    put(y + i, activate<kActivation>(v), part);
                 });
             }
         }
     }
 }
 
-template <Mask kMask>
+template <Activation kActivation, From kFrom>
 static void backward_planes(const BatchNormReLUBackward& job) {
     const int64_t together = channels_together(job);
 #pragma omp parallel for schedule(static) num_threads(job.threads)
@@ -212,15 +209,15 @@ static void backward_planes(const BatchNormReLUBackward& job) {
                 const Vec m = broadcast(job.mean[first + c]), s = broadcast(scales[c]), b = broadcast(biases[c]);
                 const int64_t offset = (image * job.channels + first + c) * job.plane;
                 const float *dy = job.grad + offset, *x = job.input + offset;
-                const float* y = kMask == Mask::kOutput ? job.output + offset : nullptr;
-                float* dr = kMask == Mask::kOutput ? job.residual_grad + offset : nullptr;
+                const float* y = kFrom == From::kOutput ? job.output + offset : nullptr;
+                float* dr = kFrom == From::kOutput ? job.residual_grad + offset : nullptr;
                 Sums sum = sums[c], product = products[c];
                 for_vectors(job.plane, [&](int64_t i, auto part) {
                     const Vec v = get(x + i, part);
                     Vec g = get(dy + i, part);
-                    if (kMask == Mask::kInput) g = rectify_grad(g, normalise(v, m, s, b));
-                    if (kMask == Mask::kOutput) {
-                        g = rectify_grad(g, get(y + i, part));
+                    if (kFrom == From::kInput) g = activate_grad<kActivation>(g, normalise(v, m, s, b));
+                    if (kFrom == From::kOutput) {
+                        g = activate_grad<kActivation>(g, get(y + i, part));
                         put(dr + i, g, part);
                     }
                     sum.add(g);
@@ -232,7 +229,7 @@ static void backward_planes(const BatchNormReLUBackward& job) {
         }
         GradTerms terms[kMaxChannels];
         for (int c = 0; c < n; ++c) terms[c] = close_sums(job, first + c, sums[c].total(), products[c].total());
-        const float* grad = kMask == Mask::kOutput ? job.residual_grad : job.grad;
+        const float* grad = kFrom == From::kOutput ? job.residual_grad : job.grad;
         for (int64_t image = job.images - 1; image >= 0; --image) {
             for (int c = 0; c < n; ++c) {
                 const Vec m = broadcast(job.mean[first + c]), s = broadcast(scales[c]), b = broadcast(biases[c]);
@@ -243,7 +240,7 @@ static void backward_planes(const BatchNormReLUBackward& job) {
                 for_vectors(job.plane, [&](int64_t i, auto part) {
                     const Vec v = get(x + i, part);
                     Vec g = get(dy + i, part);
-                    if (kMask == Mask::kInput) g = rectify_grad(g, normalise(v, m, s, b));
+                    if (kFrom == From::kInput) g = activate_grad<kActivation>(g, normalise(v, m, s, b));
                     put(dx + i, (g * s + offset_term) + (v - m) * slope, part);
                 });
             }
@@ -326,7 +323,7 @@ static void row_statistics(const BatchNormReLU& job, const Share& share) {
     });
 }
 
-template <bool kReLU, bool kResidual>
+template <Activation kActivation, bool kResidual>
 static void forward_rows(const BatchNormReLUForward& job) {
     const int64_t channels = job.channels;
     float *means = coefficients(job, 0), *scales = coefficients(job, 1), *biases = coefficients(job, 2);
@@ -353,13 +350,13 @@ static void forward_rows(const BatchNormReLUForward& job) {
             for_vectors(channels, [&](int64_t c, auto part) {
                 Vec v = normalise(get(x + c, part), load(means + c), load(scales + c), load(biases + c));
                 if (kResidual) v += get(r + c, part);
-                put(y + c, kReLU ? rectify(v) : v, part);
+                put(y + c, activate<kActivation>(v), part);
             });
         });
     }
 }
 
-template <Mask kMask>
+template <Activation kActivation, From kFrom>
 static void row_sums(const BatchNormReLUBackward& job, const Share& share) {
     const int64_t channels = job.channels;
     const float *means = coefficients(job, 0), *scales = coefficients(job, 1), *biases = coefficients(job, 2);
@@ -374,9 +371,9 @@ static void row_sums(const BatchNormReLUBackward& job, const Share& share) {
                 const int64_t i = (row + r) * channels + c;
                 const Vec v = get(job.input + i, part);
                 Vec g = get(job.grad + i, part);
-                if (kMask == Mask::kInput) g = rectify_grad(g, normalise(v, m, s, b));
-                if (kMask == Mask::kOutput) {
-                    g = rectify_grad(g, get(job.output + i, part));
+                if (kFrom == From::kInput) g = activate_grad<kActivation>(g, normalise(v, m, s, b));
+                if (kFrom == From::kOutput) {
+                    g = activate_grad<kActivation>(g, get(job.output + i, part));
                     put(job.residual_grad + i, g, part);
                 }
                 sum.add(g);
@@ -388,7 +385,7 @@ static void row_sums(const BatchNormReLUBackward& job, const Share& share) {
     });
 }
 
-template <Mask kMask>
+template <Activation kActivation, From kFrom>
 static void backward_rows(const BatchNormReLUBackward& job) {
     const int64_t channels = job.channels;
     float *means = coefficients(job, 0), *scales = coefficients(job, 1), *biases = coefficients(job, 2);
@@ -402,7 +399,7 @@ static void backward_rows(const BatchNormReLUBackward& job) {
     {
         const int team = team_size();
         const Share share = share_of(job, thread_number(), team);
-        row_sums<kMask>(job, share);
+        row_sums<kActivation, kFrom>(job, share);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < channels; ++c) {
@@ -411,14 +408,14 @@ static void backward_rows(const BatchNormReLUBackward& job) {
             offsets[c] = terms.offset;
             slopes[c] = terms.slope;
         }
-        const float* grad = kMask == Mask::kOutput ? job.residual_grad : job.grad;
+        const float* grad = kFrom == From::kOutput ? job.residual_grad : job.grad;
         for_rows_back(share, channels, [&](int64_t row) {
             const float *dy = grad + row * channels, *x = job.input + row * channels;
             float* dx = job.input_grad + row * channels;
             for_vectors(channels, [&](int64_t c, auto part) {
                 const Vec v = get(x + c, part), m = load(means + c), s = load(scales + c);
                 Vec g = get(dy + c, part);
-                if (kMask == Mask::kInput) g = rectify_grad(g, normalise(v, m, s, load(biases + c)));
+                if (kFrom == From::kInput) g = activate_grad<kActivation>(g, normalise(v, m, s, load(biases + c)));
                 put(dx + c, (g * s + load(offsets + c)) + (v - m) * load(slopes + c), part);
             });
         });
@@ -434,27 +431,50 @@ static int64_t batch_norm_relu_scratch(const BatchNormReLU& job) {
     return whole_cache_lines(job.channels) * bytes;
 }
 
+// Calls run(the activation as a constant).
+template <class Run>
+SPARSE_MOON_INLINE void with_activation(Activation activation, Run run) {
+    switch (activation) {
+        case Activation::kNone: return run(std::integral_constant<Activation, Activation::kNone>{});
+        case Activation::kReLU: return run(std::integral_constant<Activation, Activation::kReLU>{});
+        case Activation::kReLU6: return run(std::integral_constant<Activation, Activation::kReLU6>{});
+        case Activation::kSiLU: return run(std::integral_constant<Activation, Activation::kSiLU>{});
+        case Activation::kHardswish: return run(std::integral_constant<Activation, Activation::kHardswish>{});
+    }
+}
+
 static void batch_norm_relu(const BatchNormReLUForward& job) {
     using namespace batch_norm;
-    const auto run = [&](auto relu, auto residual) {
-        constexpr bool kReLU = decltype(relu)::value, kResidual = decltype(residual)::value;
-        job.channels_last ? forward_rows<kReLU, kResidual>(job) : forward_planes<kReLU, kResidual>(job);
-    };
-    const auto with_relu = [&](auto relu) {
-        job.residual ? run(relu, std::true_type{}) : run(relu, std::false_type{});
-    };
-    job.relu ? with_relu(std::true_type{}) : with_relu(std::false_type{});
+    with_activation(job.activation, [&](auto activation) {
+        constexpr Activation kActivation = decltype(activation)::value;
+        const auto run = [&](auto residual) {
+            constexpr bool kResidual = decltype(residual)::value;
+            job.channels_last ? forward_rows<kActivation, kResidual>(job) : forward_planes<kActivation, kResidual>(job);
+        };
+        if constexpr (kActivation <= Activation::kReLU6) {
+            if (job.residual) return run(std::true_type{});
+        }
+        run(std::false_type{});
+    });
 }
 
 static void batch_norm_relu_backward(const BatchNormReLUBackward& job) {
     using namespace batch_norm;
-    const auto run = [&](auto mask) {
-        constexpr Mask kMask = decltype(mask)::value;
-        job.channels_last ? backward_rows<kMask>(job) : backward_planes<kMask>(job);
-    };
-    if (!job.relu) run(std::integral_constant<Mask, Mask::kNone>{});
-    else if (job.output) run(std::integral_constant<Mask, Mask::kOutput>{});
-    else run(std::integral_constant<Mask, Mask::kInput>{});
+    with_activation(job.activation, [&](auto activation) {
+        constexpr Activation kActivation = decltype(activation)::value;
+        const auto run = [&](auto from) {
+            constexpr From kFrom = decltype(from)::value;
+            job.channels_last ? backward_rows<kActivation, kFrom>(job) : backward_planes<kActivation, kFrom>(job);
+        };
+        if constexpr (kActivation == Activation::kNone) {
+            run(std::integral_constant<From, From::kNothing>{});
+        } else {
+            if constexpr (kActivation <= Activation::kReLU6) {
+                if (job.output) return run(std::integral_constant<From, From::kOutput>{});
+            }
+            run(std::integral_constant<From, From::kInput>{});
+        }
+    });
 }
 
 }  // namespace SPARSE_MOON_ISA

@@ -9,7 +9,8 @@ from torch import nn
 
 from sparse_moon.allocation import Allocation, check_sparsity
 from sparse_moon.nn import fusion
-from sparse_moon.nn.fusion import BatchNormReLU2d, unfuse
+from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
+from sparse_moon.nn.fusion import unfuse
 from sparse_moon.nn.inspect import Inputs, weights
 from sparse_moon.nn.layers import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
 from sparse_moon.nn.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped

@@ -1,95 +1,19 @@
-"""Batch norm, residual sum and rectifier as one module, and the rewriting of models to use it."""
+"""The rewriting of models to use one module for batch norm, residual sum and rectifier."""
 
 import copy
 import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
 from sparse_moon.nn.inspect import evaluation_mode
 from sparse_moon.nn.layers import SparseLayer
-from sparse_moon.ops.batch_norm_relu import batch_norm_relu
-
-
-class BatchNormReLU2d(nn.BatchNorm2d):
-    """``relu(BatchNorm2d(input) + residual)``, exact in training and in evaluation mode.
-
-    Parameters, buffers and their names are those of ``nn.BatchNorm2d``. Convert to ``nn.SyncBatchNorm`` before this
-    module comes in: that conversion knows nothing of the rectifier.
-
-    Args:
-        num_features ... dtype: as ``nn.BatchNorm2d``.
-        relu: whether the rectifier is applied.
-        recompute: whether sparse convolutions of the output compute it again in the backward pass, in place of keeping
-            it (on the CPU, without a residual): a layer's activations take half the memory, for another pass over them.
-
-    Shapes:
-        input and residual (N, C, H, W), contiguous or channels_last; the output follows the input. A residual that has
-        to be broadcast is added by torch.
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        relu: bool = True,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.relu, self.recompute = relu, recompute
-
-    @classmethod
-    def from_batch_norm(cls, batch_norm: nn.BatchNorm2d, relu: bool = True, recompute: bool = False) -> Self:
-        """The same batch norm, with the rectifier: it shares parameters and running statistics with the given one."""
-        bn = batch_norm
-        self = cls(
-            bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, "meta", relu=relu,
-            recompute=recompute,
-        )  # fmt: skip
-        self._parameters, self._buffers = bn._parameters.copy(), bn._buffers.copy()
-        return self.train(bn.training)
-
-    def to_batch_norm(self) -> nn.BatchNorm2d:
-        """The batch norm alone: it shares parameters and running statistics with this module."""
-        batch_norm = nn.BatchNorm2d(
-            self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, "meta"
-        )
-        batch_norm._parameters, batch_norm._buffers = self._parameters.copy(), self._buffers.copy()
-        return batch_norm.train(self.training)
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        use_running = not self.training or self.track_running_stats
-        mean, var = (self.running_mean, self.running_var) if use_running else (None, None)
-        broadcast = None if residual is None or residual.shape == input.shape else residual
-        output = batch_norm_relu(
-            input, mean, var, self.weight, self.bias, residual if broadcast is None else None,
-            training=training, momentum=momentum, eps=self.eps, relu=self.relu and broadcast is None,
-            recompute=self.recompute,
-        )  # fmt: skip
-        if broadcast is None:
-            return output
-        return F.relu(output + broadcast) if self.relu else output + broadcast
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, relu={self.relu}, recompute={self.recompute}"
 
 
 def _add_(x: Any, y: Any) -> Any:

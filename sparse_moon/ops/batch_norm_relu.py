@@ -1,6 +1,6 @@
-"""``batch_norm_relu``: batch norm of a batch of planes, a residual sum and a rectifier in one operator.
+"""``batch_norm_relu``: batch norm of a batch of planes, a residual sum and an activation in one operator.
 
-xhat = (x - mean) / sqrt(var + eps), y = relu(weight xhat + bias + residual)
+xhat = (x - mean) / sqrt(var + eps), y = activation(weight xhat + bias + residual)
 
 with the mean and the biased variance of each channel, of the batch or given (Ioffe and Szegedy 2015).
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_moon.ops.activations import FUNCTIONS, LAST_FLAT, NAMES, Activation, times_derivative
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.native import native
 from sparse_moon.ops.recompute import hang_recipe
@@ -36,13 +37,13 @@ def batch_norm_relu_reference(
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
 ) -> Tensor:
     """The specification; differentiable. Without ``mean`` and ``var`` those of the batch."""
     output = F.batch_norm(input, mean, var, weight, bias, training=mean is None, eps=eps)
     if residual is not None:
         output = output + residual
-    return F.relu(output) if relu else output
+    return FUNCTIONS[activation](output)
 
 
 def _statistics_dtype(input: Tensor) -> torch.dtype:
@@ -57,9 +58,9 @@ def _forward(
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output = batch_norm_relu_reference(input, residual, weight, bias, mean, var, eps, relu)
+    output = batch_norm_relu_reference(input, residual, weight, bias, mean, var, eps, activation)
     output = output.contiguous(memory_format=memory_format(input))
     if mean is not None:
         return output, *_fake(input, residual, weight, bias, mean)[1:]
@@ -87,7 +88,7 @@ def _backward_reference(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    relu: bool,
+    activation: int,
     batch_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = mean.dtype
@@ -96,10 +97,10 @@ def _backward_reference(
         scale = scale * weight
     centred = input.to(dtype) - _column(mean)
     g, has_residual = grad.to(dtype), output is not None
-    if relu:
+    if activation:
         if output is None:
             output = centred * _column(scale) + (0 if bias is None else _column(bias))
-        g = torch.where(output <= 0, 0, g)
+        g = times_derivative(activation, g, output)
     bias_grad, product = g.sum(_PLANE), (g * centred).sum(_PLANE)
     input_grad = g
     if batch_statistics:
@@ -123,9 +124,9 @@ def _backward_fake(
 
 
 _OP = define("batch_norm_relu(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
-             "float eps, bool relu) -> (Tensor, Tensor, Tensor)", _forward, _fake)  # fmt: skip
+             "float eps, int activation) -> (Tensor, Tensor, Tensor)", _forward, _fake)  # fmt: skip
 define("batch_norm_relu_backward(Tensor grad, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
-       "Tensor var, float eps, bool relu, bool batch_statistics) -> (Tensor, Tensor, Tensor, Tensor)",
+       "Tensor var, float eps, int activation, bool batch_statistics) -> (Tensor, Tensor, Tensor, Tensor)",
        _backward_reference, _backward_fake)  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 def _norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, *scalars: Any
 ) -> tuple[Any, ...]:
-    """What to normalise with, as the extension takes it. ``scalars``: relu, whether the batch's statistics, eps.
+    """What to normalise with, as the extension takes it. ``scalars``: activation, whether the batch's statistics, eps.
 
     Planes of one number are rows of channels in either layout.
     """
@@ -164,10 +165,10 @@ def _cpu(
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _kernel_takes(input, residual, weight, bias, mean, var):
-        return _forward(input, residual, weight, bias, mean, var, eps, relu)
+        return _forward(input, residual, weight, bias, mean, var, eps, activation)
     assert native is not None
     layout = memory_format(input)
     input = input.contiguous(memory_format=layout)
@@ -175,7 +176,7 @@ def _cpu(
     weight, bias, mean, var = (_dense(t) for t in (weight, bias, mean, var))
     output, batch_mean, batch_var = _fake(input, residual, weight, bias, mean)
     statistics = (batch_mean, batch_var) if mean is None or var is None else (mean, var)
-    norm = _norm(input, weight, bias, *statistics, relu, mean is None, eps)
+    norm = _norm(input, weight, bias, *statistics, activation, mean is None, eps)
     native.batch_norm_relu(norm, _address(residual), output.data_ptr(), torch.get_num_threads())
     return output, batch_mean, batch_var
 
@@ -189,12 +190,12 @@ def _backward_cpu(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    relu: bool,
+    activation: int,
     batch_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    masked = relu or output is None  # the kernel reads an output for nothing else
+    masked = activation != 0 or output is None  # the kernel reads an output for nothing else
     if not (masked and _kernel_takes(grad, input, output, weight, bias, mean, var)):
-        return _backward_reference(grad, input, output, weight, bias, mean, var, eps, relu, batch_statistics)
+        return _backward_reference(grad, input, output, weight, bias, mean, var, eps, activation, batch_statistics)
     assert native is not None
     layout = memory_format(input)
     grad, input = grad.contiguous(memory_format=layout), input.contiguous(memory_format=layout)
@@ -204,15 +205,21 @@ def _backward_cpu(
     grads = _backward_fake(grad, input, output, weight, bias, mean)
     input_grad, residual_grad, weight_grad, bias_grad = grads
     native.batch_norm_relu_backward(
-        _norm(input, weight, bias, mean, var, relu, batch_statistics, eps), grad.data_ptr(), _address(output),
-        input_grad.data_ptr(), 0 if output is None else residual_grad.data_ptr(),
-        weight_grad.data_ptr(), bias_grad.data_ptr(), torch.get_num_threads(),
+        _norm(input, weight, bias, mean, var, activation, batch_statistics, eps),
+        grad.data_ptr(), _address(output), input_grad.data_ptr(),
+        0 if output is None else residual_grad.data_ptr(), weight_grad.data_ptr(), bias_grad.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
 
 def _check(
-    input: Tensor, alike: dict[str, Tensor | None], vectors: dict[str, Tensor | None], eps: float, training: bool
+    input: Tensor,
+    alike: dict[str, Tensor | None],
+    vectors: dict[str, Tensor | None],
+    eps: float,
+    training: bool,
+    activation: int,
 ) -> None:
     if input.dim() != 4 or not input.is_floating_point():
         raise ValueError(f"input must be floating point (N, C, H, W), got {input.dtype} {tuple(input.shape)}")
@@ -224,23 +231,34 @@ def _check(
             raise ValueError(f"{name} must have shape ({input.shape[1]},), got {tuple(vector.shape)}")
     if eps < 0.0 or (training and eps == 0.0):
         raise ValueError(f"eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
+    if not 0 <= activation < len(NAMES):
+        raise ValueError(f"activation must be at least 0 and less than {len(NAMES)}, got {activation}")
+
+
+def _check_flat(activation: int) -> None:
+    if activation > LAST_FLAT:
+        raise ValueError(f"a residual goes with one of {NAMES[: LAST_FLAT + 1]}, got {NAMES[activation]!r}")
 
 
 def _check_forward(
-    input: Tensor, residual: Tensor | None, weight: Any, bias: Any, mean: Any, var: Any, eps: float, relu: bool
+    input: Tensor, residual: Tensor | None, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: int
 ) -> None:
     vectors = {"weight": weight, "bias": bias, "mean": mean, "var": var}
-    _check(input, {"residual": residual}, vectors, eps, mean is None)
+    _check(input, {"residual": residual}, vectors, eps, mean is None, activation)
+    if residual is not None:
+        _check_flat(activation)
     if (mean is None) != (var is None):
         raise ValueError("mean and var must be given together")
 
 
 def _check_backward(
     grad: Tensor, input: Tensor, output: Tensor | None, weight: Any, bias: Any, mean: Tensor, var: Tensor,
-    eps: float, relu: bool, batch_statistics: bool,
+    eps: float, activation: int, batch_statistics: bool,
 ) -> None:  # fmt: skip
     vectors = {"weight": weight, "bias": bias, "mean": mean, "var": var}
-    _check(input, {"grad": grad, "output": output}, vectors, eps, batch_statistics)
+    _check(input, {"grad": grad, "output": output}, vectors, eps, batch_statistics, activation)
+    if output is not None:
+        _check_flat(activation)
 
 
 if native is not None:
@@ -249,11 +267,11 @@ if native is not None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, residual, weight, bias, mean, var, ctx.eps, ctx.relu = inputs
+    input, residual, weight, bias, mean, var, ctx.eps, ctx.activation = inputs
     ctx.batch_statistics = mean is None
     ctx.has_residual = residual is not None
     # Without a residual the mask follows from the input, which saves reading the output.
-    masked = output[0] if ctx.relu and ctx.has_residual else None
+    masked = output[0] if ctx.activation and ctx.has_residual else None
     statistics = output[1:] if ctx.batch_statistics else (mean, var)
     ctx.save_for_backward(input, masked, weight, bias, *statistics)
     ctx.mark_non_differentiable(*output[1:])
@@ -263,9 +281,9 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     input, output, weight, bias, mean, var = ctx.saved_tensors
     input_grad, residual_grad, weight_grad, bias_grad = call(
         "batch_norm_relu_backward", grad, input, output, weight, bias, mean, var,
-        ctx.eps, ctx.relu, ctx.batch_statistics,
+        ctx.eps, ctx.activation, ctx.batch_statistics,
     )  # fmt: skip
-    if not ctx.relu:
+    if not ctx.activation:
         residual_grad = grad
     return (
         input_grad,
@@ -276,9 +294,9 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     )
 
 
-def _again(eps: float, relu: bool, input: Tensor, *operands: Tensor | None) -> Tensor:
+def _again(eps: float, activation: int, input: Tensor, *operands: Tensor | None) -> Tensor:
     """The output from (input, weight, bias, mean, variance)."""
-    return call("batch_norm_relu", input, None, *operands, eps, relu)[0]
+    return call("batch_norm_relu", input, None, *operands, eps, activation)[0]
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -286,12 +304,11 @@ def _differentiable_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple
     mean, var = (None, None) if ctx.batch_statistics else (mean, var)
 
     def norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.batch_norm(input, mean, var, weight, bias, training=ctx.batch_statistics, eps=ctx.eps)
+        normed = F.batch_norm(input, mean, var, weight, bias, training=ctx.batch_statistics, eps=ctx.eps)
+        return normed if ctx.has_residual else FUNCTIONS[ctx.activation](normed)
 
-    if ctx.relu:
-        with torch.no_grad():
-            inactive = (norm(input, weight, bias) if output is None else output) <= 0
-        grad = grad.masked_fill(inactive, 0.0)
+    if output is not None:
+        grad = times_derivative(ctx.activation, grad, output)
     needs_input, needs_residual, *needs_affine = ctx.needs_input_grad[:4]
     needed = (needs_input, *needs_affine)
     d_input, d_weight, d_bias = differentiable_gradients(norm, (input, weight, bias), needed, grad)
@@ -314,10 +331,10 @@ def batch_norm_relu(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    relu: bool = True,
+    activation: Activation = "relu",
     recompute: bool = False,
 ) -> Tensor:
-    """``relu(batch_norm(input) + residual)`` as torch computes it, in fewer passes over memory.
+    """``activation(batch_norm(input) + residual)`` as torch computes it, in fewer passes over memory.
 
     The compiled kernel takes float32 on the CPU, where the result is differentiable once; everything else runs torch's
     own operators.
@@ -327,20 +344,24 @@ def batch_norm_relu(
         running_mean, running_var: (C,) or None. In training they are updated in place (with the unbiased variance, as
             torch does), otherwise they normalise the input.
         weight, bias: (C,) or None, 1 and 0.
-        residual: (N, C, H, W) or None; added before the rectifier.
+        residual: (N, C, H, W) or None; added before the activation. ``"silu"`` and ``"hardswish"`` follow a sum as an
+            operation of its own.
         training: normalise with the mean and the variance of the batch.
         momentum: share of the batch in the update of the running statistics.
         eps: added to the variance.
-        relu: whether the rectifier is applied.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
         recompute: let sparse convolutions of the output compute it again in the backward pass, to the same bits, in
             place of keeping it, where it takes no more than what is kept anyway: by the kernel, without a residual.
 
     Raises:
-        ValueError: shapes that do not fit, missing statistics, a negative eps, or in training an eps of 0 or a single
-            value per channel.
+        ValueError: shapes that do not fit, an activation that is none of these, missing statistics, a negative eps, or
+            in training an eps of 0 or a single value per channel.
     """
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    _check(input, {"residual": residual}, vectors, eps, training)
+    if activation not in NAMES:
+        raise ValueError(f"activation must be one of {NAMES}, got {activation!r}")
+    number = NAMES.index(activation)
+    _check(input, {"residual": residual}, vectors, eps, training, number)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
     if not training and running_mean is None:
@@ -353,15 +374,16 @@ def batch_norm_relu(
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if residual is not None:
             output = output + residual
-        return F.relu(output) if relu else output
+        return FUNCTIONS[number](output)
+    number, after = (number, 0) if residual is None or number <= LAST_FLAT else (0, number)
     mean, var = (None, None) if training else (running_mean, running_var)
-    output, batch_mean, batch_var = _batch_norm_relu(input, residual, weight, bias, mean, var, eps, relu)
+    output, batch_mean, batch_var = _batch_norm_relu(input, residual, weight, bias, mean, var, eps, number)
     if training:
         mean, var = batch_mean, batch_var
     if recompute and residual is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        hang_recipe(output, partial(_again, eps, relu), input, weight, bias, mean, var)
+        hang_recipe(output, partial(_again, eps, number), input, weight, bias, mean, var)
     if training and running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(batch_mean, momentum)
             running_var.lerp_(batch_var * (count / (count - 1)), momentum)
-    return output
+    return FUNCTIONS[after](output)

@@ -1,0 +1,104 @@
+"""Batch norm, residual sum and activation in one operation, as a module and for a batch norm of torch."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sparse_moon.ops.activations import FUNCTIONS, NAMES, Activation
+from sparse_moon.ops.batch_norm_relu import batch_norm_relu
+
+
+def normalise(
+    norm: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, activation: Activation, recompute: bool
+) -> Tensor:
+    """``activation(norm(input) + residual)``, with all that calling the batch norm does, hooks excepted.
+
+    Args:
+        norm: its parameters, running statistics and mode are read, and the statistics updated in training.
+        input: (N, C, H, W), contiguous or channels_last; the output follows.
+        residual: of the same shape; one that has to be broadcast is added by torch.
+        activation, recompute: as in :class:`BatchNormReLU2d`.
+    """
+    norm._check_input_dim(input)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    training = norm.training or (norm.running_mean is None and norm.running_var is None)
+    use_running = not norm.training or norm.track_running_stats
+    mean, var = (norm.running_mean, norm.running_var) if use_running else (None, None)
+    broadcast = None if residual is None or residual.shape == input.shape else residual
+    output = batch_norm_relu(
+        input, mean, var, norm.weight, norm.bias, residual if broadcast is None else None,
+        training=training, momentum=momentum, eps=norm.eps, activation=activation if broadcast is None else "none",
+        recompute=recompute,
+    )  # fmt: skip
+    return output if broadcast is None else FUNCTIONS[NAMES.index(activation)](output + broadcast)
+
+
+class BatchNormReLU2d(nn.BatchNorm2d):
+    """``activation(BatchNorm2d(input) + residual)``, exact in training and in evaluation mode.
+
+    Parameters, buffers and their names are those of ``nn.BatchNorm2d``. Convert to ``nn.SyncBatchNorm`` before this
+    module comes in: that conversion knows nothing of the activation.
+
+    Args:
+        num_features ... dtype: as ``nn.BatchNorm2d``.
+        activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
+        recompute: whether sparse convolutions of the output compute it again in the backward pass, in place of keeping
+            it (on the CPU, without a residual): a layer's activations take half the memory, for another pass over them.
+
+    Shapes:
+        input and residual (N, C, H, W), contiguous or channels_last; the output follows the input. A residual that has
+        to be broadcast is added by torch.
+
+    Raises:
+        ValueError: another activation.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation = "relu",
+        recompute: bool = False,
+    ) -> None:
+        if activation not in NAMES:
+            raise ValueError(f"activation must be one of {NAMES}, got {activation!r}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation, self.recompute = activation, recompute
+
+    @classmethod
+    def from_batch_norm(
+        cls, batch_norm: nn.BatchNorm2d, activation: Activation = "relu", recompute: bool = False
+    ) -> Self:
+        """The same batch norm, with the activation: it shares parameters and running statistics with the given one."""
+        bn = batch_norm
+        self = cls(
+            bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, "meta", activation=activation,
+            recompute=recompute,
+        )  # fmt: skip
+        self._parameters, self._buffers = bn._parameters.copy(), bn._buffers.copy()
+        return self.train(bn.training)
+
+    def to_batch_norm(self) -> nn.BatchNorm2d:
+        """The batch norm alone: it shares parameters and running statistics with this module."""
+        batch_norm = nn.BatchNorm2d(
+            self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, "meta"
+        )
+        batch_norm._parameters, batch_norm._buffers = self._parameters.copy(), self._buffers.copy()
+        return batch_norm.train(self.training)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return normalise(self, input, residual, self.activation, self.recompute)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}, recompute={self.recompute}"
