@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 
+from sparse_moon.nn import batch_norm_relu as nn_batch_norm_relu
 from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
 from sparse_moon.ops.activations import FUNCTIONS, LAST_FLAT, NAMES
 from sparse_moon.ops.batch_norm_relu import batch_norm_relu
@@ -254,7 +255,9 @@ MODULES = [
 
 @pytest.mark.parametrize("options", MODULES, ids=str)
 @pytest.mark.parametrize("with_residual", [True, False])
-def test_module_is_batch_norm_and_relu(options, with_residual):
+@pytest.mark.parametrize("fewest", [0, 1 << 16])
+def test_module_is_batch_norm_and_relu(options, with_residual, fewest, monkeypatch):
+    monkeypatch.setattr(nn_batch_norm_relu, "FEWEST", fewest)
     plain = nn.BatchNorm2d(5, **options)
     for parameter in plain.parameters():
         nn.init.normal_(parameter)
@@ -272,7 +275,9 @@ def test_module_is_batch_norm_and_relu(options, with_residual):
     assert fused.num_batches_tracked is None or fused.num_batches_tracked == 4
 
 
-def test_module_broadcasts_and_shares():
+@pytest.mark.parametrize("fewest", [0, 1 << 16])
+def test_module_broadcasts_and_shares(fewest, monkeypatch):
+    monkeypatch.setattr(nn_batch_norm_relu, "FEWEST", fewest)
     plain = nn.BatchNorm2d(5).eval()
     fused = BatchNormReLU2d.from_batch_norm(plain)
     assert not fused.training and fused.weight is plain.weight and fused.running_var is plain.running_var

@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import sparse_moon as sm
 from sparse_moon.app import models
+from sparse_moon.nn.fusion import fusions
 from sparse_moon.ood import CosineHead
 
 
@@ -63,7 +64,7 @@ def test_densify_of_a_fused_model_gives_the_model_s_own_classes(name, way):
     plain = build()
     names, kinds = [*plain.state_dict()], [(n, type(m)) for n, m in sm.densify(copy.deepcopy(plain)).named_modules()]
     fused = sm.sparsify(sm.fuse(plain), 0.6) if way == "later" else sm.sparsify(plain, 0.6, fuse=True)
-    assert any(isinstance(m, sm.BatchNormReLU2d) for m in fused.modules())
+    assert fused is plain and "fused" in fusions(fused).values()
     x = torch.randn(4, channels, 16, 16)
     fused(x)  # statistics that are not those of the start
     if way == "moved":
@@ -73,7 +74,7 @@ def test_densify_of_a_fused_model_gives_the_model_s_own_classes(name, way):
     dense = sm.densify(fused)
     assert [(n, type(m)) for n, m in dense.named_modules()] == kinds
     assert [*dense.state_dict()] == names
-    assert not sm.sparse_layers(dense) and not any(isinstance(m, sm.BatchNormReLU2d) for m in dense.modules())
+    assert not sm.sparse_layers(dense) and "fused" not in fusions(dense).values()
     for training in (False, True, False):
         torch.testing.assert_close(dense.train(training)(x), expected.train(training)(x), rtol=1e-3, atol=1e-3)
     buffers = dict(expected.named_buffers())
@@ -86,18 +87,21 @@ def test_nothing_of_this_package_is_left():
         model = sm.sparsify(torchvision.models.resnet18(num_classes=4), 0.8, fuse=fuse)
         dense = sm.densify(model)
         assert type(dense) is ResNet and type(dense.layer1[0]) is BasicBlock
+        assert dense is model and not any("forward" in vars(module) for module in dense.modules())
         assert not any(type(module).__module__.startswith("sparse_moon") for module in dense.modules())
         dense.layer1(torch.randn(2, 64, 8, 8))  # a container can be called again
 
 
 @pytest.mark.filterwarnings("ignore:a sparsity of 0.5 was asked for")
-def test_fused_and_dense_share_nothing_but_what_they_had():
+def test_a_copy_and_the_dense_model_share_nothing():
     model = sm.sparsify(Nested(), 0.5, fuse=True)
-    dense = sm.densify(model)
+    norm = model.norm
+    dense, copied = sm.densify(copy.deepcopy(model)), copy.deepcopy(model)
     assert dense.settings == {"depth": 2} and dense.again[0] is dense.block
-    assert dense.norm.weight is model.norm.weight and dense.norm.momentum is None
+    assert model.norm is norm and dense.norm is not norm and dense.norm.momentum is None
     dense.eval()
-    assert not dense.block[1].training
+    assert not dense.block[1].training and model.block[1].training
+    assert "fused" in fusions(model).values() and "fused" in fusions(copied).values()
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -138,9 +142,11 @@ def test_a_batch_norm_that_the_model_s_own_code_calls_stays_with_a_warning():
     assert type(dense[0]) is nn.Conv2d and isinstance(dense[1], sm.BatchNormReLU2d)
 
 
-def test_hooks_that_fusing_loses_are_said():
-    model = Nested()
-    model.block.register_forward_hook(lambda m, x, y: None)
-    model.last.register_forward_hook(lambda m, x, y: None)  # not fused: it stays
-    with pytest.warns(UserWarning, match="hooks on these modules are not called in the fused model: block$"):
-        sm.fuse(model)
+def test_fusing_and_densify_lose_no_hooks():
+    model, seen = Nested(), []
+    model.block.register_forward_hook(lambda m, x, y: seen.append("block"))
+    model.last.register_forward_hook(lambda m, x, y: seen.append("last"))
+    x = torch.randn(2, 8, 6, 6)
+    sm.fuse(model)(x)
+    sm.densify(model)(x)
+    assert seen == ["block", "last"] * 2

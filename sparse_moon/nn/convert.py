@@ -3,17 +3,17 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
 from sparse_moon.allocation import Allocation, check_sparsity
 from sparse_moon.nn import fusion
 from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
-from sparse_moon.nn.fusion import unfuse
 from sparse_moon.nn.inspect import Inputs, weights
 from sparse_moon.nn.layers import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
 from sparse_moon.nn.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped
+from sparse_moon.ops.native import native
 from sparse_moon.topology import block_shape
 
 # Outputs without a weight are said from this many and this share of a layer on: one of 128 is chance, and no news.
@@ -32,7 +32,7 @@ def sparsify(
     start_sparsity: float | None = None,
     first_dense: bool = True,
     input_size: Inputs | None = None,
-    fuse: bool = False,
+    fuse: bool | Literal["auto"] = "auto",
     recompute: bool = False,
 ) -> nn.Module:
     """Replace the linear and 2-d convolution layers of a model by sparse ones, in place.
@@ -54,7 +54,8 @@ def sparsify(
       ``first_dense`` keeps do not count, neither do biases and norms. Embeddings do: ``exclude=nn.Embedding`` says that
       they are meant to stay dense;
     - layers that the block does not divide;
-    - layers that end without any weight, or of whose outputs at least 3 and 1 % have none.
+    - layers that end without any weight, or of whose outputs at least 3 and 1 % have none;
+    - with ``fuse=True``, modules that cannot be traced.
 
     :func:`sparse_moon.summary` shows each layer.
 
@@ -74,20 +75,22 @@ def sparsify(
         input_size: shape of one example without the batch dimension, or example inputs (a tensor, or a tuple or mapping
             of arguments); when given, layers are ordered by their first use in one forward pass instead of by
             definition, which matters for what "first" is.
-        fuse: also run batch norm, ReLU and the residual addition between them as one operation; see
-            :func:`sparse_moon.nn.fusion.fuse`. It pays in training on the CPU.
-        recompute: with ``fuse``, less memory for more time: what batch norm and ReLU make for a sparse convolution is
-            not kept for the backward pass; see :class:`sparse_moon.BatchNormReLU2d`.
+        fuse: ``"auto"`` runs batch norm, activation and the residual addition between them as one operation wherever
+            that is exact and faster (on the CPU, with compiled kernels), and leaves what cannot be traced as it is;
+            ``True`` says in one warning what that is; ``False`` changes nothing. See :func:`sparse_moon.fuse`.
+        recompute: with ``fuse``, less memory for more time: what batch norm and activation make for a sparse
+            convolution is not kept for the backward pass; see :class:`sparse_moon.BatchNormReLU2d`.
 
     Returns:
-        The model itself (or, where the model is itself such a layer, its replacement); with ``fuse`` a traced module
-        of the same parameters and state.
+        The model itself (or, where the model is itself such a layer, its replacement).
 
     Raises:
         ValueError: a bad argument, a name in ``exclude`` that matches no module, no layer to convert, a sparsity that
             cannot be reached, or a model that is compiled or wrapped for several processes; the model is then as it
             was.
     """
+    if fuse not in (True, False, "auto"):
+        raise ValueError(f"fuse must be 'auto', True or False, got {fuse!r}")
     if recompute and not fuse:
         raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")
     if selection not in get_args(Selection):
@@ -120,28 +123,32 @@ def sparsify(
     for module, sparse in made.items():
         for name in plan.places[module]:
             model = _replace(model, name, sparse)
-    _say(plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + _empty(done))
-    return fusion.fuse(model, recompute=recompute) if fuse else model
+    notes = plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + _empty(done)
+    if fuse is True or (fuse == "auto" and native is not None):
+        untraced = fusion.install(model, recompute)
+        notes += untraced if fuse is True else []
+    _say(notes)
+    return model
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Replace every sparse layer by its dense equivalent, in place; shared weights stay shared.
 
-    What :func:`sparse_moon.fuse` made is undone as well: batch norm, sum and rectifier are the model's own again, and
-    so are its classes. Of a model that is compiled or wrapped for several processes the model inside is meant. Forward
-    and backward hooks move to the new layers. Names in ``state_dict()`` change for the sparse layers' weights only.
+    What :func:`sparse_moon.fuse` did is undone as well: every module runs the forward pass of its class. Of a model
+    that is compiled or wrapped for several processes the model inside is meant. Forward and backward hooks move to the
+    new layers. Names in ``state_dict()`` change for the sparse layers' weights only.
 
     Modules of this package without sparse weights stay as they are. That is said for a
     :class:`sparse_moon.BatchNormReLU2d` that the model's own code calls, as no module of torch could take its place;
     others, as :class:`sparse_moon.ood.CosineHead`, run torch's operators alone.
 
     Returns:
-        The model itself (or, where the model is itself a sparse layer or the result of ``fuse``, its replacement):
-        the model's own classes with torch's layers.
+        The model itself (or, where the model is itself a sparse layer, its replacement): the model's own classes with
+        torch's layers.
     """
     while (inner := wrapped(model)) is not None:
         model = inner
-    model = unfuse(model)
+    fusion.unfuse(model)
     called = [name for name, module in model.named_modules() if isinstance(module, BatchNormReLU2d)]
     if called:
         _say([f"BatchNormReLU2d stays, the model's own code calls it: {some(called)}"])

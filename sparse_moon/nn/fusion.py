@@ -1,322 +1,164 @@
-"""The rewriting of models to use one module for batch norm, residual sum and rectifier."""
+"""Models whose modules run batch norm, residual sum and activation as one operation."""
 
-import copy
-import operator
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
-from sparse_moon.nn.inspect import evaluation_mode
+from sparse_moon.nn.fused_forward import FusedForward, at, has_plain_forward, is_plain
+from sparse_moon.nn.fusion_patterns import Matches, why_not
 from sparse_moon.nn.layers import SparseLayer
-
-
-def _add_(x: Any, y: Any) -> Any:
-    x += y
-    return x
-
-
-def _subtract_(x: Any, y: Any) -> Any:
-    x -= y
-    return x
-
-
-def _multiply_(x: Any, y: Any) -> Any:
-    x *= y
-    return x
-
-
-def _divide_(x: Any, y: Any) -> Any:
-    x /= y
-    return x
-
-
-class _Proxy(fx.Proxy):
-    """Records ``x += y`` as that. ``fx.Proxy`` records ``x + y``, which is not the same where ``x`` is used again."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", _add_, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", _subtract_, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", _multiply_, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", _divide_, (self, other), {})
-
-
-_SUMS = {operator.add, torch.add, _add_, "add", "add_"}
-_SUMS_IN_PLACE = {_add_, "add_"}
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, SparseLayer | BatchNormReLU2d) or super().is_leaf_module(m, module_qualified_name)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-
-class _Shell(nn.Module):
-    """In place of a container of the model: its modules, parameters and buffers, and no code.
-
-    Attributes:
-        emptied: a copy of the container that has none of them, from which :func:`unfuse` makes it again.
-    """
-
-    def __init__(self, container: nn.Module) -> None:
-        super().__init__()
-        self.train(container.training)
-        self._parameters, self._buffers = container._parameters.copy(), container._buffers.copy()
-        self._non_persistent_buffers_set = container._non_persistent_buffers_set.copy()
-        emptied = copy.copy(container)
-        emptied._modules, emptied._parameters, emptied._buffers = {}, {}, {}
-        self.__dict__["emptied"] = emptied  # no module of the model
-
-
-class _FusedModel(fx.GraphModule):
-    """A graph with all modules of the model it was made of, in their order, also in copies.
-
-    A plain ``GraphModule`` keeps those that the graph calls, in the order of the calls, which would change the
-    meaning of an optimizer's state.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_FusedModel":
-        result = cast(_FusedModel, super().__deepcopy__(memo))
-        result._hold(copy.deepcopy({name: self.__dict__[name] for name in _HELD}, memo))
-        return result
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        load, arguments = super().__reduce__()[:2]
-        return _load_fused, (load, arguments, type(self).__name__, {name: self.__dict__[name] for name in _HELD})
-
-    def _hold(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update((name, state[name]) for name in _HELD)
-
-
-def _load_fused(
-    load: Callable[..., fx.GraphModule], arguments: tuple[Any, ...], name: str, state: Mapping[str, Any]
-) -> _FusedModel:
-    module = load(*arguments)
-    result = _FusedModel(module, module.graph, name)
-    result._hold(state)
-    return result
-
-
-_HELD = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "emptied")
+from sparse_moon.nn.plan import some
+from sparse_moon.nn.tracing import trace
 
 
 def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
-    """Put :class:`BatchNormReLU2d` in the places of batch norm followed by a rectifier, or by a sum and a rectifier.
+    """Run batch norm followed by an activation, or by a sum and an activation, as one operation; in place.
 
-    The rectifier may be ``nn.ReLU``, ``F.relu``, ``torch.relu`` or a method, in place or not. Only an
-    ``nn.BatchNorm2d`` that is used once, and whose output is used nowhere else, takes part.
+    It is exact in training and in evaluation, and faster on the CPU in float32; elsewhere nothing changes. Activations
+    are ReLU, ReLU6, SiLU and Hardswish as modules or functions, in place or not; after a sum the first two. Only an
+    ``nn.BatchNorm2d`` that is called once, and whose output is used nowhere else, takes part.
+
+    The model stays what it is: classes, modules, their names, hooks, ``state_dict()``. Modules whose code calls batch
+    norms and activations get another ``forward`` of their own, which ``torch.fx`` makes of that of their class. It goes
+    into copies and pickles (``copy.copy`` of such a module alone would run the original's). Modules are called by name,
+    so that one put in the place of another is called. The class's own forward pass runs where a batch norm or an
+    activation in question has a hook or has become another type, where attributes of the module have changed, and under
+    ``torch.compile``, which fuses by itself. What code does beside computing, as printing, is not repeated.
 
     Args:
-        model: any module that ``torch.fx`` can trace; not changed. Sparse layers are kept whole.
-        recompute: of the new modules; see there.
+        model: any module. What cannot be traced stays as it is, with one warning that says why: code that looks at
+            numbers, shapes or types of its input, depends on its mode (apart from what torch's modules do) as in
+            ``F.dropout(x, training=self.training)``, draws random numbers or writes to the module.
+        recompute: see :class:`BatchNormReLU2d`.
 
     Returns:
-        A module with the forward pass of the model, the same parameters and buffers (shared with it), and the same
-        names in ``state_dict()``, in the same order. Of the model's own classes it has nothing but what their forward
-        passes did: containers cannot be called one by one, and hooks on them and on the batch norms are gone.
-        The model itself where nothing can be fused; with a warning where it cannot be traced, or where its forward
-        pass depends on its mode (apart from what torch's modules do), as in ``F.dropout(x, training=self.training)``.
+        The model itself.
     """
-    if not any(type(module) is nn.BatchNorm2d for module in model.modules() if module is not model):
-        return model
-    try:
-        graph = _trace(model)
-    except Exception as error:  # whatever the model's code does with a placeholder
-        warnings.warn(f"the model is left as it is, torch.fx cannot trace it: {error}", stacklevel=2)
-        return model
-    fused = _rewrite(graph, dict(model.named_modules(remove_duplicate=False)), recompute)
-    if not fused:
-        return model
-    rebuilt = _rebuild(model, fused)
-    lost = [
-        name or "(model)"
-        for name, module in model.named_modules()
-        if (module in fused or isinstance(rebuilt.get_submodule(name), _Shell))
-        and (module._forward_hooks or module._forward_pre_hooks)
-    ]
-    if lost:
-        warnings.warn(f"hooks on these modules are not called in the fused model: {', '.join(lost)}", stacklevel=2)
-    result = _FusedModel(rebuilt, graph, type(model).__name__)
-    result._hold(rebuilt.__dict__)
-    return result
+    for note in install(model, recompute):
+        warnings.warn(note, stacklevel=2)
+    return model
+
+
+def install(model: nn.Module, recompute: bool) -> list[str]:
+    """What :func:`fuse` does; returns what it has to say, at most one text."""
+    unfuse(model)
+    search = _Search(model, recompute)
+    for fused in search.found:
+        # as attributes of the instance, which come before methods
+        fused.module.__dict__.update(forward=fused, _replicate_for_data_parallel=fused.replica)
+    if not search.untraced:
+        return []
+    names, reason = [name or "(model)" for name in search.untraced], next(iter(search.untraced.values()))
+    return [f"not fused, as torch.fx cannot trace it: {some(names)}: {reason}"]
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Take back what :func:`fuse` did to the model or to modules in it: its own classes and its batch norms again.
-
-    Returns:
-        The model itself, changed in place, where it is not itself the result of ``fuse``. What it returns has the
-        modules, parameters and buffers that the fused model has now.
-    """
-    whole: dict[nn.Module, nn.Module] = {}
-
-    def restore(module: nn.Module) -> nn.Module:
-        if module in whole:
-            return whole[module]
-        if isinstance(module, BatchNormReLU2d):
-            whole[module] = module.to_batch_norm()
-        elif isinstance(module, _Shell | _FusedModel):
-            container = whole[module] = copy.copy(cast(nn.Module, module.emptied))
-            container.training = module.training
-            container._parameters, container._buffers = module._parameters.copy(), module._buffers.copy()
-            container._modules = {
-                name: None if child is None else restore(child) for name, child in module._modules.items()
-            }
-        else:
-            whole[module] = module
-        return whole[module]
-
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, _FusedModel):
-            if name == "":
-                return restore(module)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, restore(module))
+    """Take back what :func:`fuse` did, in place: every module runs the forward pass of its class. Returns the model."""
+    for module in model.modules():
+        if type(vars(module).get("forward")) is FusedForward:
+            del module.__dict__["forward"], module.__dict__["_replicate_for_data_parallel"]
     return model
 
 
 def fusions(model: nn.Module) -> dict[str, str]:
     """Whether each 2-d batch norm is fused, and if not why; the model is traced for that, and not changed."""
+    fused: set[nn.Module | None] = set()
+    changed: set[nn.Module | None] = set()
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if type(forward) is FusedForward:
+            (fused if forward.holds() else changed).update(at(module, path) for path in forward.norms)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    found = {name: "fused" for name, module in norms.items() if isinstance(module, BatchNormReLU2d)}
+    found = {name: "fused" for name, m in norms.items() if m in fused or isinstance(m, BatchNormReLU2d)}
     if len(found) == len(norms):
         return found
-    modules = dict(model.named_modules(remove_duplicate=False))
-    try:
-        nodes = [node for node in _trace(model).nodes if node.op == "call_module"]
-    except Exception:  # whatever the model's code does with a placeholder
-        return {name: found.get(name, "not fused: torch.fx cannot trace the model") for name in norms}
-    calls: dict[nn.Module, list[fx.Node]] = {}
-    for node in nodes:
-        calls.setdefault(modules[str(node.target)], []).append(node)
-    return {
-        name: found.get(name) or f"not fused: {_not_fused(norm, calls.get(norm, []), modules)}"
-        for name, norm in norms.items()
-    }
+    search = _Search(model, False)
+    would = {at(f.module, path) for f in search.found for path in f.norms}
+
+    def reason(module: nn.BatchNorm2d) -> str:
+        if module in changed:
+            return "it, its activation or what holds them was changed, or has hooks"
+        if module in would:
+            return "fuse(model) would"
+        if type(module) is not nn.BatchNorm2d:
+            return f"{type(module).__name__} is a kind of BatchNorm2d"
+        return search.reasons.get(module, "torch.fx cannot trace the model")
+
+    return {name: found.get(name) or f"not fused: {reason(module)}" for name, module in norms.items()}
 
 
-def _not_fused(norm: nn.Module, calls: list[fx.Node], modules: dict[str, nn.Module]) -> str:
-    """Why a batch norm is not fused, from its calls in the graph."""
-    if type(norm) is not nn.BatchNorm2d:
-        return f"{type(norm).__name__} is a kind of BatchNorm2d"
-    if len(calls) != 1:
-        return f"called {len(calls)} times"
-    last = calls[0] if _residual(calls[0], modules) is None else next(iter(calls[0].users))
-    if _rectifier(last, modules) is not None:
-        return "fuse(model) would"
-    sum_ = "a sum and " if last is not calls[0] else ""
-    if len(last.users) != 1:
-        return f"{sum_ or 'its output '}used {len(last.users)} times"
-    user = next(iter(last.users))
-    if user.op == "call_module":
-        return f"followed by {sum_}{type(modules[str(user.target)]).__name__}"
-    what = user.op if user.op == "output" else getattr(user.target, "__name__", user.target)
-    return f"followed by {sum_}{str(what).strip('_')}"
+class _Search:
+    """What can be fused in a model, each in the innermost module whose code calls all of it.
 
+    Attributes:
+        found: the forward passes to install.
+        reasons: why a batch norm is not fused, of those that are in a graph.
+        untraced: modules that have batch norms left and cannot be traced, and why.
+    """
 
-def _trace(model: nn.Module) -> fx.Graph:
-    """The forward pass, provided that it is the same in training and in evaluation mode."""
-    with evaluation_mode(model):
-        evaluation = _Tracer().trace(model)
-        model.train()
-        training = _Tracer().trace(model)
-    if str(evaluation) != str(training):
-        raise ValueError("its forward pass depends on self.training")
-    return training
+    def __init__(self, model: nn.Module, recompute: bool) -> None:
+        self.found: list[FusedForward] = []
+        self.reasons: dict[nn.Module, str] = {}
+        self.untraced: dict[str, Exception] = {}
+        self._recompute = recompute
+        # whose output may be used by code outside of what was traced
+        self._open = {module for module in model.modules() if type(module) is nn.BatchNorm2d}
+        for name, module in reversed(list(model.named_modules())):  # what is inside first
+            if self._is_code(module) and self._has_open(module):
+                self._look(name, module)
+        self.untraced = {
+            name: error for name, error in self.untraced.items() if self._has_open(model.get_submodule(name))
+        }
 
+    def _is_code(self, module: nn.Module) -> bool:
+        """Whether a module is there for its code, and not a layer."""
+        if isinstance(module, SparseLayer) or not has_plain_forward(module):
+            return False
+        return isinstance(module, nn.Sequential) or not type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
 
-def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module], recompute: bool) -> dict[nn.Module, BatchNormReLU2d]:
-    """Rewrite the graph; returns what replaces each batch norm."""
-    calls = Counter(modules[str(node.target)] for node in graph.nodes if node.op == "call_module")
-    fused: dict[nn.Module, BatchNormReLU2d] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
-            continue
-        batch_norm = cast(nn.BatchNorm2d, modules[node.target])
-        if calls[batch_norm] != 1 or len(node.args) != 1 or node.kwargs:
-            continue
-        residual = _residual(node, modules)
-        chain = [node] if residual is None else [node, next(iter(node.users))]
-        relu = _rectifier(chain[-1], modules)
-        if relu is None:
-            continue
-        with graph.inserting_before(relu):
-            # The keyword always: another module put in this place must not pass for one that has a rectifier.
-            new = graph.call_module(node.target, node.args, {"residual": residual})
-        relu.replace_all_uses_with(new)
-        for old in (relu, *reversed(chain)):
-            graph.erase_node(old)
-        fused[batch_norm] = BatchNormReLU2d.from_batch_norm(batch_norm, recompute=recompute)
-    graph.lint()
-    return fused
+    def _has_open(self, module: nn.Module) -> bool:
+        return any(child in self._open for child in module.modules())
 
+    def _look(self, name: str, module: nn.Module) -> None:
+        modules = dict(module.named_modules(remove_duplicate=False))
+        inlined = [
+            child
+            for child in dict.fromkeys(modules.values())
+            if child is not module and self._is_code(child) and is_plain(child, type(child)) and self._has_open(child)
+        ]
+        error: Exception | None = None
+        for parts in (inlined, []) if inlined else ([],):
+            try:
+                graph = trace(module, parts)
+                break
+            except Exception as e:  # whatever the code does with a placeholder
+                error = error or e
+        else:
+            assert error is not None
+            self.untraced[name] = error
+            return
+        matches = Matches(graph, modules, self._recompute)
+        self._decide(graph, modules)
+        if not matches.norms:
+            return
+        # once more with no more code than it takes, so that all else is called as before
+        less = [modules[path] for path in matches.owners if path]
+        if set(less) != set(parts):
+            smaller = Matches(trace(module, less), modules, self._recompute)
+            if set(matches.norms) <= set(smaller.norms):
+                matches, parts = smaller, less
+        paths = [tuple(path.split(".")) for path in matches.skipped]
+        owners = [tuple(path.split(".")) for path in modules if modules[path] in parts]
+        self.found.append(FusedForward(module, matches.graph, paths, owners, self._recompute))
 
-def _residual(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """What the only user of a batch norm adds to it, if that is a sum to whose place the batch norm may be moved."""
-    user = _only_user(node)
-    if user is None or user.op not in ("call_function", "call_method") or user.target not in _SUMS:
-        return None
-    if user.kwargs or len(user.args) != 2 or user.args[0] is user.args[1]:
-        return None
-    if user.target in _SUMS_IN_PLACE and user.args[0] is not node:
-        return None
-    between = node.next
-    while between is not user:
-        if _writes(between, modules):
-            return None
-        between = between.next
-    other = user.args[1] if user.args[0] is node else user.args[0]
-    return other if isinstance(other, fx.Node) else None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _rectifier(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The only user of a node, if that is a rectifier."""
-    user = _only_user(node)
-    if user is None:
-        return None
-    if user.op == "call_module":
-        return user if type(modules[str(user.target)]) is nn.ReLU else None
-    return user if user.op in ("call_function", "call_method") and user.target in _RELUS else None
-
-
-def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the node may change a tensor that it is given."""
-    if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    by_name = name.endswith("_") and not name.endswith("__")
-    return by_name or any(node.kwargs.get(key) for key in ("inplace", "out"))
-
-
-def _rebuild(model: nn.Module, fused: dict[nn.Module, BatchNormReLU2d]) -> nn.Module:
-    """The tree of modules with the batch norms replaced; what contains one of them holds modules and no code."""
-    rebuilt: dict[nn.Module, nn.Module] = dict(fused)
-
-    def rebuild(module: nn.Module) -> nn.Module:
-        if module not in rebuilt and any(child in fused for child in module.modules()):
-            new = rebuilt[module] = _Shell(module)
-            for name, child in module._modules.items():
-                new.register_module(name, None if child is None else rebuild(child))
-        return rebuilt.get(module, module)
-
-    return rebuild(model)
+    def _decide(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+        """Close those whose output ends in this graph."""
+        calls: dict[nn.Module, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr") and str(node.target) in modules:
+                calls.setdefault(modules[str(node.target)], []).append(node)
+        for norm in self._open & calls.keys():
+            self.reasons[norm], last = why_not(calls[norm], modules)
+            if len(calls[norm]) > 1 or not any(user.op == "output" for user in last.users):
+                self._open.discard(norm)
