@@ -3,24 +3,46 @@
 import ctypes
 import sys
 
-# of glibc's malloc.h
+# of glibc's malloc.h, and what it starts with
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536
+
+decided = False
+"""Whether :func:`keep_freed_memory` has been called in this process."""
+_kept = False
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(keep: bool = True) -> bool:
     """Let the process keep the memory that it frees, to use it again; worth much in training on the CPU.
 
     glibc gives large blocks back to the system at once, so that each activation above 32 MB, and often smaller ones,
-    come as fresh pages in every step, and the system clears each page when it is first touched. This asks glibc not to:
-    one call at the start of a program, before large tensors are made. The process then stays at its peak size.
-    ``sparse-moon train`` does it; other programs choose for themselves.
+    come as fresh pages in every step, and the system clears each page when it is first touched. This asks glibc not to.
+    The process then stays at its peak size.
+
+    The first forward pass with gradients of a sparse layer on the CPU does it by itself, unless this was called before:
+    ``keep_freed_memory(False)`` at the start of a program leaves everything as it is. Models on a GPU, and evaluation
+    under ``torch.no_grad()``, never do it.
+
+    Args:
+        keep: False not to do it, or to go back to what glibc starts with; what was kept is then given back.
 
     Returns:
-        Whether the C library took it: True with glibc (most of Linux), else False, and nothing has changed.
+        Whether freed memory is kept from now on: with ``keep`` True with glibc (most of Linux), else False, and nothing
+        has changed.
     """
-    if sys.platform != "linux":
+    global decided, _kept
+    decided = True
+    if sys.platform != "linux" or not (keep or _kept):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    library = ctypes.CDLL(None)
+    mallopt = getattr(library, "mallopt", None)  # musl has none
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    if keep:
+        _kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    else:
+        mallopt(_M_MMAP_MAX, _MMAP_MAX)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+        library.malloc_trim(0)
+        _kept = False
+    return _kept

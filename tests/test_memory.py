@@ -3,12 +3,25 @@ import sys
 
 import pytest
 
+from sparse_moon import memory
 from sparse_moon.memory import keep_freed_memory
 
 FAULTS = """
 import resource, sys, torch
-from sparse_moon.memory import keep_freed_memory
-kept = sys.argv[1] == "keep" and keep_freed_memory()
+import sparse_moon as sm
+from sparse_moon import memory
+way = sys.argv[1]
+kept = way == "keep" and memory.keep_freed_memory()
+if "layer" in way:
+    layer = sm.SparseLinear(64, 64, sparsity=0.5)
+    if way == "refused, layer":
+        assert memory.keep_freed_memory(False) is False
+    elif way == "layer, then back":
+        layer(torch.ones(4, 64))
+        assert memory.decided and memory.keep_freed_memory(False) is False
+    with torch.set_grad_enabled("evaluated" not in way):
+        layer(torch.ones(4, 64))
+    kept = memory.decided
 def step():
     for _ in range(3):
         torch.ones(10**7)  # 40 MB: glibc maps and unmaps blocks above 32 MB one by one
@@ -21,12 +34,13 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def run(way):
+    out = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout
+    return [int(word) for word in out.split()]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
 def test_freed_memory_comes_back_without_page_faults():
-    def run(mode):
-        out = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True).stdout
-        return [int(word) for word in out.split()]
-
     kept, faults = run("keep")
     if not kept:
         pytest.skip("the C library is not glibc")
@@ -34,8 +48,14 @@ def test_freed_memory_comes_back_without_page_faults():
     assert returned > 500  # 30 tensors of 19 huge pages, or 9,766 small ones
     # a small block that settles in a large free one makes the heap grow once more: one tensor of the thirty
     assert faults < returned / 10
+    # training of a sparse layer does it by itself, once, and can be told not to
+    assert run("layer")[1] < returned / 10
+    for way, decided in (("refused, layer", 1), ("layer, evaluated", 0), ("layer, then back", 1)):
+        found = run(way)
+        assert found[0] == decided and found[1] > 0.5 * returned, way
 
 
 def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.setattr(memory, "decided", False)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert keep_freed_memory() is False
+    assert keep_freed_memory() is False and memory.decided

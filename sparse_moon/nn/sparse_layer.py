@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from sparse_moon import memory
 from sparse_moon.nn.averages import Watch
 from sparse_moon.nn.guards import Anchor, ReadOnlyWeight, resize
 from sparse_moon.ops import Geometry, Plan
@@ -114,6 +115,8 @@ class SparseLayer(nn.Module):
             values, bias = self.values, self.bias
         else:  # attributes of a module take ten times as long
             bias = parameters["bias"]
+        if not memory.decided and values.requires_grad and torch.is_grad_enabled() and values.device.type == "cpu":
+            memory.keep_freed_memory()
         return values if transform is None else transform(values), bias, plan
 
     def _check_values(self) -> None:
