@@ -100,16 +100,14 @@ class _Search:
     def __init__(self, model: nn.Module, recompute: bool) -> None:
         self.found: list[FusedForward] = []
         self.reasons: dict[nn.Module, str] = {}
-        self.untraced: dict[str, Exception] = {}
+        self.untraced: dict[str, str] = {}
         self._recompute = recompute
         # whose output may be used by code outside of what was traced
         self._open = {module for module in model.modules() if type(module) is nn.BatchNorm2d}
         for name, module in reversed(list(model.named_modules())):  # what is inside first
             if self._is_code(module) and self._has_open(module):
                 self._look(name, module)
-        self.untraced = {
-            name: error for name, error in self.untraced.items() if self._has_open(model.get_submodule(name))
-        }
+        self.untraced = {name: why for name, why in self.untraced.items() if self._has_open(model.get_submodule(name))}
 
     def _is_code(self, module: nn.Module) -> bool:
         """Whether a module is there for its code, and not a layer."""
@@ -127,16 +125,14 @@ class _Search:
             for child in dict.fromkeys(modules.values())
             if child is not module and self._is_code(child) and is_plain(child, type(child)) and self._has_open(child)
         ]
-        error: Exception | None = None
-        for parts in (inlined, []) if inlined else ([],):
-            try:
-                graph = trace(module, parts)
-                break
-            except Exception as e:  # whatever the code does with a placeholder
-                error = error or e
-        else:
-            assert error is not None
-            self.untraced[name] = error
+        parts = inlined
+        graph = trace(module, parts)
+        if isinstance(graph, str) and inlined:
+            reason, parts = graph, []
+            graph = trace(module)
+            graph = reason if isinstance(graph, str) else graph
+        if isinstance(graph, str):
+            self.untraced[name] = graph
             return
         matches = Matches(graph, modules, self._recompute)
         self._decide(graph, modules)
@@ -145,8 +141,9 @@ class _Search:
         # once more with no more code than it takes, so that all else is called as before
         less = [modules[path] for path in matches.owners if path]
         if set(less) != set(parts):
-            smaller = Matches(trace(module, less), modules, self._recompute)
-            if set(matches.norms) <= set(smaller.norms):
+            graph = trace(module, less)
+            smaller = None if isinstance(graph, str) else Matches(graph, modules, self._recompute)
+            if smaller is not None and set(matches.norms) <= set(smaller.norms):
                 matches, parts = smaller, less
         paths = [tuple(path.split(".")) for path in matches.skipped]
         owners = [tuple(path.split(".")) for path in modules if modules[path] in parts]

@@ -1,5 +1,6 @@
 """What the code of one module does, as a graph; refused where a graph would not say all of it."""
 
+import gc
 import inspect
 import random
 import sys
@@ -99,17 +100,28 @@ def _inputs(forward: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty]
 
 
-def trace(module: nn.Module, inlined: Collection[nn.Module] = ()) -> fx.Graph:
+def trace(module: nn.Module, inlined: Collection[nn.Module] = ()) -> fx.Graph | str:
     """The forward pass of a module's class, with its required arguments; hooks of the module are not in it.
 
     Args:
         module: not changed.
         inlined: modules in it whose own code is followed; calls of all others are nodes.
 
-    Raises:
-        Exception: of any kind, where the code asks for what only a real input has; where it does another thing in
-            training than in evaluation, with gradients than without, or by chance; or writes to the module.
+    Returns:
+        The graph; or why there is none: the code asks for what only a real input has; does another thing in training
+        than in evaluation, with gradients than without, or by chance; or writes to the module.
     """
+    before = _modes()
+    try:
+        return _trace(module, inlined)
+    except Exception as error:  # whatever the code does with a placeholder
+        reason = str(error)
+    if _modes() != before:  # torch 2.11 leaves a checkpoint that fails when its frame, which errors hold, is collected
+        gc.collect()
+    return reason
+
+
+def _trace(module: nn.Module, inlined: Collection[nn.Module]) -> fx.Graph:
     code = [module, *inlined]
     graphs = []
     with _unchanged(code):
