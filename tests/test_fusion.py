@@ -5,6 +5,7 @@ import operator
 import random
 import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,7 @@ UNTRACEABLE = {
     "writes to the module": kept,
     "draws random numbers": lambda m, x: F.relu(m.bn(x)) if torch.rand(()) < 2 else x,
     "random numbers by itself": lambda m, x: F.relu(m.bn(x)) if random.random() < 2 else x,
+    "draws random numbers by itself": lambda m, x: F.relu(m.bn(x)) if numpy.random.rand() < 2 else x,
 }
 
 

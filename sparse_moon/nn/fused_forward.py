@@ -31,12 +31,13 @@ class _Code(NamedTuple):
     children: tuple[str, ...]
 
     def holds(self, module: nn.Module | None) -> bool:
-        return (
-            module is not None
-            and type(module) is self.kind
-            and tuple(module._modules) == self.children
-            and all(_same(vars(module).get(name, self), value) for name, value in self.attributes.items())
-        )
+        if module is None or type(module) is not self.kind or tuple(module._modules) != self.children:
+            return False
+        own = vars(module)
+        for name, value in self.attributes.items():
+            if own.get(name, self) is not value and not _equal(own.get(name), value):
+                return False
+        return True
 
 
 class FusedForward:
@@ -98,16 +99,20 @@ class FusedForward:
         return self._run(self.module, *args)
 
     def _serves(self, args: tuple[Any, ...]) -> bool:
-        return all(isinstance(arg, Tensor) and arg.is_cpu for arg in args) and self.holds()
+        for arg in args:
+            if not isinstance(arg, Tensor) or not arg.is_cpu:
+                return False
+        return self.holds()
 
     def holds(self) -> bool:
         """Whether the graph still says what the module does."""
-        module = self.module
-        return (
-            not any(_GLOBAL_HOOKS)
-            and all(is_plain(at(module, path), kind) for path, kind in self._skipped)
-            and all(code.holds(at(module, code.path)) for code in self._code)
-        )
+        for hooks in _GLOBAL_HOOKS:
+            if hooks:
+                return False
+        for path, kind in self._skipped:  # loops: in every call, and generators take twice as long
+            if not is_plain(at(self.module, path), kind):
+                return False
+        return all(code.holds(at(self.module, code.path)) for code in self._code)
 
     def replica(self) -> nn.Module:
         """The module's ``_replicate_for_data_parallel``: replicas are for GPUs, and have modules of their own."""
@@ -124,8 +129,8 @@ def at(module: nn.Module, path: Path) -> nn.Module | None:
     return found
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) in _SIMPLE and type(a) is type(b) and a == b)
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) in _SIMPLE and type(a) is type(b) and bool(a == b)
 
 
 def is_plain(module: nn.Module | None, kind: type) -> bool:

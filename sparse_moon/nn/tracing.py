@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import pickle
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -147,7 +148,7 @@ def _unchanged(modules: list[nn.Module]) -> Iterator[None]:
     before = [(attributes(module), _contents(module)) for module in modules]
     state, torch_state = random.getstate(), torch.get_rng_state()
     numpy = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
+    numpy_state = None if numpy is None else numpy.random.get_state(legacy=False)
     try:
         yield
     finally:
@@ -155,7 +156,7 @@ def _unchanged(modules: list[nn.Module]) -> Iterator[None]:
         random.setstate(state)
         torch.set_rng_state(torch_state)
         if numpy is not None:
-            drawn = drawn or str(numpy.random.get_state()) != str(numpy_state)
+            drawn = drawn or pickle.dumps(numpy.random.get_state(legacy=False)) != pickle.dumps(numpy_state)
             numpy.random.set_state(numpy_state)
         written = False
         for module, mode, (own, contents) in zip(modules, modes, before, strict=True):
