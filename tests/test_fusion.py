@@ -153,6 +153,33 @@ def test_patterns(body):
         torch.testing.assert_close(fused.state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("body", ["sum", "sum in place", "method add_"])
+def test_sums_of_two_dtypes(body):
+    """In bfloat16 the sum in place has the dtype of the batch norm's output, the other that of the residual."""
+    plain = Block(FUSED[body])
+    fused = fuse(copy.deepcopy(plain))
+
+    class Other(nn.Module):  # the input or the residual, whichever comes out of it, in bfloat16
+        def forward(self, x):
+            return x.bfloat16()
+
+    for model in (plain, fused):
+        model.other = Other()
+    x = torch.randn(4, 3, 5, 6)
+    assert len(fused_modules(fused)) == 1
+    ours, theirs = fused(x), plain(x)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast():
+    plain = build("small-resnet")
+    fused = fuse(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused(x), plain(x))
+
+
 def switched(m, x):
     with torch.no_grad():
         x = m.other(x)

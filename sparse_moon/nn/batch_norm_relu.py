@@ -15,15 +15,22 @@ and backward, where the kernel saves 2 to 5 ns a number (Sapphire Rapids, one th
 
 
 def normalise(
-    norm: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, activation: Activation, recompute: bool
+    norm: nn.BatchNorm2d,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: Activation,
+    *,
+    recompute: bool,
+    add_in_place: bool = False,
 ) -> Tensor:
     """``activation(norm(input) + residual)``, with all that calling the batch norm does, hooks excepted.
 
     Args:
         norm: its parameters, running statistics and mode are read, and the statistics updated in training.
         input: (N, C, H, W), contiguous or channels_last; the output follows.
-        residual: of the same shape; one that has to be broadcast is added by torch.
+        residual: of the same shape; one that has to be broadcast, or has another dtype, is added by torch.
         activation, recompute: as in :class:`BatchNormReLU2d`.
+        add_in_place: the sum has the dtype of the batch norm's output, whatever that of the residual.
     """
     norm._check_input_dim(input)
     momentum = 0.0 if norm.momentum is None else norm.momentum
@@ -34,17 +41,17 @@ def normalise(
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     use_running = not norm.training or norm.track_running_stats
     mean, var = (norm.running_mean, norm.running_var) if use_running else (None, None)
-    broadcast = None if residual is None or residual.shape == input.shape else residual
-    activate = FUNCTIONS[NAMES.index(activation)]
-    if not torch.compiler.is_compiling() and input.numel() < FEWEST * torch.get_num_threads():
-        output = F.batch_norm(input, mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
-        return activate(output if residual is None else output + residual)
-    output = batch_norm_relu(
-        input, mean, var, norm.weight, norm.bias, residual if broadcast is None else None,
-        training=training, momentum=momentum, eps=norm.eps, activation=activation if broadcast is None else "none",
-        recompute=recompute,
-    )  # fmt: skip
-    return output if broadcast is None else activate(output + broadcast)
+    few = not torch.compiler.is_compiling() and input.numel() < FEWEST * torch.get_num_threads()
+    alike = residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
+    if alike and not few:
+        return batch_norm_relu(
+            input, mean, var, norm.weight, norm.bias, residual, training=training, momentum=momentum, eps=norm.eps,
+            activation=activation, recompute=recompute,
+        )  # fmt: skip
+    output = F.batch_norm(input, mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
+    if residual is not None:
+        output = output.add_(residual) if add_in_place else output + residual
+    return FUNCTIONS[NAMES.index(activation)](output)
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
@@ -100,7 +107,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         return self.train(bn.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return normalise(self, input, residual, self.activation, self.recompute)
+        return normalise(self, input, residual, self.activation, recompute=self.recompute)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}, recompute={self.recompute}"

@@ -50,8 +50,10 @@ class Matches:
         chain = [node]
         last = _past_identities(node, modules, chain)
         residual = _residual(last, [node], modules)
+        in_place = False
         if residual is not None:
             chain.append(next(iter(last.users)))
+            in_place = chain[-1].target in _SUMS_IN_PLACE
             last = _past_identities(chain[-1], modules, chain)
         user = _only_user(last)
         activation = None if user is None else _activation(user, modules)
@@ -66,7 +68,8 @@ class Matches:
             return
         with self.graph.inserting_before(user):
             norm = self.graph.get_attr(str(node.target))
-            new = self.graph.call_function(normalise, (norm, node.args[0], residual, activation, recompute))
+            options: dict[str, Any] = {"recompute": recompute, "add_in_place": in_place}
+            new = self.graph.call_function(normalise, (norm, node.args[0], residual, activation), options)
         user.replace_all_uses_with(new)
         self.norms.append(str(node.target))
         for old in reversed(chain):

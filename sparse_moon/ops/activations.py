@@ -11,7 +11,8 @@ Activation = Literal["none", "relu", "relu6", "silu", "hardswish"]
 NAMES: tuple[str, ...] = get_args(Activation)
 """Operators and the kernel take an activation as its place here."""
 
-FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, F.relu, F.relu6, F.silu, F.hardswish)
+FUNCTIONS: tuple[Callable[..., Tensor], ...] = (lambda x, inplace=False: x, F.relu, F.relu6, F.silu, F.hardswish)
+"""All take ``inplace``."""
 
 LAST_FLAT = NAMES.index("relu6")
 """Up to here the derivative can be told from the result."""

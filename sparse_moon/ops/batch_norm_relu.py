@@ -372,9 +372,10 @@ def batch_norm_relu(
 
     if transformed() or not _kernel_takes(input, residual, *vectors.values()):
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        in_place = not transformed()  # nobody else has the output
         if residual is not None:
-            output = output + residual
-        return FUNCTIONS[number](output)
+            output = output.add_(residual) if in_place and residual.dtype == output.dtype else output + residual
+        return FUNCTIONS[number](output, inplace=in_place)
     number, after = (number, 0) if residual is None or number <= LAST_FLAT else (0, number)
     mean, var = (None, None) if training else (running_mean, running_var)
     output, batch_mean, batch_var = _batch_norm_relu(input, residual, weight, bias, mean, var, eps, number)
