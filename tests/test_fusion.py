@@ -136,6 +136,7 @@ NOT_FUSED = {
     "input overwritten after the sum": lambda m, x: (lambda y, z: F.relu((z, y.mul_(2))[0]))(
         *(lambda y: (y, m.bn(y) + x))(m.other(x))
     ),
+    "input overwritten by position": lambda m, x: (lambda y: F.relu(m.bn(y) + F.relu(y, True)))(m.other(x)),
     "silu of a sum": lambda m, x: F.silu(m.bn(x) + x),
     "other activation": lambda m, x: F.gelu(m.bn(x)),
 }

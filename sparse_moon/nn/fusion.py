@@ -24,7 +24,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     into copies and pickles (``copy.copy`` of such a module alone would run the original's). Modules are called by name,
     so that one put in the place of another is called. The class's own forward pass runs where a batch norm or an
     activation in question has a hook or has become another type, where attributes of the module have changed, and under
-    ``torch.compile``, which fuses by itself. What code does beside computing, as printing, is not repeated.
+    ``torch.compile``, which fuses by itself. Tracing runs the code of such modules a few times, on placeholders: what
+    it does beside computing, as printing, happens then, and not in the fused forward pass.
 
     Args:
         model: any module. What cannot be traced stays as it is, with one warning that says why: code that looks at

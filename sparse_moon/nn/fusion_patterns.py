@@ -13,6 +13,7 @@ from sparse_moon.nn.fused_forward import is_plain
 from sparse_moon.nn.layers import SparseLayer
 from sparse_moon.nn.tracing import add_
 from sparse_moon.ops.activations import LAST_FLAT, NAMES, Activation
+from sparse_moon.topology import Topology
 
 _MODULES: dict[type, Activation] = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"
@@ -49,7 +50,7 @@ class Matches:
     def _match(self, node: fx.Node, modules: dict[str, nn.Module], recompute: bool) -> None:
         chain = [node]
         last = _past_identities(node, modules, chain)
-        residual = _residual(last, [node], modules)
+        residual = _residual(last)
         in_place = False
         if residual is not None:
             chain.append(next(iter(last.users)))
@@ -93,7 +94,7 @@ def _past_identities(node: fx.Node, modules: dict[str, nn.Module], passed: list[
     return node
 
 
-def _residual(node: fx.Node, chain: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:
+def _residual(node: fx.Node) -> fx.Node | None:
     """What the only user of a batch norm adds to it, if that is a sum."""
     user = _only_user(node)
     if user is None or user.op not in ("call_function", "call_method") or user.target not in _SUMS:
@@ -120,23 +121,27 @@ def _written(
     """Whether anything between two nodes may change what the first reads, which is to be read at the last instead."""
     node = first.next
     while node is not last:
-        if node not in chain:
-            if node.op == "call_module":
-                module = modules[str(node.target)]
-                own = not type(module).__module__.startswith("torch.nn.") and not isinstance(module, SparseLayer)
-                if getattr(module, "inplace", False):
-                    return True
-                if (own or any(getattr(m, "inplace", False) for m in module.modules())) and any(
-                    node_read in node.all_input_nodes for node_read in read
-                ):
-                    return True
-            elif node.op in ("call_function", "call_method"):
-                name = node.target if isinstance(node.target, str) else node.target.__name__
-                by_name = name.endswith("_") and not name.endswith("__")
-                if by_name or any(node.kwargs.get(key) for key in ("inplace", "out")):
-                    return True
+        if node not in chain and _writes(node, read, modules):
+            return True
         node = node.next
     return False
+
+
+def _writes(node: fx.Node, read: list[Any], modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if getattr(module, "inplace", False):
+            return True
+        return any(t in node.all_input_nodes for t in read) and any(
+            getattr(part, "inplace", False)
+            or not (type(part).__module__.startswith("torch.nn.") or isinstance(part, SparseLayer | Topology))
+            for part in module.modules()
+        )
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    in_place = any(node.kwargs.get(key) for key in ("inplace", "out")) or any(arg is True for arg in node.args)
+    return in_place or (name.endswith("_") and not name.endswith("__"))
 
 
 def why_not(calls: list[fx.Node], modules: dict[str, nn.Module]) -> tuple[str, fx.Node]:
@@ -145,7 +150,7 @@ def why_not(calls: list[fx.Node], modules: dict[str, nn.Module]) -> tuple[str, f
     if len(calls) != 1:
         return f"called {len(calls)} times", node
     last, sum_ = _past_identities(node, modules), ""
-    if _residual(last, [node], modules) is not None:
+    if _residual(last) is not None:
         last, sum_ = _past_identities(next(iter(last.users)), modules), "a sum and "
     if len(last.users) != 1:
         return f"{sum_ or 'its output '}used {len(last.users)} times", last
