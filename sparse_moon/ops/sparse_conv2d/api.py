@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.dense_weight import give_back, saved_weight
 from sparse_moon.ops.index import block_of, check_entries, check_values
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.masked_dense import gather_values
@@ -118,13 +119,14 @@ GRADS = Product(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, values, _, probe, ctx.plan = inputs
     kept, ctx.make_input = keep(input)
-    ctx.save_for_backward(values, probe, *kept)
+    ctx.save_for_backward(values, probe, saved_weight(values, ctx.plan), *kept)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, _, *kept = ctx.saved_tensors
+    values, _, weight, *kept = ctx.saved_tensors
     plan, input = ctx.plan, ctx.make_input(*kept)
     plan.check_unchanged()
+    give_back(weight, plan)
     needs_input, needs_values, needs_bias, needs_probe, *_ = ctx.needs_input_grad
     d_input = d_values = d_probe = None
     if needs_input and needs_values and not needs_probe:
@@ -142,7 +144,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, probe, *kept = ctx.saved_tensors
+    values, probe, _, *kept = ctx.saved_tensors
     if ctx.make_input is not itself:
         raise RuntimeError("second derivatives need the input of a convolution, which recompute=True does not keep")
     ctx.plan.check_unchanged()

@@ -15,9 +15,9 @@ from torch import Tensor, get_num_threads
 
 from sparse_moon.ops.choice import PASSES, Pass, Work, or_dense, winograd_pays
 from sparse_moon.ops.cpu import address, as_dtype, empty, kernel_takes, kernels, matrix, packed
+from sparse_moon.ops.dense_weight import backward_weight, forward_weight
 from sparse_moon.ops.index import weight_to_matrix
 from sparse_moon.ops.layout import memory_format
-from sparse_moon.ops.masked_dense import scatter_values
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Geometry, Plan, geometry_of
 from sparse_moon.ops.registry import behind, implement
@@ -62,10 +62,6 @@ def _all_float32(*operands: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in operands)
 
 
-def _contiguous_weight(values: Tensor, plan: Plan) -> Tensor:
-    return scatter_values(values, geometry_of(plan).weight_shape, *plan.index[:2])
-
-
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
     layout = memory_format(input)
     shapes = shapes_of(input.shape, geometry_of(plan), layout)
@@ -76,7 +72,7 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
     bias = None if bias is None else packed(bias)
     output = empty(shapes.output, layout)
     if not sparse:
-        weight = _contiguous_weight(values, plan)
+        weight = forward_weight(values, plan)
         kernels.winograd_conv2d(
             shapes.convolution, weight.data_ptr(), input.data_ptr(), address(bias), output.data_ptr(),
             layout == torch.channels_last, get_num_threads(),
@@ -98,7 +94,7 @@ def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: P
     dtype, grad, values = grad.dtype, packed(grad, layout), packed(values)
     result = empty(input_shape, layout)
     if not sparse:
-        weight = _contiguous_weight(values, plan)
+        weight = backward_weight(values, plan)
         kernels.winograd_input_grad(
             shapes.convolution, weight.data_ptr(), grad.data_ptr(), result.data_ptr(), layout == torch.channels_last,
             get_num_threads(),

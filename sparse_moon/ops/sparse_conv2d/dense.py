@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_moon.ops.dense_weight import backward_weight, forward_weight
 from sparse_moon.ops.index import matrix_shape, weight_to_matrix
 from sparse_moon.ops.layout import memory_format
-from sparse_moon.ops.masked_dense import gather_values, scatter_values
+from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Geometry, Plan, geometry_of
 from sparse_moon.ops.product import GEOMETRY_SCHEMA
 from sparse_moon.ops.registry import behind, call, define
@@ -20,14 +21,13 @@ from sparse_moon.ops.sparse_conv2d.checks import check_dense_grad
 PART_BYTES = 2**25
 
 
-def dense_weight(values: Tensor, plan: Plan, activation: Tensor) -> Tensor:
-    """The weight (O, C/groups, kh, kw) in the layout of an activation."""
-    channels_last = memory_format(activation) == torch.channels_last
-    return scatter_values(values, geometry_of(plan).weight_shape, *plan.index[:2], channels_last=channels_last)
+def _channels_last(activation: Tensor) -> bool:
+    return memory_format(activation) == torch.channels_last
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
-    output = F.conv2d(input, dense_weight(values, plan, input), bias, *geometry_of(plan)[1:])
+    weight = forward_weight(values, plan, channels_last=_channels_last(input))
+    output = F.conv2d(input, weight, bias, *geometry_of(plan)[1:])
     return output.contiguous(memory_format=memory_format(input))
 
 
@@ -54,7 +54,7 @@ def _stand_in(shape: Sequence[int], grad: Tensor) -> Tensor:
 
 
 def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: Plan) -> Tensor:
-    weight = dense_weight(values, plan, grad)
+    weight = backward_weight(values, plan, channels_last=_channels_last(grad))
     stand_in = _stand_in(input_shape, grad)
     result, _ = _convolution_backward(grad, stand_in, weight, geometry_of(plan), True, False)
     return result.contiguous(memory_format=memory_format(grad))
@@ -93,7 +93,7 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Both gradients by one dense product."""
-    weight = dense_weight(values, plan, grad)
+    weight = backward_weight(values, plan, channels_last=_channels_last(grad))
     d_input, d_weight = _convolution_backward(grad, input, weight, geometry_of(plan), True, True)
     d_values = gather_values(d_weight, plan.block, *plan.index[:2])
     return d_input.contiguous(memory_format=memory_format(grad)), d_values

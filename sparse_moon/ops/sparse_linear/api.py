@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_moon.ops.dense_weight import give_back, saved_weight
 from sparse_moon.ops.index import block_of, check_entries, check_values
 from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Plan
@@ -101,13 +102,14 @@ define("sparse_linear_dense_grad(Tensor grad, Tensor input) -> Tensor", dense.de
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, values, _, probe, ctx.plan = inputs
-    ctx.save_for_backward(input, values, probe)
+    ctx.save_for_backward(input, values, probe, saved_weight(values, ctx.plan))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, values, _ = ctx.saved_tensors
+    input, values, _, weight = ctx.saved_tensors
     plan = ctx.plan
     plan.check_unchanged()
+    give_back(weight, plan)
     needs_input, needs_values, needs_bias, needs_probe, *_ = ctx.needs_input_grad
     d_input = d_values = d_probe = None
     if needs_input and needs_values and not needs_probe:
@@ -125,7 +127,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, values, probe = ctx.saved_tensors
+    input, values, probe, _ = ctx.saved_tensors
     ctx.plan.check_unchanged()
     needed = ctx.needs_input_grad[:4]
     bias = input.new_zeros(grad.shape[-1]) if needed[2] else None  # no gradient depends on it

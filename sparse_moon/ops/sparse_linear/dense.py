@@ -5,7 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.masked_dense import gather_values, scatter_values
+from sparse_moon.ops.dense_weight import backward_weight, forward_weight
+from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Plan
 
 
@@ -14,16 +15,12 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _weight(values: Tensor, plan: Plan) -> Tensor:
-    return scatter_values(values, plan.shape, *plan.index[:2])
-
-
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
-    return F.linear(input, _weight(values, plan), bias)
+    return F.linear(input, forward_weight(values, plan), bias)
 
 
 def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
-    return grad @ _weight(values, plan)
+    return grad @ backward_weight(values, plan)
 
 
 def dense_grad(grad: Tensor, input: Tensor) -> Tensor:
