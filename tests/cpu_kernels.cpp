@@ -263,6 +263,11 @@ int main() {
     check_linear(300, 24, 18, 3, 1, 0.4);
     check_linear(18, 40, 44, 4, 4, 0.5);
     check_linear(3, 7, 5, 1, 1, 0.0);
+    for (int64_t tokens = 0; tokens <= 5; ++tokens) {  // few, on one thread and on two
+        check_linear(tokens, 30, 21, 1, 1, 0.4);
+        check_linear(tokens, 24, 40, 4, 4, 0.5);
+        check_linear(tokens, 300, 120, 1, 1, 0.6);
+    }
     for (const bool channels_last : {false, true}) {
         check_conv2d({17, 5, {9, 7}, 18, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.3, channels_last);
         check_conv2d({3, 8, {8, 16}, 6, {}, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 2}, 3, 1, 0.4, channels_last);

@@ -15,9 +15,18 @@ void check_size(const SparseMatrix& weight) {
     }
 }
 
+// Starting a team costs as much as some ten thousand entries, each of which takes all lanes whatever is in them.
+int useful_threads(const SparseMatrix& weight, int64_t tokens, int threads) {
+    constexpr int64_t kThreadEntries = 8192;
+    const int64_t entries = weight.row_ptr[weight.rows / weight.block_rows] * weight.block_rows * weight.block_cols;
+    const int64_t vectors = (tokens + kernels().lanes - 1) / kernels().lanes;
+    return static_cast<int>(std::clamp<int64_t>(entries * vectors / kThreadEntries, 1, threads));
+}
+
 void run(LinearJob job) {
     check_size(job.matrix);
     const Kernels& isa = kernels();
+    job.threads = useful_threads(job.matrix, job.tokens, job.threads);
     const int64_t outputs = job.transposed ? job.matrix.cols : job.matrix.rows;
     const int64_t bytes = job.tokens * outputs * static_cast<int64_t>(sizeof(float));
     job.streaming = bytes >= kStreamBytes;
@@ -40,7 +49,7 @@ void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const 
         // Once here rather than for every block of tokens: the places are anywhere in memory.
         const int64_t n = weight.t_ptr[weight.cols];
         float* values = reinterpret_cast<float*>(scratch(Slot::kLists, n * sizeof(float)));
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(useful_threads(weight, tokens, threads))
         for (int64_t k = 0; k < n; ++k) values[k] = weight.values[weight.t_perm[k]];
         matrix.values = values;
     }
@@ -51,7 +60,8 @@ void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const
                                float* values_grad, int threads) {
     check_size(weight);
     const Kernels& isa = kernels();
-    LinearDotsJob job{weight, tokens, grad, input, values_grad, nullptr, threads};
+    const int useful = useful_threads(weight, tokens, threads);
+    LinearDotsJob job{weight, tokens, grad, input, values_grad, nullptr, useful};
     job.scratch = scratch(Slot::kKernel, isa.linear_dots_scratch(job));
     isa.linear_dots(job);
 }

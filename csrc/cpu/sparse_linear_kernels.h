@@ -17,6 +17,7 @@ constexpr int64_t kChunkBytes = 640 << 10;
 constexpr int64_t kChunkFeatures = 1024;  // longer sums would round worse than those of a blocked dense product
 constexpr int64_t kChunkEntries = 16;  // of a row at least, on average: below, loading and storing the sums costs more
 constexpr int64_t kRunFeatures = 64;  // of one token that are read together, so that the next lines are on their way
+constexpr int64_t kFewTokens = 4;  // up to which gradients of values are summed token by token
 constexpr int64_t kLeastGroups = 4;  // of a block that is only there for one more thread to have work
 
 // Tokens of one block, and the panels' geometry that follows.
@@ -364,7 +365,48 @@ inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& pla
     }
 }
 
+// Rows [begin, end) for a few tokens, in whose lanes most of a vector would be empty: the loads of each entry are what
+// takes time, and packing would add to them.
+template <int T>
+void linear_dots_few(const LinearDotsJob& job, int64_t begin, int64_t end) {
+    const SparseMatrix& matrix = job.matrix;
+    const int64_t bh = matrix.block_rows, bw = matrix.block_cols;
+    for (int64_t row = begin; row < end; ++row) {
+        float grad[T];
+        for (int t = 0; t < T; ++t) grad[t] = job.grad[t * matrix.rows + row];
+        const auto dot = [&](int64_t feature) {
+            float sum = 0.0f;
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) sum += grad[t] * job.input[t * matrix.cols + feature];
+            return sum;
+        };
+        const int64_t first = matrix.row_ptr[row / bh], last = matrix.row_ptr[row / bh + 1];
+        if (bh * bw == 1) {
+            for (int64_t k = first; k < last; ++k) job.sums[k] = dot(matrix.col[k]);
+            continue;
+        }
+        for (int64_t k = first; k < last; ++k) {
+            float* out = job.sums + (k * bh + row % bh) * bw;
+            for (int64_t j = 0; j < bw; ++j) out[j] = dot(matrix.col[k] * bw + j);
+        }
+    }
+}
+
+inline void linear_dots_few(const LinearDotsJob& job) {
+    static constexpr void (*kFew[])(const LinearDotsJob&, int64_t, int64_t) = {
+        linear_dots_few<0>, linear_dots_few<1>, linear_dots_few<2>, linear_dots_few<3>, linear_dots_few<4>};
+    static_assert(sizeof(kFew) / sizeof(*kFew) == kFewTokens + 1, "one for each number of tokens");
+    const Rows rows{job.matrix, false};
+#pragma omp parallel num_threads(job.threads)
+    {
+        const int thread = thread_number(), threads = team_size();
+        const int64_t end = smaller(rows.part_begin(thread + 1, threads), job.matrix.rows);
+        kFew[job.tokens](job, rows.part_begin(thread, threads), end);
+    }
+}
+
 inline void linear_dots(const LinearDotsJob& job) {
+    if (job.tokens <= kFewTokens) return linear_dots_few(job);
     const SparseMatrix& matrix = job.matrix;
     const Rows rows{matrix, false};
     const LinearDotsPlan plan = linear_dots_plan(job);
