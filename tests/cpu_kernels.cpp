@@ -279,6 +279,8 @@ int main() {
         check_conv2d({3, 2, {40, 3000}, 3, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.1, channels_last);
         check_conv2d({1, 3, {4, 4}, 20, {}, {7, 7}, {1, 1}, {3, 3}, {1, 1}, 1}, 1, 1, 0.0, channels_last);
     }
+    // channels that threads share, because there is one unit
+    check_conv2d({1, 6, {4, 4}, 21, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.4, false);
     if (failures == 0) std::printf("passed\n");
     return failures;
 }

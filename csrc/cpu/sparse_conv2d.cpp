@@ -29,7 +29,7 @@ void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const float*
                    float* output, bool channels_last, int threads) {
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
-    if (conv2d::goes_flat(conv, weight, channels_last, threads)) {
+    if (conv2d::goes_flat(conv, weight, channels_last)) {
         return conv2d::flat_forward(conv, weight, input, bias, output, threads);
     }
     conv2d::panels_forward(conv, weight, input, bias, output, channels_last, threads);
@@ -39,7 +39,7 @@ void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, c
                               bool channels_last, int threads) {
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
-    if (conv2d::goes_flat(conv, weight, channels_last, threads)) {
+    if (conv2d::goes_flat(conv, weight, channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, nullptr, input_grad, nullptr, threads);
     }
     conv2d::panels_input_grad(conv, weight, grad, input_grad, channels_last, threads);
@@ -53,7 +53,7 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
         std::fill_n(values_grad, conv2d::entry_count(weight), 0.0f);
         return;
     }
-    if (conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last, threads)) {
+    if (conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, input, nullptr, values_grad, threads);
     }
     conv2d::panels_values_grad(conv, weight, grad, grad_channels_last, input, input_channels_last, values_grad,
@@ -64,7 +64,7 @@ void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const 
                          const float* input, bool input_channels_last, float* input_grad, float* values_grad,
                          int threads) {
     const Conv2d conv = with_even_rows(given);
-    if (conv.batch > 0 && conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last, threads)) {
+    if (conv.batch > 0 && conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, input, input_grad, values_grad, threads);
     }
     const bool together =

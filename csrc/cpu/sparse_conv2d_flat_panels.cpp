@@ -39,6 +39,17 @@ double flat_entries(const Conv2d& conv) {
     return std::min(kMost, (image >= kLargeImage ? large : 1) / (cost * line / std::min(in_area, out_area) - 1));
 }
 
+// Whether other panels, in whose lanes are images or bands of their rows, would take so many more vectors a channel for
+// a small batch that flat ones are the faster ones whatever the number of entries.
+bool fills_few_lanes(const Conv2d& conv) {
+    constexpr double kFewer = 1.5;
+    const int64_t lanes = kernels().lanes, height = conv.out_size[0], width = conv.out_size[1];
+    if (conv.batch >= lanes) return false;
+    const int64_t bands = std::clamp<int64_t>(lanes / conv.batch, 1, height);
+    const int64_t line = conv.batch * (conv.in_size[0] + conv.padding[0]) * (conv.in_size[1] + conv.padding[1]);
+    return kFewer * ceil_div(line, lanes) <= ceil_div(height, bands) * width;
+}
+
 // Bytes of a number in each channel of the larger activation.
 int64_t flat_column(const Conv2d& conv) { return std::max(conv.in_channels, conv.out_channels) * kFloat; }
 
@@ -51,7 +62,7 @@ FlatPanel flat_panel(const Conv2d& conv, const Axis& height, const Axis& width, 
     panel.below = std::max<int64_t>(height.last, 0);
     const int64_t row_bytes = flat_column(conv) * panel.pitch, rows = conv.in_size[0] + conv.padding[0];
     if (row_bytes * rows <= kFlatMostBytes) {
-        panel.images = std::clamp<int64_t>(kFlatBytes / (row_bytes * rows), 1, conv.batch / threads);
+        panel.images = std::clamp<int64_t>(kFlatBytes / (row_bytes * rows), 1, std::max<int64_t>(conv.batch / threads, 1));
         panel.image_stride = panel.pitch * rows;
     } else {
         panel.images = 1;
@@ -93,16 +104,17 @@ void run(FlatCorrelateJob& job) {
 
 }  // namespace
 
-bool goes_flat(const Conv2d& conv, const SparseMatrix& weight, bool channels_last, int threads) {
+bool goes_flat(const Conv2d& conv, const SparseMatrix& weight, bool channels_last) {
     const FlatPanels where = flat_panels.load(std::memory_order_relaxed);
-    bool fits = where != FlatPanels::kNever && !channels_last && conv.batch >= threads;
+    bool fits = where != FlatPanels::kNever && !channels_last;
     for (int d = 0; d < 2; ++d) {
         fits = fits && conv.stride[d] == 1 && conv.padding[d] <= (conv.kernel[d] - 1) * conv.dilation[d];
     }
     const int64_t rows = std::min(conv.in_size[0], kRowBlock) + (conv.kernel[0] - 1) * conv.dilation[0];
     fits = fits && flat_column(conv) * rows * (conv.in_size[1] + conv.padding[1]) <= kFlatMostBytes;
-    if (where == FlatPanels::kWherePossible) return fits;
-    return fits && std::min(conv.in_size[1], conv.out_size[1]) >= kShortestRow &&
+    if (where == FlatPanels::kWherePossible || !fits) return fits;
+    if (fills_few_lanes(conv)) return true;
+    return std::min(conv.in_size[1], conv.out_size[1]) >= kShortestRow &&
            entry_count(weight) <= flat_entries(conv) * (conv.in_channels + conv.out_channels);
 }
 
@@ -151,7 +163,7 @@ void flat_grads(const Conv2d& conv, const SparseMatrix& weight, const float* gra
     dots.thread_scratch = kernels().flat_dots_scratch(dots);
     dots.scratch = scratch(Slot::kKernel, dots.thread_scratch * dots.threads);
     kernels().flat_dots(dots);
-    add_sums(conv, weight, dots, threads, values_grad);
+    add_sums(weight, dots, threads, values_grad);
 }
 
 }  // namespace conv2d

@@ -6,7 +6,7 @@
 namespace sparse_moon::conv2d {
 
 // Whether a product of a batch that is not empty runs from flat panels: see set_flat_panels in sparse_conv2d.h.
-bool goes_flat(const Conv2d& conv, const SparseMatrix& weight, bool channels_last, int threads);
+bool goes_flat(const Conv2d& conv, const SparseMatrix& weight, bool channels_last);
 
 void flat_forward(const Conv2d& conv, const SparseMatrix& weight, const float* input, const float* bias, float* output,
                   int threads);

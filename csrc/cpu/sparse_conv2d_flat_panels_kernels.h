@@ -56,6 +56,12 @@ SPARSE_MOON_INLINE FlatUnit flat_unit(const FlatPanel& panel, int64_t batch, int
     return {first, smaller(panel.images, batch - first), unit % blocks * panel.block_rows};
 }
 
+// Into how many parts the channels of a unit's results are divided, so that there is work for all threads; each part
+// packs the source for itself.
+SPARSE_MOON_INLINE int64_t flat_parts(int64_t units, int64_t channels, int64_t threads) {
+    return larger(smaller(threads / larger(units, 1), channels), 1);
+}
+
 // How many of the numbers of a line are positions of the unit's own rows, of a plane of so many rows.
 SPARSE_MOON_INLINE int64_t flat_numbers(const FlatPanel& panel, const FlatUnit& unit, int64_t height) {
     if (!panel.block_rows) return unit.images * panel.image_stride;
@@ -101,16 +107,19 @@ SPARSE_MOON_INLINE void flat_unpack(const FlatCorrelateJob& job, const float* li
     }
 }
 
-// All target channels of a unit whose source is packed. A channel's planes are finished one after the other, so that
-// memory is written in order.
-inline void flat_correlate_unit(const FlatCorrelateJob& job, const float* panel, float* line, const FlatUnit& unit) {
+// A part of the target channels of a unit whose source is packed. A channel's planes are finished one after the other,
+// so that memory is written in order.
+inline void flat_correlate_unit(const FlatCorrelateJob& job, const float* panel, float* line, const FlatUnit& unit,
+                                int64_t part, int64_t parts) {
+    const int64_t first_channel = job.target.channels * part / parts;
+    const int64_t last_channel = job.target.channels * (part + 1) / parts;
     const int64_t together = flat_together(job.panel), height = job.target.height;
     const int64_t rows = job.panel.block_rows ? smaller(job.panel.block_rows, height - unit.row) : height;
     for (int64_t i = 0; i < unit.images; i += together) {
-        const FlatUnit part{unit.first + i, smaller(together, unit.images - i), unit.row};
-        const int64_t vectors = (flat_numbers(job.panel, part, height) + kLanes - 1) / kLanes;
+        const FlatUnit images{unit.first + i, smaller(together, unit.images - i), unit.row};
+        const int64_t vectors = (flat_numbers(job.panel, images, height) + kLanes - 1) / kLanes;
         const int64_t tiles = (vectors + kTile - 1) / kTile;
-        for (int64_t o = 0; o < job.target.channels; ++o) {
+        for (int64_t o = first_channel; o < last_channel; ++o) {
             ProductTile<EntryList> tile;
             tile.row_bytes = tile.out_row = 0;
             tile.out_step = 1;
@@ -122,7 +131,7 @@ inline void flat_correlate_unit(const FlatCorrelateJob& job, const float* panel,
                 tile.out = line + begin * kLanes;
                 product_row_kernel<Start::kConstant, EntryList>(end - begin)(tile);
             }
-            flat_unpack(job, line, part.first, part.images, unit.row, rows, o);
+            flat_unpack(job, line, images.first, images.images, unit.row, rows, o);
         }
     }
 }
@@ -135,15 +144,16 @@ inline int64_t flat_correlate_scratch(const FlatCorrelateJob& job) {
 inline void flat_correlate(const FlatCorrelateJob& job) {
     const int64_t floats = flat_panel_floats(job.panel, job.source.channels);
     const int64_t units = flat_units(job.panel, job.batch, job.target.height);
+    const int64_t parts = flat_parts(units, job.target.channels, job.threads);
 #pragma omp parallel num_threads(job.threads)
     {
         float* panel = reinterpret_cast<float*>(job.scratch + thread_number() * job.thread_scratch);
         std::memset(panel, 0, floats * sizeof(float));
 #pragma omp for schedule(dynamic)
-        for (int64_t u = 0; u < units; ++u) {
-            const FlatUnit unit = flat_unit(job.panel, job.batch, job.target.height, u);
+        for (int64_t u = 0; u < units * parts; ++u) {
+            const FlatUnit unit = flat_unit(job.panel, job.batch, job.target.height, u / parts);
             flat_pack(job.source, job.panel, unit, panel);
-            flat_correlate_unit(job, panel, panel + floats, unit);
+            flat_correlate_unit(job, panel, panel + floats, unit, u % parts, parts);
         }
     }
 }
@@ -159,6 +169,7 @@ inline void flat_dots(const FlatDotsJob& job) {
     const int64_t grad_floats = flat_panel_floats(job.grad_panel, job.grad.channels);
     const int64_t channels = job.grad.channels, total = job.starts[channels];
     const int64_t rows = larger(job.source.height, job.grad.height), units = flat_units(job.panel, job.batch, rows);
+    const int64_t parts = flat_parts(units, smaller(job.source.channels, channels), job.threads);
 #pragma omp parallel num_threads(job.threads)
     {
         const int thread = thread_number();
@@ -175,16 +186,17 @@ inline void flat_dots(const FlatDotsJob& job) {
         tile.rows = 1;
         // A static schedule: which thread adds which unit, and in which order, depends on the number of threads alone.
 #pragma omp for schedule(static)
-        for (int64_t u = 0; u < units; ++u) {
-            const FlatUnit unit = flat_unit(job.panel, job.batch, rows, u);
+        for (int64_t u = 0; u < units * parts; ++u) {
+            const FlatUnit unit = flat_unit(job.panel, job.batch, rows, u / parts);
+            const int64_t part = u % parts;
             flat_pack(job.grad, job.grad_panel, unit, grad);
-            if (job.input_grad) flat_correlate_unit(*job.input_grad, grad, grad + grad_floats, unit);
+            if (job.input_grad) flat_correlate_unit(*job.input_grad, grad, grad + grad_floats, unit, part, parts);
             flat_pack(job.source, job.panel, unit, panel);
             const int64_t numbers = flat_numbers(job.panel, unit, job.grad.height);
             for (int64_t begin = 0; begin < numbers; begin += kFlatDots) {
                 tile.cols = (smaller(kFlatDots, numbers - begin) + kLanes - 1) / kLanes;
                 tile.panel = reinterpret_cast<const char*>(panel + begin);
-                for (int64_t o = 0; o < channels; ++o) {
+                for (int64_t o = channels * part / parts; o < channels * (part + 1) / parts; ++o) {
                     tile.grad = reinterpret_cast<const char*>(grad + o * job.grad_panel.channel_stride +
                                                               job.grad_panel.lead + begin);
                     dot_all(tile, 1, job.offsets + job.starts[o], sums + job.starts[o],

@@ -131,7 +131,7 @@ struct ValuesGrad {
         job.thread_scratch = kernels().correlate_dots_scratch(job);
         job.scratch = scratch(Slot::kKernel, job.thread_scratch * job.threads);
         kernels().correlate_dots(job);
-        add_sums(conv, weight, job, threads, values_grad);
+        add_sums(weight, job, threads, values_grad);
     }
 };
 

@@ -8,6 +8,9 @@ namespace {
 // The values' gradient keeps a partial sum a thread; so many bytes of them at most.
 constexpr int64_t kPartialSumBytes = int64_t{256} << 20;
 
+// Vectors of gradients that each entry of the input's gradient meets, from which on their order is worth a sort.
+constexpr int64_t kSortedVectors = 64;
+
 int64_t floor_mod(int64_t a, int64_t b) { return (a % b + b) % b; }
 
 void find_range(Dimension& dimension) {
@@ -61,12 +64,11 @@ std::vector<int64_t> row_starts(const SparseMatrix& weight) {
 const Entry* forward_entries(const Conv2d& conv, const SparseMatrix& weight, const Offsets& offsets,
                              const std::vector<int64_t>& starts, int threads) {
     Entry* entries = reinterpret_cast<Entry*>(scratch(Slot::kLists, starts.back() * sizeof(Entry)));
+    const EntryOffsets places(conv, weight, offsets);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < weight.rows; ++row) {
         Entry* entry = entries + starts[row];
-        for_each_entry(conv, weight, row, row + 1, [&](int64_t, int64_t channel, int64_t tap, int64_t place) {
-            *entry++ = {offsets(channel, tap), weight.values[place]};
-        });
+        places.for_each(row, [&](int32_t offset, int64_t place) { *entry++ = {offset, weight.values[place]}; });
     }
     return entries;
 }
@@ -100,6 +102,7 @@ void input_grad_entries(const Conv2d& conv, const SparseMatrix& weight, const Of
         }
     }
     for (size_t b = 1; b < starts.size(); ++b) starts[b] += starts[b - 1];
+    const bool sorted = conv.batch * conv.out_size[0] * conv.out_size[1] >= kSortedVectors * kernels().lanes;
     std::vector<int64_t> scratch_counts(threads * (group_rows + 1));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t channel = 0; channel < conv.in_channels; ++channel) {
@@ -113,7 +116,7 @@ void input_grad_entries(const Conv2d& conv, const SparseMatrix& weight, const Of
                     each(channel, tap, [&](int64_t row, int64_t place) { visit(row, tap, place); });
                 }
             };
-            if (8 * (end - begin) < group_rows) {
+            if (!sorted || 8 * (end - begin) < group_rows) {
                 Entry* entry = entries + begin;
                 each_of_phase([&](int64_t row, int64_t tap, int64_t place) {
                     *entry++ = {offsets(row, tap), weight.values[place]};

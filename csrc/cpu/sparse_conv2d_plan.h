@@ -55,27 +55,50 @@ public:
         return static_cast<int32_t>(channel * channel_) + taps_[tap];
     }
     int32_t phase(int64_t tap) const { return phases_[tap]; }
+    int64_t channel_bytes() const { return channel_; }
 
 private:
     int64_t channel_;
     std::vector<int32_t> taps_, phases_;
 };
 
-// Calls visit(row, channel, tap, place of the value) for the entries of weight rows [first, last), row by row. Channels
-// are those of the whole input, of which a row sees its group's.
-template <class Visit>
-void for_each_entry(const Conv2d& conv, const SparseMatrix& weight, int64_t first, int64_t last, Visit visit) {
-    const int64_t bh = weight.block_rows, bw = weight.block_cols, taps = conv.kernel[0] * conv.kernel[1];
-    const int64_t group_rows = conv.out_channels / conv.groups, group_channels = conv.in_channels / conv.groups;
-    for (int64_t row = first; row < last; ++row) {
-        const int64_t block_row = row / bh, i = row % bh, base = row / group_rows * group_channels;
-        for (int64_t e = weight.row_ptr[block_row]; e < weight.row_ptr[block_row + 1]; ++e) {
-            const uint32_t col = static_cast<uint32_t>(weight.col[e]), tap_count = static_cast<uint32_t>(taps);
-            const int64_t channel = base + col / tap_count * bw, tap = col % tap_count;
-            for (int64_t j = 0; j < bw; ++j) visit(row, channel + j, tap, (e * bh + i) * bw + j);
+// Calls visit(offset, place of the value) for the entries of the weight's rows, whose channels are those of the whole
+// input, of which a row sees its group's. Offsets of columns come from a table: a division for every entry took as long
+// as its products with a few vectors.
+class EntryOffsets {
+public:
+    EntryOffsets(const Conv2d& conv, const SparseMatrix& weight, const Offsets& offsets)
+        : weight_(weight), channel_(offsets.channel_bytes()), group_rows_(conv.out_channels / conv.groups),
+          group_bytes_(conv.in_channels / conv.groups * channel_) {
+        const int64_t taps = conv.kernel[0] * conv.kernel[1], channels = conv.in_channels / conv.groups;
+        columns_.reserve(channels / weight.block_cols * taps);
+        for (int64_t channel = 0; channel < channels; channel += weight.block_cols) {
+            for (int64_t tap = 0; tap < taps; ++tap) columns_.push_back(offsets(channel, tap));
         }
     }
-}
+
+    template <class Visit>
+    void for_each(int64_t row, Visit visit) const {
+        const int64_t bh = weight_.block_rows, bw = weight_.block_cols, block_row = row / bh, i = row % bh;
+        const int32_t base = static_cast<int32_t>(row / group_rows_ * group_bytes_);
+        const int64_t last = weight_.row_ptr[block_row + 1];
+        if (bh * bw == 1) {
+            for (int64_t e = weight_.row_ptr[row]; e < last; ++e) visit(base + columns_[weight_.col[e]], e);
+            return;
+        }
+        for (int64_t e = weight_.row_ptr[block_row]; e < last; ++e) {
+            const int32_t offset = base + columns_[weight_.col[e]];
+            for (int64_t j = 0; j < bw; ++j) {
+                visit(offset + static_cast<int32_t>(j * channel_), (e * bh + i) * bw + j);
+            }
+        }
+    }
+
+private:
+    const SparseMatrix& weight_;
+    int64_t channel_, group_rows_, group_bytes_;
+    std::vector<int32_t> columns_;
+};
 
 int64_t entry_count(const SparseMatrix& weight);
 
@@ -87,8 +110,8 @@ const Entry* forward_entries(const Conv2d& conv, const SparseMatrix& weight, con
                              const std::vector<int64_t>& starts, int threads);
 
 // Entries by (input channel, phase), read from the transpose index: tap by tap, or, where there are enough of them to
-// pay for a counting sort, output channel by output channel, because neighbouring taps then find each other's data in
-// the L1 cache (256 x 256 x 8 x 8 at 80 % sparsity, one thread: 32 ms instead of 37).
+// pay for a counting sort and each meets many vectors, output channel by output channel, because neighbouring taps then
+// find each other's data in the L1 cache (256 x 256 x 8 x 8 at 80 % sparsity, one thread: 32 ms instead of 37).
 void input_grad_entries(const Conv2d& conv, const SparseMatrix& weight, const Offsets& offsets, int64_t phases,
                         int threads, Entry* entries, std::vector<int64_t>& starts);
 
@@ -103,27 +126,30 @@ void list_offsets(const Conv2d& conv, const SparseMatrix& weight, const Offsets&
     int32_t* list = reinterpret_cast<int32_t*>(memory);
     job.offsets = list;
     job.sums = reinterpret_cast<float*>(memory + count * sizeof(int32_t));
+    const EntryOffsets entries(conv, weight, offsets);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < weight.rows; ++row) {
-        int32_t* offset = list + job.starts[row];
-        for_each_entry(conv, weight, row, row + 1,
-                       [&](int64_t, int64_t channel, int64_t tap, int64_t) { *offset++ = offsets(channel, tap); });
+        int32_t* to = list + job.starts[row];
+        entries.for_each(row, [&](int32_t offset, int64_t) { *to++ = offset; });
     }
 }
 
 // The threads' sums, in the layout of the values.
 template <class Job>
-void add_sums(const Conv2d& conv, const SparseMatrix& weight, const Job& job, int threads, float* values_grad) {
-    const int64_t count = job.starts[weight.rows];
+void add_sums(const SparseMatrix& weight, const Job& job, int threads, float* values_grad) {
+    const int64_t bh = weight.block_rows, bw = weight.block_cols, count = job.starts[weight.rows];
+    const auto sum = [&](int64_t k) {
+        float total = 0.0f;
+        for (int t = 0; t < job.threads; ++t) total += job.sums[t * count + k];
+        return total;
+    };
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < weight.rows; ++row) {
+        const int64_t first = weight.row_ptr[row / bh], last = weight.row_ptr[row / bh + 1];
         int64_t k = job.starts[row];
-        for_each_entry(conv, weight, row, row + 1, [&](int64_t, int64_t, int64_t, int64_t place) {
-            float total = 0.0f;
-            for (int t = 0; t < job.threads; ++t) total += job.sums[t * count + k];
-            values_grad[place] = total;
-            ++k;
-        });
+        for (int64_t e = first; e < last; ++e) {
+            for (int64_t j = 0; j < bw; ++j) values_grad[(e * bh + row % bh) * bw + j] = sum(k++);
+        }
     }
 }
 
