@@ -51,11 +51,13 @@ class Case:
     input_shape: tuple[int, ...]
 
 
-def conv(channels: int, out: int, size: int, kernel: int = 3, stride: int = 1, batch: int = 128) -> Case:
-    suffix = f"_s{stride}" if stride > 1 else ""
+def conv(
+    channels: int, out: int, size: int, kernel: int = 3, stride: int = 1, batch: int = 128, groups: int = 1
+) -> Case:
+    suffix = f"_s{stride}" * (stride > 1) + f"_g{groups}" * (groups > 1)
     return Case(
         f"conv{kernel}x{kernel}{suffix}_{channels}_{out}_{size}x{size}_b{batch}",
-        lambda: nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False),
+        lambda: nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False),
         (batch, channels, size, size),
     )
 

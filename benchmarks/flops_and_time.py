@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--pattern", nargs="+", default=["unstructured"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 128], help="of 'choice'")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="of 'choice'")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"], help="of 'layers'")
     parser.add_argument("--backend", default="auto", help="auto, kernel, triton or cuda: which kernels may run")
     parser.add_argument("--case", nargs="+", help="only cases whose name contains one of these")

@@ -4,8 +4,9 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,42 +174,58 @@ def chosen(layer: SparseLayer, case: Case, layout: torch.memory_format = torch.c
 
 def choice(bench: Bench) -> None:
     """Every layer of the networks, forward + backward with what the choice runs, against dense: is it ever slower?"""
-    for network in (*NETWORKS, Network("resnet50", (3, 32, 32))):
+    for name, build, image_shape in _choice_networks():
         for batch in bench.arguments.batch:
-            for case in _layers_of(network, batch):
-                if not bench.arguments.case or any(
-                    part in f"{network.name} {case.name}" for part in bench.arguments.case
-                ):
+            for case in _layers_of(build(), (batch, *image_shape)):
+                if not bench.arguments.case or any(part in f"{name} {case.name}" for part in bench.arguments.case):
                     for sparsity in bench.arguments.sparsity:
-                        _choice(bench, network, case, sparsity)
+                        _choice(bench, name, case, sparsity)
     rows = [row for row in bench.rows if row.section == "choice"]
-    slower = [row for row in rows if row.speedup < 1 / 1.05]
-    print(f"{len(slower)} of {len(rows)} layers are slower than dense by more than 5 %")
+    for percent in (5, 25):
+        slower = sum(row.speedup < 1 / (1 + percent / 100) for row in rows)
+        print(f"{slower} of {len(rows)} layers are slower than dense by more than {percent} %")
 
 
-def _layers_of(network: Network, batch: int) -> list[Case]:
-    """The network's distinct layers with the inputs that a batch gives them."""
-    model, seen = network.build(network.classes), {}
+def _choice_networks() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
+    """Name, model and shape of an image."""
+    for network in (*NETWORKS, Network("resnet50", (3, 32, 32))):
+        yield network.name, partial(network.build, network.classes), network.image_shape
+    try:
+        import timm
+        import torchvision
+    except ImportError as error:
+        raise SystemExit(f"'choice' takes networks of timm and torchvision: {error}") from None
+    yield "mobilenet-v2", partial(torchvision.models.mobilenet_v2, num_classes=10), (3, 96, 96)
+    yield "vit-tiny", partial(timm.create_model, "vit_tiny_patch16_224", num_classes=10), (3, 224, 224)
+
+
+def _layers_of(model: nn.Module, input_shape: tuple[int, ...]) -> list[Case]:
+    """The model's distinct layers that ``sparsify`` makes sparse, with the inputs that a batch gives them."""
+    found: dict[str, Case] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of outputs without weights
+        model = sm.sparsify(model, 0.9, allocation="uniform", fuse=False)
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        case = _case_of(layer, tuple(inputs[0].shape))
-        seen.setdefault(case.name, case)
+        case = _case_of(layer.to_dense(), tuple(inputs[0].shape))
+        found.setdefault(case.name, case)
 
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_pre_hook(note)
+    for layer in sm.sparse_layers(model).values():
+        layer.register_forward_pre_hook(note)
     with torch.no_grad():
-        model.eval()(torch.zeros(batch, *network.image_shape))
-    return list(seen.values())
+        model.eval()(torch.zeros(input_shape))
+    return list(found.values())
 
 
 def _case_of(layer: nn.Module, shape: tuple[int, ...]) -> Case:
     if isinstance(layer, nn.Linear):
-        return linear(layer.in_features, layer.out_features, shape[0])
-    return conv(layer.in_channels, layer.out_channels, shape[2], layer.kernel_size[0], layer.stride[0], shape[0])
+        return linear(layer.in_features, layer.out_features, math.prod(shape[:-1]))
+    return conv(
+        layer.in_channels, layer.out_channels, shape[2], layer.kernel_size[0], layer.stride[0], shape[0], layer.groups
+    )
 
 
-def _choice(bench: Bench, network: Network, case: Case, sparsity: float) -> None:
+def _choice(bench: Bench, network: str, case: Case, sparsity: float) -> None:
     torch.manual_seed(0)
     dense = case.build().to(bench.device)
     kind = sm.SparseConv2d if isinstance(dense, nn.Conv2d) else sm.SparseLinear
@@ -229,7 +246,7 @@ def _choice(bench: Bench, network: Network, case: Case, sparsity: float) -> None
     ours, theirs = (min((n for n in times if n.startswith(k)), key=times.__getitem__) for k in ("sparse", "dense"))
     suffix = ours.removeprefix("sparse")
     bench.add(Row(
-        "choice", f"{network.name} {case.name}", "unstructured", sparsity, "fp32", bench.device.type, "fwd+bwd",
+        "choice", f"{network} {case.name}", "unstructured", sparsity, "fp32", bench.device.type, "fwd+bwd",
         times[ours], theirs, times[theirs], times[theirs] / times[ours],
         chosen=chosen(sparse, case, layouts[suffix]) + suffix,
     ))  # fmt: skip

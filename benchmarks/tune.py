@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure at which density the sparse kernels overtake the dense product, and store the table that users get.
 
-    python benchmarks/tune.py                  # sparse_moon/ops/tables/crossover_cpu_avx2.json or ..._avx512.json
+    python benchmarks/tune.py                  # sparse_moon/ops/tables/crossover_cpu_avx512_intel.json and its like
     python benchmarks/tune.py --device cuda    # sparse_moon/ops/tables/crossover_cuda_sm90.json
     python benchmarks/tune.py --missing        # only what the table of this machine lacks
 
@@ -84,6 +84,15 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
             found.append((conv, (batch, channels, size, size)))
         for channels, size in ((64, 32), (128, 16), (256, 8), (256, 32), (512, 16), (1024, 8)):
             found.append((nn.Conv2d(channels, 2 * channels, 1, 2, bias=False), (batch, channels, size, size)))
+    for batch in (1, 8, 128):  # MobileNet's
+        for channels, stride, size in ((32, 1, 48), (96, 2, 48), (144, 1, 24), (192, 1, 12), (384, 1, 6), (960, 1, 3)):
+            conv = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
+            found.append((conv, (batch, channels, size, size)))
+        for channels, outputs, size in (
+            (16, 96, 48), (96, 24, 24), (24, 144, 24), (144, 32, 12), (192, 64, 6), (384, 96, 6), (576, 160, 3),
+            (320, 1280, 3),
+        ):  # fmt: skip
+            found.append((nn.Conv2d(channels, outputs, 1, bias=False), (batch, channels, size, size)))
     for batch in (1, 8):
         found.append((nn.Conv2d(3, 64, 7, 2, 3, bias=False), (batch, 3, 224, 224)))
         found.append((nn.Conv2d(64, 64, 3, padding=1, bias=False), (batch, 64, 56, 56)))
@@ -92,6 +101,9 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
     for batch in (1, 8, 32, 128, 512, 2048):
         for inputs, outputs in ((256, 10), (512, 512), (1024, 1024), (768, 3072), (4096, 4096)):
             found.append((nn.Linear(inputs, outputs, bias=False), (batch, inputs)))
+    for tokens in (197, 1576, 6304, 25216):  # a small vision transformer's
+        for inputs, outputs in ((192, 768), (768, 192), (192, 192)):
+            found.append((nn.Linear(inputs, outputs, bias=False), (tokens, inputs)))
     return found
 
 
@@ -137,7 +149,7 @@ def measure(
 
     def gain(pass_: choice.Pass, density: float) -> float:
         run, device = runs(density)[pass_], next(dense.parameters()).device
-        seconds = 0.001 if device.type == "cuda" else 0.15
+        seconds = 0.001 if device.type == "cuda" else 0.02
         return math.log(kernel_gain(run, device, seconds=seconds))
 
     rows: list[dict[str, Any]] = []

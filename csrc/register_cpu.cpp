@@ -138,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
     };
 
     m.def("supported_isas", &supported_isas);
+    m.def("vendor", &vendor);
     m.def("isa", [] { return kernels().name; });
     m.def("set_isa", &set_isa, py::arg("name"));
     m.def("set_flat_panels", &set_flat_panels_where, py::arg("where"));

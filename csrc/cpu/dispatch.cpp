@@ -86,6 +86,14 @@ std::vector<std::string> supported_isas() {
     return names;
 }
 
+const char* vendor() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_is("intel")) return "intel";
+    if (__builtin_cpu_is("amd")) return "amd";
+#endif
+    return "other";
+}
+
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
 void set_isa(const std::string& name) {

@@ -11,6 +11,9 @@ namespace sparse_moon {
 // Names of what this processor can run, best first: of "avx512", "avx2" and "generic".
 std::vector<std::string> supported_isas();
 
+// Who made this processor: "intel", "amd" or "other".
+const char* vendor();
+
 // The kernels in use: the best that the processor supports, unless set_isa() chose others.
 const Kernels& kernels();
 

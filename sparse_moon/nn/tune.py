@@ -93,7 +93,7 @@ def products(
     x = x.contiguous(memory_format=torch.channels_last if x.is_cuda and x.dim() == 4 else memory_format)
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.enable_grad():  # as in training, where every pass scatters a weight for a dense product
             layer(x)
 
     def gradients(input: torch.Tensor, values: torch.Tensor) -> Callable[[], Any]:

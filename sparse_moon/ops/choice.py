@@ -1,10 +1,10 @@
 """Which implementation of a product runs: the sparse kernel, or a dense product on the scattered weight.
 
-The dense one (on the CPU perhaps by Winograd's) wins where little is sparse. Each pass of
-each shape has a crossover, the density up to which the kernel is faster. Crossovers of many shapes were measured
-(``crossover_cpu_avx2.json`` and its like, which ``benchmarks/tune.py`` writes); a shape that is not among them takes
-that of its nearest neighbour, or the one that :func:`sparse_moon.nn.tune.tune` has measured for it. On a kind of device
-that no table was measured on, kernels run only where the user's process has measured them, or asked for them.
+The dense one (on the CPU perhaps by Winograd's) wins where little is sparse. Each pass of each shape has a crossover,
+the density up to which the kernel is faster. Crossovers of many shapes were measured (``crossover_cpu_avx2_amd.json``
+and its like, which ``benchmarks/tune.py`` writes); a shape that is not among them takes that of its nearest neighbour,
+or the one that :func:`sparse_moon.nn.tune.tune` has measured for it. On a kind of device that no table was measured on,
+kernels run only where the user's process has measured them, or asked for them.
 """
 
 import json
@@ -191,7 +191,8 @@ def forget() -> None:
 def table_name(device: str) -> str:
     """File of the crossovers of a kind of device.
 
-    CPUs differ by the instruction set that the kernels use, GPUs by their architecture: of Hopper's, ``sm90``.
+    CPUs differ by the instruction set that the kernels use and by their maker (torch's dense products of small batches
+    are two to four times as fast on Intel's), GPUs by their architecture: of Hopper's, ``sm90``.
     """
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
@@ -199,15 +200,23 @@ def table_name(device: str) -> str:
     if device != "cpu" or native is None:
         return f"crossover_{device}.json"
     # without vectors of their own, the compiler's, which are those of AVX2 or shorter
-    return f"crossover_cpu_{'avx512' if native.isa() == 'avx512' else 'avx2'}.json"
+    return f"crossover_cpu_{'avx512' if native.isa() == 'avx512' else 'avx2'}_{native.vendor()}.json"
 
 
 @cache
 def table(device: str) -> list[tuple[Work, float]]:
-    """The products that were measured on this kind of device and their crossovers; empty where nothing was."""
-    path = files("sparse_moon.ops").joinpath("tables", table_name(device))
-    if not path.is_file():
+    """The products that were measured on this kind of device and their crossovers; empty where nothing was.
+
+    For a CPU whose maker none was measured of, those of another one with the same vectors.
+    """
+    folder, name = files("sparse_moon.ops").joinpath("tables"), table_name(device)
+    stored = sorted(path.name for path in folder.iterdir())
+    if name not in stored and device == "cpu":
+        isa = name.rpartition("_")[0]
+        name = next((other for other in stored if other.startswith(f"{isa}_")), name)
+    if name not in stored:
         return []
+    path = folder.joinpath(name)
     rows = json.loads(path.read_text())["rows"]
     works = [Work(**row["work"]) for row in rows]
     return [(w._replace(block=(w.block[0], w.block[1])), row["crossover"]) for w, row in zip(works, rows, strict=True)]
