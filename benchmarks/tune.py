@@ -108,7 +108,7 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
 
 
 def crossover(gain: Callable[[float], float]) -> float:
-    """Density at which the kernel's time passes the dense one's; 1 where it is faster at all of ``DENSITIES``, 0 at none.
+    """Density at which the kernel's time passes the dense one's; 1 where it is faster at all ``DENSITIES``, 0 at none.
 
     Args:
         gain: the logarithm of how much faster the kernel is at a density. It falls with density, so the place in
