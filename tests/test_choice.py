@@ -70,7 +70,7 @@ def test_gradients_have_a_choice_alone_and_together(pass_, pays, layout, monkeyp
     calls = []
     for other in PASSES:
         work = Work(other, 4, 4, 16, 25, 9, 2, 2, channels_last=layout == torch.channels_last)
-        choice.remember(work, float(pays == (other == pass_)))
+        choice.remember(work, float(pays))
     for name in ("grads", "input_grad", "values_grad"):
         real = getattr(native, f"sparse_conv2d_{name}")
         run = lambda *a, name=name, real=real: (calls.append(name), real(*a))[1]  # noqa: E731
@@ -86,14 +86,23 @@ def test_gradients_have_a_choice_alone_and_together(pass_, pays, layout, monkeyp
         assert gradients[0].is_contiguous(memory_format=layout)
 
 
-def test_the_crossover_decides():
-    layer, shape = conv()
-    for pass_ in PASSES:
-        work = Work(pass_, 4, 4, 16, 25, 9, 2, 2)
-        choice.remember(work, 0.05)
-        assert tuning.chosen_backends(layer, shape)[pass_] == "dense"
-        choice.remember(work, 0.2)
-        assert tuning.chosen_backends(layer, shape)[pass_] == "kernel"
+def test_the_crossovers_of_a_training_pass_decide_together():
+    layer, shape = conv()  # a tenth of whose weights exist
+
+    def chosen(forward, grads):
+        for pass_ in PASSES:
+            choice.remember(Work(pass_, 4, 4, 16, 25, 9, 2, 2), grads if pass_ == "grads" else forward)
+        return set(tuning.chosen_backends(layer, shape).values())
+
+    assert chosen(0.05, 0.05) == chosen(0.04, 0.3) == chosen(0.0, 1.0) == chosen(1.0, 0.06) == {"dense"}
+    assert chosen(0.2, 0.2) == chosen(0.05, 0.3) == chosen(1.0, 0.07) == {"kernel"}
+
+    linear = sm.SparseLinear(10, 20, sparsity=0.9)
+    for pass_, crossover in zip(LINEAR_PASSES, (0.05, 0.2, 0.2), strict=True):
+        choice.remember(Work(pass_, 3, 10, 20, 1, 1, 1, 1), crossover)
+    assert set(tuning.chosen_backends(linear, (3, 10)).values()) == {"kernel"}
+    choice.remember(Work("values_grad", 3, 10, 20, 1, 1, 1, 1), 0.1)
+    assert set(tuning.chosen_backends(linear, (3, 10)).values()) == {"dense"}
 
 
 def test_each_product_runs_alone():
@@ -124,22 +133,29 @@ def test_nearest_neighbour(monkeypatch):
         choice.forget()
 
     for work, value in table:
-        assert choice.crossover(work) == value
-    assert choice.crossover(base._replace(batch=2, inputs=48)) == 0.2
-    assert choice.crossover(base._replace(positions=4)) == pytest.approx(0.1)
+        assert choice.pass_crossover(work) == value
+    assert choice.pass_crossover(base._replace(batch=2, inputs=48)) == 0.2
+    assert choice.pass_crossover(base._replace(positions=4)) == pytest.approx(0.1)
     measure(base._replace(positions=64), 0.3)  # as far from 128 positions as those of 256
-    assert choice.crossover(base._replace(positions=128)) == pytest.approx(0.2)
+    assert choice.pass_crossover(base._replace(positions=128)) == pytest.approx(0.2)
     measure(base._replace(channels_last=True), 0.7)
-    assert choice.crossover(base._replace(channels_last=True)) == 0.7
-    assert choice.crossover(base._replace(channels_last=True, taps=1)) == 0.3  # a layout counts less than a kind
-    assert choice.crossover(base._replace(block=(16, 16))) == choice.crossover(base._replace(dtype="bfloat16")) == 0.0
-    assert choice.crossover(base._replace(batch=1, taps=1)) == 0.3
-    assert choice.crossover(base._replace(positions=1, taps=1, inputs=4096, batch=1)) == 0.5
-    assert choice.crossover(base._replace(pass_="grads")) == 0.0
+    assert choice.pass_crossover(base._replace(channels_last=True)) == 0.7
+    assert choice.pass_crossover(base._replace(channels_last=True, taps=1)) == 0.3  # a layout counts less than a kind
+    assert (
+        choice.pass_crossover(base._replace(block=(16, 16)))
+        == choice.pass_crossover(base._replace(dtype="bfloat16"))
+        == 0.0
+    )
+    assert choice.pass_crossover(base._replace(batch=1, taps=1)) == 0.3
+    assert choice.pass_crossover(base._replace(positions=1, taps=1, inputs=4096, batch=1)) == 0.5
+    assert choice.pass_crossover(base._replace(pass_="grads")) == 0.0
     measure(base._replace(inputs=1), 0.9)  # whose dense product is not Winograd's
-    assert choice.crossover(base._replace(inputs=12)) == 0.9 and choice.crossover(base._replace(inputs=17)) == 0.1
+    assert (
+        choice.pass_crossover(base._replace(inputs=12)) == 0.9
+        and choice.pass_crossover(base._replace(inputs=17)) == 0.1
+    )
     measure(base._replace(pass_="grads"), 0.3)
-    assert choice.crossover(base._replace(pass_="grads")) == 0.3
+    assert choice.pass_crossover(base._replace(pass_="grads")) == 0.3
 
 
 def cpu(isa, vendor):

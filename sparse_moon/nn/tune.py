@@ -55,16 +55,39 @@ def tune(
 def tune_layer(
     layer: SparseLayer, input_shape: tuple[int, ...], memory_format: torch.memory_format = torch.contiguous_format
 ) -> dict[Pass, Backend]:
-    """As :func:`tune`, for one layer on inputs of this shape and layout."""
+    """As :func:`tune`, for one layer on inputs of this shape and layout.
+
+    On the CPU all products together, on a GPU each by itself.
+    """
     chosen: dict[Pass, Backend] = {}
     density = 1.0 - layer.sparsity
-    for pass_, run in products(layer, input_shape, memory_format).items():
-        chosen[pass_] = "kernel" if kernel_gain(run, layer.values.device) >= 1.0 else "dense"
+    runs = products(layer, input_shape, memory_format)
+    device = layer.values.device
+    together = None if device.type == "cuda" else kernel_gain(_training_pass(layer, input_shape, memory_format), device)
+    for pass_, run in runs.items():
+        gain = kernel_gain(run, device) if together is None else together
+        chosen[pass_] = "kernel" if gain >= 1.0 else "dense"
         with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
         for work in works:
             choice.remember(work, density if chosen[pass_] == "kernel" else 0.99 * density)
     return chosen
+
+
+def _training_pass(
+    layer: SparseLayer, input_shape: tuple[int, ...], memory_format: torch.memory_format
+) -> Callable[[], Any]:
+    """All products of a layer, which on the CPU are decided about together."""
+    x, values = _input(layer, input_shape, memory_format).requires_grad_(), layer.values.detach().requires_grad_()
+    upstream: list[torch.Tensor] = []
+
+    def run() -> Any:
+        with torch.enable_grad():
+            output = torch.func.functional_call(layer, {"values": values}, (x,))
+        upstream[:] = upstream or [torch.randn_like(output)]
+        return torch.autograd.grad(output, (x, values), upstream)
+
+    return run
 
 
 def chosen_backends(
@@ -89,8 +112,7 @@ def products(
     Forward and either gradient, and on the CPU both gradients of a convolution, which are one operation.
     """
     values = layer.values.detach()
-    x = torch.randn(input_shape, dtype=values.dtype, device=values.device)
-    x = x.contiguous(memory_format=torch.channels_last if x.is_cuda and x.dim() == 4 else memory_format)
+    x = _input(layer, input_shape, memory_format)
 
     def forward() -> None:
         with torch.enable_grad():  # as in training, where every pass scatters a weight for a dense product
@@ -122,6 +144,12 @@ def products(
     if isinstance(layer, SparseConv2d) and x.device.type == "cpu":
         runs["grads"] = gradients(x_leaf, values_leaf)
     return runs
+
+
+def _input(layer: SparseLayer, shape: tuple[int, ...], memory_format: torch.memory_format) -> torch.Tensor:
+    """Random numbers of this shape; planes on a GPU channels_last."""
+    x = torch.randn(shape, dtype=layer.values.dtype, device=layer.values.device)
+    return x.contiguous(memory_format=torch.channels_last if x.is_cuda and x.dim() == 4 else memory_format)
 
 
 def kernel_gain(run: Callable[[], Any], device: torch.device, *, seconds: float = 0.05, least: int = 3) -> float:

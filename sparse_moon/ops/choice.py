@@ -59,6 +59,10 @@ class Work(NamedTuple):
 _WINOGRAD_CHANNELS = 16
 WINOGRAD_TILES = 32
 
+# The products of a training pass, and what each takes as dense products.
+_LINEAR: dict[Pass, int] = {"forward": 1, "input_grad": 1, "values_grad": 1}
+_CONVOLUTION: dict[Pass, int] = {"forward": 1, "grads": 2}
+
 # Measured by the user's own process; precedes the stored table.
 _measured: dict[Work, float] = {}
 # Blocks of use_backend that are open in this thread or task, the newest last.
@@ -167,7 +171,21 @@ def asked_for() -> Iterator[list[Work]]:
 
 
 def crossover(work: Work) -> float:
-    """Largest density at which the sparse kernel is the faster one."""
+    """Largest density at which the sparse kernel is to run.
+
+    On the CPU that of a whole training pass of the layer: one kernel beside dense products would not spare the weight
+    that they need scattered. On a GPU that of the product.
+    """
+    if work.device != "cpu":
+        return pass_crossover(work)
+    # Times of kernels grow with the density, so the mean is harmonic; both gradients take twice a forward pass.
+    products = _LINEAR if work.positions == work.taps == 1 else _CONVOLUTION
+    inverse = sum(share / max(pass_crossover(work._replace(pass_=p)), 1e-9) for p, share in products.items())
+    return sum(products.values()) / inverse
+
+
+def pass_crossover(work: Work) -> float:
+    """Largest density at which the sparse kernel of one product is faster than the dense product, as far as known."""
     return _measured[work] if work in _measured else nearest(work)
 
 
