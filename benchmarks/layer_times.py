@@ -204,7 +204,7 @@ def _layers_of(model: nn.Module, input_shape: tuple[int, ...]) -> list[Case]:
     found: dict[str, Case] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of outputs without weights
-        model = sm.sparsify(model, 0.9, fuse=False)
+        model = sm.sparsify(model, 0.9, allocation="uniform", fuse=False)
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         case = _case_of(layer.to_dense(), tuple(inputs[0].shape))
