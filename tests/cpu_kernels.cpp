@@ -281,6 +281,7 @@ int main() {
     }
     // channels that threads share, because there is one unit
     check_conv2d({1, 6, {4, 4}, 21, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 1, 1, 0.4, false);
+    check_conv2d({1, 12, {8, 8}, 9, {}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1}, 3, 1, 0.5, false);
     if (failures == 0) std::printf("passed\n");
     return failures;
 }
