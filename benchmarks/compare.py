@@ -45,7 +45,7 @@ ENVIRONMENT, TIMES = "environment.json", "times.json"
 
 # The learning rates and their schedule, the topology's end and the final weights are those of arXiv 2403.20047.
 COMMON: dict[str, Any] = {
-    "model": "small-resnet", "width": 16, "fuse": True, "batch_size": 128, "interval": 100,
+    "model": "small-resnet", "width": 16, "batch_size": 128, "interval": 100,
     "lr": 0.12, "lr_end": 0.008, "epochs": 15, "warmup_epochs": 5,
 }  # fmt: skip
 DATASETS = {

@@ -15,7 +15,9 @@ from sparse_moon.app.cli import main, presets
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import load_run
 from sparse_moon.app.run_data import load_dataset, plain_batches
+from sparse_moon.nn.fusion import fusions
 from sparse_moon.ood import collect, load_detector
+from sparse_moon.ops.native import native
 
 QUICK = [
     "--model",
@@ -83,6 +85,27 @@ def test_preset_by_name(capsys, tmp_path):
     assert "cifar10" in refused(
         capsys, "train", "--config", "moon-cifar10", "--data-root", tmp_path, "--out", tmp_path / "r"
     )
+
+
+@pytest.mark.skipif(native is None, reason="without compiled CPU kernels nothing is gained")
+@pytest.mark.parametrize("method", ["rigl", "dense"])
+def test_sparse_and_dense_networks_are_fused_unless_it_is_refused(method):
+    config = TrainConfig(model="small-resnet", width=4, method=method)
+    for fuse in (True, False):
+        model = build_model(replace(config, fuse=fuse), load_dataset(config))
+        assert ("fused" in fusions(model).values()) is fuse
+
+
+def test_runs_of_before_go_on_without_fusion(tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--model", "small-resnet", "--width", "4", *QUICK[4:], "--epochs", "1", "--out", str(folder)]
+    main(["train", "--no-fuse", *options])
+    config = folder / run_folder.CONFIG
+    assert json.loads(config.read_text())["fuse"] is False  # as all of them have it that did not ask for it
+    main(["train", *options, "--resume"])
+    assert json.loads(config.read_text())["fuse"] is False
+    main(["train", *options[:-1], str(tmp_path / "other")])
+    assert "has fuse True" in refused(capsys, "train", "--no-fuse", *options[:-1], tmp_path / "other", "--resume")
 
 
 def test_resume_takes_the_runs_settings(run, capsys):

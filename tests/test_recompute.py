@@ -135,13 +135,13 @@ def test_it_needs_the_fused_batch_norm():
     with pytest.raises(ValueError, match="recompute needs fuse"):
         sm.sparsify(models.build("mlp", 4, in_channels=1, image_size=4), 0.5, fuse=False, recompute=True)
     with pytest.raises(ValueError, match="recompute needs fuse"):
-        TrainConfig(recompute=True)
+        TrainConfig(fuse=False, recompute=True)
 
 
 def test_the_command_line_passes_it_on():
     from sparse_moon.app.build import build_model
     from sparse_moon.app.run_data import load_dataset
 
-    config = TrainConfig(fuse=True, recompute=True)
+    config = TrainConfig(recompute=True)
     model = build_model(config, load_dataset(config))
     assert any(m.forward.recompute for m in model.modules() if isinstance(m.forward, FusedForward))

@@ -14,8 +14,9 @@ from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import RunData
 from sparse_moon.distributed import rank, world_size
 from sparse_moon.nn import layer_densities, sparse_layers, sparsify
-from sparse_moon.nn.fusion import fuse
+from sparse_moon.nn.fusion import fuse, install
 from sparse_moon.ood import CosineHead, classifier_head
+from sparse_moon.ops.native import native
 from sparse_moon.reliability import Reliability
 
 
@@ -57,6 +58,8 @@ def build_run(config: TrainConfig, data: RunData) -> Run:
         drop_last=len(data.train) >= config.batch_size,  # batch norm cannot train on a rest of one image
     )  # fmt: skip
     model = build_model(config, data).to(config.device)
+    if config.recompute and config.device != "cpu":
+        warnings.warn(f"recompute does nothing on {config.device}: batch norms are fused on the CPU only", stacklevel=2)
     reliability = config.make_reliability()
     reliability.attach(model, data.num_classes)
     optimizer = torch.optim.SGD(
@@ -101,10 +104,13 @@ def build_model(config: TrainConfig, data: datasets.DataSet) -> nn.Module:
         sparsify(
             model, config.sparsity, config.allocation, pattern=config.pattern, exclude=_exclude(config),
             start_sparsity=method.start_sparsity(config.method_options, config.sparsity, model, densities),
-            selection=method.selection,
+            selection=method.selection, fuse=False,
         )  # fmt: skip
-    if config.fuse:
-        model = fuse(model, recompute=config.recompute)
+    # dense networks too: their times are what sparse ones are compared with
+    if config.recompute:
+        fuse(model, recompute=True)  # says what it cannot do, as it was asked for
+    elif config.fuse and native is not None:
+        install(model, recompute=False)
     return reliability.change(model)
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 import warnings
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
@@ -320,6 +321,7 @@ def _add_options(group: Any, settings: type, names: Collection[str]) -> None:
         if name in ("ood", "exclude", "without"):
             group.add_argument(flag, type=str, nargs="+", help=text[name])
         elif hints[name] is bool:
-            group.add_argument(flag, action="store_true", help=text[name])
+            on = getattr(settings, name)  # by default, so that there is --no-NAME
+            group.add_argument(flag, action=BooleanOptionalAction if on else "store_true", default=on, help=text[name])
         else:
             group.add_argument(flag, type=hints[name], default=getattr(settings, name), help=text[name])

@@ -45,8 +45,8 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         pattern: unstructured, vectorV (V outputs of one input) or blockB.
         allocation: erk, er or uniform.
         exclude: layers to keep dense, by name with * and ?.
-        fuse: run batch norm, ReLU and residual addition as one operation (faster on the CPU).
-        recompute: with fuse, compute what a sparse convolution reads again in the backward pass (less memory).
+        fuse: batch norm, activation and residual addition are one operation on the CPU, in dense networks too.
+        recompute: compute what a sparse convolution reads again in the backward pass (less memory, on the CPU).
         epochs: passes over the training data.
         batch_size: images a batch, over all processes.
         lr: learning rate at the start; it falls along half a cosine to lr_end at lr_until and then stays.
@@ -79,7 +79,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     pattern: str = "unstructured"
     allocation: Allocation = "erk"
     exclude: tuple[str, ...] = ()
-    fuse: bool = False
+    fuse: bool = True
     recompute: bool = False
     epochs: Annotated[int, AT_LEAST_1] = 40
     batch_size: Annotated[int, AT_LEAST_1] = 64
@@ -110,7 +110,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
                 f"got {self.lr}, {self.momentum}, {self.weight_decay}"
             )
         if self.recompute and not self.fuse:
-            raise ValueError("recompute needs fuse")
+            raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")
         if unknown := sorted(set(self.own) - set(own_options([self.method], [self.reliability]))):
             raise ValueError(f"unknown settings {unknown}")
         self.make_reliability()
