@@ -33,6 +33,7 @@ from .nn.batch_norm_relu import BatchNormReLU2d
 from .nn.fusion import fuse
 from .nn.summary import summary
 from .nn.tune import tune
+from .nn.what_runs import what_runs, what_would_pay
 from .random_mask import RandomMask
 from .schedules import Constant, Cosine, Cubic
 from .topology import Topology
@@ -95,4 +96,6 @@ __all__ = [
     "summary",
     "topology",
     "tune",
+    "what_runs",
+    "what_would_pay",
 ]
