@@ -74,7 +74,7 @@ def digest(state: Any) -> str:
     def add(path: str, value: Any) -> None:
         if isinstance(value, dict):
             for key in sorted(value, key=str):
-                if key != "time_s":
+                if key not in ("time_s", "step_ms"):
                     add(f"{path}/{key}", value[key])
         elif isinstance(value, list | tuple):
             for i, one in enumerate(value):

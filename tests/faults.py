@@ -104,8 +104,9 @@ def attempt(config: TrainConfig, folder: Path, at: int | None, report: Path | No
 def content(folder: Path) -> dict[str, Any]:
     """All that a run leaves, without times."""
     results = files.read_json(folder / run_folder.RESULTS)
-    del results["time_s"], results["environment"]
-    metrics = [{k: v for k, v in row.items() if k != "time_s"} for row in run_folder.read_metrics(folder)]
+    del results["time_s"], results["steps"]["median_ms"], results["environment"]
+    times = ("time_s", "step_ms")
+    metrics = [{k: v for k, v in row.items() if k not in times} for row in run_folder.read_metrics(folder)]
     checkpoint = run_folder.read_checkpoint(folder)
     checkpoint["history"] = metrics
     return {

@@ -115,6 +115,16 @@ def write_run(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+STEPS = {
+    "median_ms": 12.345,
+    "kernels": {
+        "conv2": {"forward": "kernel", "grads": "kernel"},
+        "fc": {"forward": "dense", "input_grad": "dense", "values_grad": "kernel"},
+    },
+    "beside_dense": {"dense_ms": 30.0, "sparse_ms": 12.0, "dense_layout": "channels_last"},
+}
+
+
 def change(folder: Path, file: str, edit: Any) -> None:
     content = json.loads((folder / file).read_text())
     edit(content)
@@ -256,6 +266,23 @@ def test_dense_run_without_w(tmp_path: Path) -> None:
     assert page.row("", "AUROC ↑") == ["", "AUROC ↑", "FPR95 ↓", "AUPR-in ↑", "AUPR-out ↑"]  # one set, one table
 
 
+def test_times_of_steps_and_what_ran(run: Path) -> None:
+    assert "What ran" not in report_of(run).read_text(encoding="utf-8")  # of before
+    change(run, "results.json", lambda results: results.update(steps=STEPS))
+    page, text = page_of(run), report_of(run).read_text(encoding="utf-8")
+    assert page.row("conv2")[1:] == ["0.9500", "kernel", "kernel", "kernel"]
+    assert page.row("fc")[1:] == ["0.4000", "dense", "dense", "kernel"]
+    for words in (
+        "12.35 ms",
+        "1 of 2 sparse layers ran sparse kernels, 1 in part",
+        "2.50 \u00d7",
+        "30.00 ms (channels_last)",
+    ):
+        assert words in text
+    change(run, "results.json", lambda results: results["steps"].update(median_ms=None))
+    assert "Training step" not in report_of(run).read_text(encoding="utf-8")
+
+
 def test_run_without_ood_sets(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", sets={}))
     assert "no out-of-distribution set" in page.text
@@ -332,6 +359,13 @@ def test_damaged_inputs_are_named_and_the_old_report_survives(run: Path, file: s
         (lambda r: r["ood"]["kmnist"].update(odin={}), "ood/kmnist/odin/auroc"),
         (lambda r: r["sparsity"].update(layers={"fc": "x"}), "sparsity/layers/fc"),
         (lambda r: r.pop("time_s"), "time_s"),
+        (lambda r: r.update(steps={"kernels": {}}), "steps/median_ms should be a number"),
+        (lambda r: r.update(steps={**STEPS, "kernels": {"fc": {"forward": ["dense"]}}}), "steps/kernels/fc is"),
+        (lambda r: r.update(steps={**STEPS, "kernels": {"other": {"forward": "dense"}}}), "steps/kernels/other is"),
+        (
+            lambda r: r.update(steps={**STEPS, "beside_dense": {"dense_ms": 1, "sparse_ms": 1}}),
+            "no text 'dense_layout'",
+        ),
     ],
 )
 def test_incomplete_results(run: Path, edit: Any, message: str) -> None:

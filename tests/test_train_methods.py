@@ -54,7 +54,8 @@ def flat(state, path=""):
     """Leaves of nested containers by path, without times."""
     if isinstance(state, dict | list):
         items = state.items() if isinstance(state, dict) else enumerate(state)
-        return {k: v for key, value in items if key != "time_s" for k, v in flat(value, f"{path}/{key}").items()}
+        kept = [(key, value) for key, value in items if key not in ("time_s", "step_ms")]
+        return {k: v for key, value in kept for k, v in flat(value, f"{path}/{key}").items()}
     return {path: state}
 
 

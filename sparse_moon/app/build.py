@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from sparse_moon.nn.fusion import fuse, install
 from sparse_moon.ood import CosineHead, classifier_head
 from sparse_moon.ops.native import native
 from sparse_moon.reliability import Reliability
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +109,22 @@ def build_model(config: TrainConfig, data: datasets.DataSet) -> nn.Module:
             start_sparsity=method.start_sparsity(config.method_options, config.sparsity, model, densities),
             selection=method.selection, fuse=False,
         )  # fmt: skip
-    # dense networks too: their times are what sparse ones are compared with
+    fuse_network(model, config)
+    return reliability.change(model)
+
+
+def fuse_network(model: nn.Module, config: TrainConfig) -> None:
+    """Fuse a network as the settings say, in place; dense ones too, which sparse ones' times are compared with."""
     if config.recompute:
         fuse(model, recompute=True)  # says what it cannot do, as it was asked for
     elif config.fuse and native is not None:
         install(model, recompute=False)
-    return reliability.change(model)
+
+
+def autocast(config: TrainConfig) -> AbstractContextManager[Any]:
+    """What a run's forward passes are in."""
+    dtype = _DTYPES.get(config.amp)
+    return nullcontext() if dtype is None else torch.autocast(torch.device(config.device).type, dtype)
 
 
 def final_densities(config: TrainConfig, data: datasets.DataSet) -> dict[str, float]:

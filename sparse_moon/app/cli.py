@@ -202,6 +202,10 @@ def _train_parser(description: str, own: Mapping[str, type]) -> _Parser:
     output.add_argument(
         "--resume", action="store_true", help="continue the run in --out from its checkpoint, or begin it"
     )
+    output.add_argument(
+        "--time-dense", action="store_true",
+        help="in the end time steps of the network and of the same made dense, in turn, and show which kernels ran",
+    )  # fmt: skip
     output.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
 

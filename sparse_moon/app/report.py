@@ -6,7 +6,7 @@ What is said on it is put together here, how it is marked up is in ``report.html
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,7 @@ from sparse_moon.app import plots, run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.ood_groups import GROUPS, ood_group
 from sparse_moon.app.run_record import MEMORY, METRICS, RunRecord
+from sparse_moon.app.tables import kernel_rows, kernels_line
 from sparse_moon.ood.metrics import calibration_bins
 
 _METRICS = {  # heading, which class is positive, whether more is better
@@ -182,7 +183,18 @@ def _tiles(run: RunRecord, chosen: str | None) -> list[_Fact]:
             _Fact("Training memory", f"{results['memory']['ratio']:.3f} {_TIMES}", "of dense, for sparse layers"),
         ]
     device = f"on {run.config['device']}" if "device" in run.config else ""
-    return [*tiles, _Fact("Training time", _duration(results["time_s"]), device)]
+    return [*tiles, _Fact("Training time", _duration(results["time_s"]), device), *_steps(results.get("steps", {}))]
+
+
+def _steps(steps: Mapping[str, Any]) -> list[_Fact]:
+    """Times of training steps, which older runs lack."""
+    facts = []
+    if math.isfinite(steps.get("median_ms", math.nan)):
+        facts.append(_Fact("Training step", f"{steps['median_ms']:.2f} ms", "median, without loading data"))
+    if dense := steps.get("beside_dense"):
+        note = f"dense {dense['dense_ms']:.2f} ms ({dense['dense_layout']}), sparse {dense['sparse_ms']:.2f} ms in turn"
+        facts.append(_Fact("Over dense", f"{dense['dense_ms'] / dense['sparse_ms']:.2f} {_TIMES}", note))
+    return facts
 
 
 def _in_distribution(run: RunRecord) -> dict[str, Any]:
@@ -307,7 +319,13 @@ def _network(run: RunRecord) -> dict[str, Any]:
         densities = {name: 1 - share for name, share in sparsity["layers"].items()}
         svg = plots.density_chart(densities, 1 - sparsity["actual"])
         chart = _Picture("Density of every layer", "share of weights that exist, in %", svg, "chart")
-    return {"costs": costs, "densities": chart}
+    kernels = run.results.get("steps", {}).get("kernels")
+    table = None
+    if kernels:
+        columns, *ran = kernel_rows(run.results)
+        cells = [_Row(name, [_Cell(text, False) for text in others]) for name, *others in ran]
+        table = _Table("What ran", kernels_line(kernels), list(columns[1:]), cells)
+    return {"costs": costs, "densities": chart, "kernels": table}
 
 
 def _cost(label: str, dense: float, sparse: float, unit: str) -> _Cost:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from sparse_moon import files
 from sparse_moon.app import run_folder
 from sparse_moon.ood.metrics import check_predictions
+from sparse_moon.ops.choice import Backend
 
 METRICS = ("auroc", "fpr95", "aupr_in", "aupr_out")
 """What the results hold of each OOD set and score, in [0, 1]."""
@@ -88,9 +89,27 @@ def _read_results(path: Path) -> dict[str, Any]:
     }
     if calibration := content.get("calibration"):
         results["calibration"] = _numbers(calibration, path, "calibration", _CALIBRATION)
+    if "steps" in content:
+        results["steps"] = _read_steps(content["steps"], layers, path)
     for key in ("environment", "left_out"):
         _mapping(content.get(key, {}), path, key)
     return {**content, **results}
+
+
+def _read_steps(content: Any, layers: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Times of training steps, and what ran in them."""
+    steps = _numbers(content, path, "steps", ("median_ms",))
+    kernels = _mapping(steps.get("kernels"), path, "steps/kernels")
+    for name, ran in kernels.items():
+        passes = _mapping(ran, path, f"steps/kernels/{name}")
+        known = all(backend in get_args(Backend) for backend in passes.values())
+        if name not in layers or "forward" not in passes or not known:
+            raise ValueError(f"{path} is damaged: steps/kernels/{name} is {repr(ran)[:60]}")
+    if beside := steps.get("beside_dense"):
+        steps["beside_dense"] = _numbers(beside, path, "steps/beside_dense", ("sparse_ms", "dense_ms"))
+        if not isinstance(beside.get("dense_layout"), str):
+            raise ValueError(f"{path} is damaged: steps/beside_dense has no text 'dense_layout'")
+    return steps
 
 
 def _read_history(folder: Path, epochs: int | None) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """A run's figures as a table in plain text."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -36,7 +37,45 @@ def format_results(results: Mapping[str, Any], config: TrainConfig, *, whole: bo
             f"training FLOPs {counts['train_ratio']:.3f} x dense   "
             f"training memory {memory['ratio']:.3f} x dense   time {results['time_s']:.1f} s"
         )
+    if "steps" in results:
+        lines += _steps(results["steps"])
     return "\n".join([*lines, "", *_out_of_distribution(results["ood"], config, whole)])
+
+
+def _steps(steps: Mapping[str, Any]) -> list[str]:
+    """How long training steps took, and what ran in them."""
+    said = [] if math.isnan(steps["median_ms"]) else [f"{steps['median_ms']:.2f} ms (median, without loading data)"]
+    said += [kernels_line(steps["kernels"])] if steps["kernels"] else []
+    lines = [f"training step     {'   '.join(said)}"] if said else []
+    if dense := steps.get("beside_dense"):
+        lines.append(
+            f"made dense        {dense['dense_ms']:.2f} ms ({dense['dense_layout']})   sparse in turn with it "
+            f"{dense['sparse_ms']:.2f} ms, {dense['dense_ms'] / dense['sparse_ms']:.2f} times as fast"
+        )
+    return lines
+
+
+def kernels_line(kernels: Mapping[str, Mapping[str, str]]) -> str:
+    """How many sparse layers ran on sparse kernels, of what :func:`sparse_moon.what_runs` returns."""
+    ran = [set(passes.values()) for passes in kernels.values()]
+    whole = ran.count({"kernel"})
+    part = sum("kernel" in backends for backends in ran) - whole
+    in_part = f", {part} in part" * bool(part)
+    return f"{whole} of {len(ran)} sparse layers ran sparse kernels{in_part}"
+
+
+def kernel_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Of each sparse layer its name, sparsity, and what ran forward and for the gradients of input and weight."""
+    rows: list[tuple[str, ...]] = [("layer", "sparsity", "forward", "input gradient", "weight gradient")]
+    for name, ran in results["steps"]["kernels"].items():
+        gradients = (ran.get(pass_, ran.get("grads", "not needed")) for pass_ in ("input_grad", "values_grad"))
+        rows.append((name, f"{results['sparsity']['layers'][name]:.4f}", ran["forward"], *gradients))
+    return rows
+
+
+def format_kernels(results: Mapping[str, Any]) -> str:
+    """:func:`kernel_rows` in plain text."""
+    return text_table(kernel_rows(results), "lrlll")
 
 
 def _out_of_distribution(ood: Mapping[str, Any], config: TrainConfig, whole: bool) -> list[str]:

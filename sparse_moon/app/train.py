@@ -1,28 +1,37 @@
 """A run of the command line: training, evaluation, and the run's folder."""
 
+import math
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from sparse_moon import files, flops
 from sparse_moon.app import datasets, run_folder, run_record
+from sparse_moon.app.build import autocast, final_densities
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.environment import environment
 from sparse_moon.app.evaluate import evaluate_model, scores_for
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_dataset, load_ood_sets
+from sparse_moon.app.step_times import beside_dense
 from sparse_moon.app.trainer import Trainer
-from sparse_moon.distributed import rank
+from sparse_moon.distributed import rank, world_size
 from sparse_moon.nn import layer_sparsities, live_outputs, overall_sparsity
+from sparse_moon.nn.what_runs import what_runs, what_would_pay
 
 
-def train(config: TrainConfig, folder: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def train(
+    config: TrainConfig, folder: Path, *, resume: bool = False, progress: bool = True, time_dense: bool = False
+) -> dict[str, Any]:
     """Train, evaluate and report one run; returns what ``results.json`` holds.
 
     Args:
@@ -30,17 +39,23 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, progress: 
         resume: continue from the folder's checkpoint (from the start if there is none yet); the end is the same, bit
             for bit, as that of an uninterrupted run. A finished run stays as it is.
         progress: show a progress bar on a terminal, and elsewhere print a line an epoch.
+        time_dense: after training, time a few steps of the network beside those of the same network made dense, on
+            copies; of a finished run as well, whose results then gain them.
 
     Raises:
         ValueError: bad settings or data, a folder that holds a run or that another process writes to, a checkpoint
-            that cannot be read or is of other settings, a loss that is not finite. Earlier results stay intact.
+            that cannot be read or is of other settings, a loss that is not finite; ``time_dense`` of a dense run or
+            with several processes. Earlier results stay intact.
         OSError: the folder cannot be written.
     """
     with run_folder.only_writer(folder) if rank() == 0 else nullcontext():
-        return _train(config, folder, resume=resume, progress=progress)
+        return _train(config, folder, resume=resume, progress=progress, time_dense=time_dense)
 
 
-def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
+def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool, time_dense: bool) -> dict[str, Any]:
+    if time_dense and (not config.method_class.sparse or world_size() > 1):
+        kind = f"method {config.method!r}" if world_size() == 1 else f"{world_size()} processes"
+        raise ValueError(f"time_dense times a sparse network beside a dense one, in one process; got {kind}")
     if not resume and (folder / run_folder.CONFIG).exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
     state = run_folder.read_checkpoint(folder) if resume and (folder / run_folder.CHECKPOINT).exists() else None
@@ -48,7 +63,9 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -
     if state is not None:
         _check_settings(config, TrainConfig.from_dict(state["config"]))
     if finished and all((folder / name).exists() for name in run_folder.FILES):
-        return files.read_json(folder / run_folder.RESULTS)
+        results = files.read_json(folder / run_folder.RESULTS)
+        if not time_dense or "beside_dense" in results.get("steps", {}):
+            return results
     dataset = load_dataset(config)
     ood_sets = load_ood_sets(config, dataset)
     if config.headline not in scores_for(config):
@@ -57,6 +74,8 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -
     if state is not None:
         trainer.load_state_dict(state)
     main = rank() == 0
+    if main and not finished:
+        _say_what_would_pay(trainer)
     if main:
         files.write_json(folder / run_folder.CONFIG, config.to_dict())
         run_folder.write_metrics(folder, trainer.history)
@@ -74,7 +93,7 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool) -
                 print(_line(trainer), file=sys.stderr, flush=True)
     # a finished run is here again because files were removed since
     model = trainer.predictor() if finished else trainer.finish()
-    return _results(trainer, model, ood_sets, folder, finished) if main else {}
+    return _results(trainer, model, ood_sets, folder, finished, time_dense) if main else {}
 
 
 def _check_settings(config: TrainConfig, saved: TrainConfig) -> None:
@@ -94,13 +113,45 @@ def _line(trainer: Trainer) -> str:
     )
 
 
+def _zeros(trainer: Trainer) -> torch.Tensor:
+    """As large as a batch of this process."""
+    size = trainer.config.batch_size // world_size()
+    return torch.zeros(size, *trainer.dataset.train.shape, device=trainer.device)
+
+
+def _say_what_would_pay(trainer: Trainer) -> None:
+    """One warning where the device has no kernel that is faster than a dense product for this network."""
+    densities = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # building the network has said the same
+        if trainer.method.resizes:
+            densities = final_densities(trainer.config, trainer.dataset)
+    with autocast(trainer.config):
+        note = what_would_pay(trainer.model, _zeros(trainer), densities)
+    if note is not None:
+        warnings.warn(note, stacklevel=2)
+
+
+def _steps(trainer: Trainer, time_dense: bool) -> dict[str, Any]:
+    """``steps`` in ``results.json``: the median of the epochs' medians, which products ran on kernels in the end."""
+    with autocast(trainer.config):
+        steps: dict[str, Any] = {"kernels": what_runs(trainer.model, _zeros(trainer))}
+    medians = [row["step_ms"] for row in trainer.history if "step_ms" in row]
+    steps["median_ms"] = median(medians) if medians else math.nan
+    if time_dense:
+        batch = next(trainer.batches.epoch(0))
+        steps["beside_dense"] = beside_dense(trainer.model, trainer.config, trainer.dataset, batch)
+    return steps
+
+
 def _checkpoint(trainer: Trainer, *, finished: bool = False) -> dict[str, Any]:
     return {"config": trainer.config.to_dict(), "finished": finished, **trainer.state_dict()}
 
 
 def _results(
-    trainer: Trainer, model: nn.Module, ood_sets: Mapping[str, datasets.Images], folder: Path, finished: bool
-) -> dict[str, Any]:
+    trainer: Trainer, model: nn.Module, ood_sets: Mapping[str, datasets.Images], folder: Path, finished: bool,
+    time_dense: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate the finished model; write what is made from it, and its checkpoint unless that is there."""
     config, dataset = trainer.config, trainer.dataset
     checkpoint = _checkpoint(trainer, finished=True)  # with the random state from which the model is evaluated
@@ -117,6 +168,7 @@ def _results(
         "memory": flops.memory_report(trainer.model, trainer.optimizer),
         "epochs": trainer.epoch,
         "time_s": sum(row["time_s"] for row in trainer.history),
+        "steps": _steps(trainer, time_dense),
         "environment": environment(config.device),
     }
     run_folder.write_scores(folder, arrays)

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sparse_moon import flops
-from sparse_moon.app.build import build_run, check_dtypes, load_network
+from sparse_moon.app.build import autocast, build_run, check_dtypes, load_network
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import RunData, plain_batches
+from sparse_moon.app.step_times import StepClock
 from sparse_moon.distributed import mean_over_processes_, world_size
 from sparse_moon.nn import overall_sparsity, refresh_batch_norm
 from sparse_moon.schedules import Cosine
 
-_DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECK_EVERY = 20  # batches between looks at the loss: each look waits for the device
 
 
@@ -36,6 +35,7 @@ class Trainer:
         self.start_flops = self._forward_flops()
         self.parallel = self._wrap()
         self.scaler = torch.amp.GradScaler(self.device.type) if config.amp == "float16" else None
+        self.clock = StepClock(self.device)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         lr_end = config.lr / 15 if config.lr_end is None else config.lr_end
@@ -63,7 +63,8 @@ class Trainer:
         totals = torch.zeros(3, device=self.device)  # loss x images, correct, images
         updates = 0
         for step, (images, labels) in enumerate(self.batches.epoch(self.epoch)):
-            updates += self._step(images, labels, totals)
+            with self.clock.step():
+                updates += self._step(images, labels, totals)
             if step % _CHECK_EVERY == 0 or step + 1 == len(self.batches):
                 self._look(bar, totals)
             bar.update()
@@ -77,6 +78,8 @@ class Trainer:
             "topology_updates": updates,
             **self.reliability.metrics(),
         }
+        if (step_ms := self.clock.median_ms()) is not None:
+            row["step_ms"] = step_ms
         self.epoch += 1
         self.reliability.end_epoch(self.model, self.epoch)
         row["test_accuracy"] = self._test_accuracy()
@@ -89,7 +92,7 @@ class Trainer:
             group["lr"] = self.learning_rate(self.method.steps)
         reliability.before_batch(self.method.updates_now)
         images, targets = reliability.batch(images, labels)
-        with self._autocast():
+        with autocast(self.config):
             logits = self.parallel(images)
             loss = reliability.loss_of(logits, targets)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -105,10 +108,6 @@ class Trainer:
             totals += torch.stack([loss.float() * len(labels), correct.sum(), correct.numel() * torch.ones_like(loss)])
         return updated
 
-    def _autocast(self) -> Any:
-        dtype = _DTYPES[self.config.amp]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
     def _look(self, bar: tqdm, totals: Tensor) -> None:
         loss, correct, count = totals.tolist()
         if not math.isfinite(loss):
@@ -123,7 +122,7 @@ class Trainer:
     def _test_accuracy(self) -> float:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.config):
             for images, labels in plain_batches(self.dataset.test, self.dataset, self.config):
                 correct += (self.model(images)[:, : self.dataset.num_classes].argmax(1) == labels).sum()
         return correct.item() / len(self.dataset.test)
@@ -135,7 +134,7 @@ class Trainer:
             What to predict with, :meth:`predictor`.
         """
         if self.reliability.finish(self.model):
-            with self._autocast():
+            with autocast(self.config):
                 refresh_batch_norm(self.model, plain_batches(self.dataset.train, self.dataset, self.config))
         return self.predictor()
 

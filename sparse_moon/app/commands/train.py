@@ -12,7 +12,7 @@ from sparse_moon.app import run_folder
 from sparse_moon.app.commands import settings
 from sparse_moon.app.compare import run_name
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.tables import format_results
+from sparse_moon.app.tables import format_kernels, format_results
 from sparse_moon.app.train import train
 from sparse_moon.distributed import rank
 from sparse_moon.memory import keep_freed_memory
@@ -29,9 +29,13 @@ def run(arguments: Namespace) -> None:
         config = _join_processes(config)
     if config.device == "cpu":
         keep_freed_memory()
-    results = train(config, folder, resume=arguments.resume, progress=not arguments.quiet)
+    results = train(
+        config, folder, resume=arguments.resume, progress=not arguments.quiet, time_dense=arguments.time_dense
+    )
     if rank() == 0:
         print(format_results(results, config))
+        if arguments.time_dense:
+            print(f"\n{format_kernels(results)}")
         print(f"\nall scores, figures and curves are in the report: {folder / run_folder.REPORT}")
     if dist.is_initialized():
         dist.barrier()  # none leaves while another still needs it

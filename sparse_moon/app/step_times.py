@@ -1,0 +1,121 @@
+"""Times of training steps: of a run's own, and of its network beside the same network made dense."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_moon.app.build import autocast, fuse_network, load_network
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.run_data import RunData
+from sparse_moon.nn import densify
+
+_FIRST = 5  # steps of a process that do not count: they make memory and plans
+_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_LEAST, _MOST, _SECONDS = 5, 50, 2.0  # rounds of a comparison, and about how long it takes in all
+
+
+class StepClock:
+    """How long steps take: on a GPU by its events, so that no step waits for it, elsewhere by the host's clock."""
+
+    def __init__(self, device: torch.device, skip: int = _FIRST) -> None:
+        self.device, self._skip = device, skip
+        self._times: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            yield
+            end.record(stream)
+            self._events.append((start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._times.append(1e3 * (time.perf_counter() - begin))
+
+    def median_ms(self) -> float | None:
+        """Of the steps since the last time it was asked, without the first ones of all; None where that is none."""
+        for start, end in self._events:
+            end.synchronize()
+            self._times.append(start.elapsed_time(end))
+        counted = self._times[self._skip :]
+        self._skip = max(self._skip - len(self._times), 0)
+        self._times, self._events = [], []
+        return median(counted) if counted else None
+
+
+def beside_dense(
+    model: nn.Module, config: TrainConfig, data: RunData, batch: tuple[Tensor, Tensor]
+) -> dict[str, float | str]:
+    """Times of a training step of a run's network, and of the same network made dense, on copies.
+
+    A step is a forward pass, cross-entropy, a backward pass and SGD's step, without what the training method and the
+    reliability method do besides. Sparse and dense steps take turns. The dense network is fused as the run's is, and
+    trains in both layouts of PyTorch, of which the faster counts. Neither the model nor random numbers change.
+
+    Args:
+        model: sparse, of the run of this ``config`` and ``data``.
+        batch: images and labels as training has them.
+
+    Returns:
+        Medians in milliseconds, ``sparse_ms`` and ``dense_ms``, and the ``dense_layout``.
+    """
+    images, labels = batch
+    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+        steps = {}
+        for name, network in copies(model, config, data).items():
+            layout = _LAYOUTS.get(name, torch.contiguous_format)
+            steps[name] = _step(network, config, images.contiguous(memory_format=layout), labels)
+        times = _interleaved(steps, images.device)
+    faster = min(_LAYOUTS, key=times.__getitem__)
+    return {"sparse_ms": times["sparse"], "dense_ms": times[faster], "dense_layout": faster}
+
+
+def copies(model: nn.Module, config: TrainConfig, data: RunData) -> dict[str, nn.Module]:
+    """A copy of a run's network, ``"sparse"``, and one made dense in each layout; making them draws random numbers."""
+
+    def copy() -> nn.Module:
+        return load_network(config, data, model.state_dict()).to(config.device).train()
+
+    networks = {"sparse": copy()}
+    for name, layout in _LAYOUTS.items():
+        networks[name] = densify(copy()).to(memory_format=layout)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was said of the run's network
+            fuse_network(networks[name], config)
+    return networks
+
+
+def _step(model: nn.Module, config: TrainConfig, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, nesterov=config.momentum > 0)
+
+    def run() -> None:
+        with autocast(config):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _interleaved(steps: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """The median time of each."""
+    clocks = {name: StepClock(device, skip=1) for name in steps}
+    begin, rounds = time.perf_counter(), 0
+    while rounds <= _LEAST or (rounds < _MOST and time.perf_counter() - begin < _SECONDS):
+        for name, run in steps.items():
+            with clocks[name].step():
+                run()
+        rounds += 1
+    return {name: clock.median_ms() or 0.0 for name, clock in clocks.items()}
