@@ -5,7 +5,8 @@
     python benchmarks/flops_and_time.py all --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
 
 Nothing is timed before its result has passed a comparison with float64. Every time is a median of interleaved runs in
-this process, every speed-up a ratio to a named baseline in the same rounds; losses are printed like wins.
+this process, which keeps freed memory for both sides, every speed-up a ratio to a named baseline in the same rounds;
+losses are printed like wins.
 """
 
 import argparse
@@ -179,10 +180,8 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="auto, kernel, triton or cuda: which kernels may run")
     parser.add_argument("--case", nargs="+", help="only cases whose name contains one of these")
     parser.add_argument("--peers", action="store_true", help="also time SparseProp, where it is installed")
-    parser.add_argument("--fuse", action="store_true", help="fuse batch norm and ReLU in the networks of 'step'")
-    parser.add_argument("--recompute", action="store_true", help="with --fuse: keep less for the backward pass")
+    parser.add_argument("--recompute", action="store_true", help="of 'step' and 'memory': as in sparsify")
     parser.add_argument("--graph", action="store_true", help="on CUDA: times of the GPU alone, as CUDA graphs")
-    parser.add_argument("--keep-memory", action="store_true", help="call sparse_moon.memory.keep_freed_memory() first")
     parser.add_argument("--threads", type=int, help="torch's threads; default its own choice")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, main cases only")
     parser.add_argument("--json", type=Path, help="results file to write")
@@ -190,8 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.keep_memory and not keep_freed_memory():
-        raise SystemExit("--keep-memory needs glibc")
+    kept = keep_freed_memory()  # what sparse layers in training do by themselves, so that dense sides always have it
     torch.backends.cudnn.benchmark = True  # as dense users have it
     bench = Bench(arguments)
     print(", ".join(f"{k} {v:.0f}" for k, v in bench.ceilings.items()))
@@ -205,6 +203,7 @@ def main() -> None:
         head = {
             **environment(bench.device),
             "command": " ".join(sys.argv[1:]),
+            "keeps_freed_memory": kept,
             "ceilings": bench.ceilings,
             "peaks": bench.peaks,
         }

@@ -22,7 +22,11 @@ INTERVAL = 100
 
 
 def step(bench: Bench) -> None:
-    """Whole training steps, with topology updates and averaging spread over their intervals."""
+    """Whole training steps of what ``sparsify`` makes of a network, updates and averaging spread over their intervals.
+
+    Baselines are the fastest dense step in float32, of both layouts and fused or not, the fastest that is not fused,
+    and that in bfloat16.
+    """
     for network in NETWORKS:
         if not bench.arguments.case or any(part in network.name for part in bench.arguments.case):
             _step(bench, network)
@@ -60,8 +64,10 @@ def _step(bench: Bench, network: Network) -> None:
         for v in variants:
             times[f"{v} average"] = eager_times[f"{v} average"]
             times[f"{v} update"] = times[f"{v} rigl"] + eager_times[f"{v} update"] - eager_times[f"{v} rigl"]
-    fp32 = {name: time for name, time in times.items() if name.startswith("dense fp32")}
-    baselines = {name: times[name] for name in (min(fp32, key=fp32.__getitem__), "dense bf16") if name in times}
+    fp32 = [name for name in times if name.startswith("dense fp32")]
+    unfused = [name for name in fp32 if not name.endswith("fused")]
+    fastest = [min(names, key=times.__getitem__) for names in (fp32, unfused)]
+    baselines = {name: times[name] for name in (*fastest, "dense bf16") if name in times}
     for variant in variants:
         own = {name: times[f"{variant} {name}"] for name in ("rigl", "moon", "cigl", "update", "average")}
         own["more loss"] = losses["moon"] - losses["cross-entropy"]
@@ -88,14 +94,17 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 def _dense_steps(
     network: Network, x: Tensor, training: Callable[..., Callable[[int], Any]], device: torch.device
 ) -> Iterator[tuple[str, Callable[[int], Any]]]:
-    """The dense training step, in the layouts and precisions that dense users choose from."""
+    """The dense training step, in the layouts and precisions that dense users choose from, and fused by ``sm.fuse``."""
     convolutional = network.name != "mlp"
     x_last = x.contiguous(memory_format=torch.channels_last) if convolutional else x
-    for name, layout in (("dense fp32", torch.contiguous_format), ("dense fp32 channels_last", torch.channels_last)):
-        if layout == torch.contiguous_format or convolutional:
+    layouts = {"": torch.contiguous_format} | ({" channels_last": torch.channels_last} if convolutional else {})
+    for fused in (False, True) if convolutional and device.type == "cpu" else (False,):
+        for name, layout in layouts.items():
             model = network.build(network.classes).to(device, memory_format=layout)
+            model = sm.fuse(model) if fused else model
             own_x = x_last if layout == torch.channels_last else x
-            yield name, training(model, sm.Dense(model, _sgd(model)), nn.CrossEntropyLoss(), own_x)
+            run = training(model, sm.Dense(model, _sgd(model)), nn.CrossEntropyLoss(), own_x)
+            yield f"dense fp32{name}{' fused' * fused}", run
     if not computes_bf16(device):
         return
     layout = torch.channels_last if convolutional else torch.contiguous_format
@@ -110,8 +119,7 @@ def _sparse_steps(
     sparsity, allocation, pattern = variant
     rigl, moon, cigl = (
         sm.sparsify(
-            network.build(outputs), sparsity, allocation, pattern=pattern, fuse=bench.arguments.fuse,
-            recompute=bench.arguments.recompute,
+            network.build(outputs), sparsity, allocation, pattern=pattern, recompute=bench.arguments.recompute
         ).to(bench.device, memory_format=torch.channels_last if bench.device.type == "cuda" else torch.preserve_format)
         for outputs in (network.classes, network.classes + 1, network.classes)
     )  # fmt: skip
@@ -177,7 +185,7 @@ def memory(bench: Bench) -> None:
         context, peaks = multiprocessing.get_context("spawn"), []
         for _ in range(5):
             with context.Pool(1) as pool:  # a fresh process each, because a peak never falls
-                peaks.append(pool.apply(_peak_mb, (kind, sparsity, bench.arguments.fuse, bench.arguments.recompute)))
+                peaks.append(pool.apply(_peak_mb, (kind, sparsity, bench.arguments.recompute)))
         return statistics.median(peaks)
 
     dense = peak("dense", 0.0)
@@ -192,11 +200,11 @@ def memory(bench: Bench) -> None:
         )
 
 
-def _peak_mb(kind: str, sparsity: float, fuse: bool, recompute: bool) -> float:
+def _peak_mb(kind: str, sparsity: float, recompute: bool) -> float:
     network = NETWORKS[0]
     model = network.build(network.classes)
     if kind == "sparse":
-        model = sm.sparsify(model, sparsity, "uniform", fuse=fuse, recompute=recompute)
+        model = sm.sparsify(model, sparsity, "uniform", recompute=recompute)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
     method = sm.Dense(model, optimizer) if kind == "dense" else sm.RigL(model, optimizer, total_steps=100, interval=2)
     x, y = torch.randn(network.batch, *network.image_shape), torch.randint(network.classes, (network.batch,))
