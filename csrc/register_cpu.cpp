@@ -156,7 +156,7 @@ PYBIND11_MODULE(_C, m) {
     def("sparse_linear_values_grad", &sparse_linear_values_grad, "tokens", "weight", "grad", "input", "values_grad",
         "threads");
     def("sparse_linear_grads", &sparse_linear_grads, "tokens", "weight", "grad", "input", "input_grad", "values_grad",
-        "threads");
+        "bias_grad", "threads");
 
     def("sparse_conv2d", &sparse_conv2d, "conv", "weight", "input", "bias", "output", "channels_last", "threads");
     def("sparse_conv2d_input_grad", &sparse_conv2d_input_grad, "conv", "weight", "grad", "input_grad", "channels_last",
@@ -164,7 +164,7 @@ PYBIND11_MODULE(_C, m) {
     def("sparse_conv2d_values_grad", &sparse_conv2d_values_grad, "conv", "weight", "grad", "grad_channels_last",
         "input", "input_channels_last", "values_grad", "threads");
     def("sparse_conv2d_grads", &sparse_conv2d_grads, "conv", "weight", "grad", "grad_channels_last", "input",
-        "input_channels_last", "input_grad", "values_grad", "threads");
+        "input_channels_last", "input_grad", "values_grad", "bias_grad", "threads");
     def("winograd_conv2d", &winograd_conv2d, "conv", "weight", "input", "bias", "output", "channels_last", "threads");
     def("winograd_input_grad", &winograd_input_grad, "conv", "weight", "grad", "input_grad", "channels_last",
         "threads");

@@ -82,9 +82,9 @@ void check_linear(int64_t tokens, int64_t in, int64_t out, int64_t bh, int64_t b
     const Weight weight(out, in, bh, bw, density);
     const std::vector<float> x = random_values(tokens * in), grad = random_values(tokens * out);
     const std::vector<float> bias = random_values(out);
-    std::vector<double> y(tokens * out), dx(tokens * in), dv(weight.values.size());
+    std::vector<double> y(tokens * out), dx(tokens * in), dv(weight.values.size()), db(out);
     for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t o = 0; o < out; ++o) y[t * out + o] = bias[o];
+        for (int64_t o = 0; o < out; ++o) y[t * out + o] = bias[o], db[o] += grad[t * out + o];
         weight.each([&](int64_t row, int64_t column, int64_t place) {
             y[t * out + row] += double(weight.values[place]) * x[t * in + column];
             dx[t * in + column] += double(weight.values[place]) * grad[t * out + row];
@@ -100,6 +100,12 @@ void check_linear(int64_t tokens, int64_t in, int64_t out, int64_t bh, int64_t b
         compare("sparse_linear", isa, got_y, y);
         compare("sparse_linear_input_grad", isa, got_dx, dx);
         compare("sparse_linear_values_grad", isa, got_dv, dv);
+        std::vector<float> got_db(db.size(), NAN);
+        got_dx.assign(dx.size(), NAN), got_dv.assign(dv.size(), NAN);
+        sparse_linear_grads(tokens, weight.matrix, grad.data(), x.data(), got_dx.data(), got_dv.data(), got_db.data(), 2);
+        compare("sparse_linear_grads: input", isa, got_dx, dx);
+        compare("sparse_linear_grads: values", isa, got_dv, dv);
+        compare("sparse_linear_grads: bias", isa, got_db, db);
     }
 }
 
@@ -135,7 +141,8 @@ void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool chan
         return channels_last ? ((n * size[0] + row) * size[1] + column) * channels + channel
                              : ((n * channels + channel) * size[0] + row) * size[1] + column;
     };
-    std::vector<double> y(grad.size()), dx(x.size()), dv(weight.values.size());
+    std::vector<double> y(grad.size()), dx(x.size()), dv(weight.values.size()), db(conv.out_channels);
+    for (size_t i = 0; i < grad.size(); ++i) db[channels_last ? i % db.size() : i / out_area % db.size()] += grad[i];
     weight.each([&](int64_t o, int64_t column, int64_t place) {
         const int64_t c = o / (conv.out_channels / conv.groups) * group_in + column / bw / taps * bw + column % bw;
         const int64_t tap = column / bw % taps;
@@ -162,6 +169,7 @@ void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool chan
         for (const FlatPanels flat : {FlatPanels::kWherePossible, FlatPanels::kNever}) {
             set_flat_panels(flat);
             std::vector<float> got_y(y.size(), NAN), got_dx(dx.size(), NAN), got_dv(dv.size(), NAN);
+            std::vector<float> got_db(db.size(), NAN);
             sparse_conv2d(conv, weight.matrix, x.data(), nullptr, got_y.data(), channels_last, 2);
             sparse_conv2d_input_grad(conv, weight.matrix, grad.data(), got_dx.data(), channels_last, 2);
             sparse_conv2d_values_grad(conv, weight.matrix, grad.data(), channels_last, x.data(), channels_last,
@@ -171,9 +179,10 @@ void check_conv2d(Conv2d conv, int64_t bh, int64_t bw, double density, bool chan
             compare("sparse_conv2d_values_grad", isa, got_dv, dv);
             got_dx.assign(dx.size(), NAN), got_dv.assign(dv.size(), NAN);
             sparse_conv2d_grads(conv, weight.matrix, grad.data(), channels_last, x.data(), channels_last, got_dx.data(),
-                                got_dv.data(), 2);
+                                got_dv.data(), got_db.data(), 2);
             compare("sparse_conv2d_grads: input", isa, got_dx, dx);
             compare("sparse_conv2d_grads: values", isa, got_dv, dv);
+            compare("sparse_conv2d_grads: bias", isa, got_db, db);
         }
     }
 }

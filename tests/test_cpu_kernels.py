@@ -391,3 +391,32 @@ def test_other_dtypes_take_the_reference(dtype):
     torch.testing.assert_close(y, F.linear(x, topology.to_dense(values)))
     assert linear.input_grad(grad, values, plan).dtype == dtype
     assert linear.values_grad(grad, x, plan).dtype == dtype
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(4, 10), (3, 7, 70), (5000, 130), (2, 5, 3, 3), (8, 33, 40, 41), (0, 6), (0, 3, 4, 4)]
+)
+def test_the_gradient_of_the_bias_comes_with_the_others(shape, threads):
+    """Long sums of numbers that do not cancel: there a sum in float32 would round most."""
+    grad, plane = 1 + torch.rand(shape), len(shape) == 4
+    outputs = shape[1] if plane else shape[-1]
+    topology = Topology.random((outputs, 5), 0.5)
+    plan = topology.plan(Geometry((outputs, 5, 1, 1), (1, 1), (0, 0), (1, 1), 1) if plane else None)
+    x = torch.randn((shape[0], 5, *shape[2:]) if plane else (*shape[:-1], 5))
+    values, run = torch.randn(topology.values_shape), (conv2d if plane else linear).grads
+    dims = [d for d in range(len(shape)) if d != (1 if plane else len(shape) - 1)]
+    dense, exact = grad.sum(dims), grad.double().sum(dims)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for channels_last in (False, True) if plane else (False,):
+            laid = in_layout(grad, channels_last) if plane else grad
+            *pair, d_bias = run(laid, x, values, plan, True)
+            assert all(torch.equal(a, b) for a, b in zip(pair, run(laid, x, values, plan), strict=True))
+            assert_as_good_as_dense(d_bias, dense, exact, exact)
+            assert (d_bias.double() - exact).abs().max() <= 2**-23 * exact.max()
+            with use_backend("dense"):
+                assert_as_good_as_dense(run(laid, x, values, plan, True)[2], dense, exact, exact)
+    finally:
+        torch.set_num_threads(before)

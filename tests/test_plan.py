@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_moon as sm
-from sparse_moon.ops import Geometry, use_backend
+from sparse_moon.ops import Geometry, choice, use_backend
+from sparse_moon.ops.native import native
 
 
 class Plans:
@@ -166,3 +168,82 @@ def test_a_geometry_may_be_of_lists():
         for kind in (list, tuple)
     ]
     assert torch.equal(*results)
+
+
+def test_a_choice_is_kept_until_another_is_measured(monkeypatch):
+    """And never inside the blocks that ask for one or look on."""
+    if native is None:
+        pytest.skip("needs the compiled kernels")
+    layer, x, calls = sm.SparseLinear(24, 16, sparsity=0.5), torch.randn(4, 24, requires_grad=True), []
+    real = native.sparse_linear
+    monkeypatch.setattr(native, "sparse_linear", lambda *inputs: (calls.append(1), real(*inputs))[1])
+    work = choice.Work("forward", 4, 24, 16, 1, 1, 1, 1)
+    before = choice.remembered()
+    try:
+        for crossover, backend, ran in [
+            (1.0, "auto", True), (1.0, "auto", True), (1.0, "dense", False), (1.0, "auto", True), (0.0, "auto", False),
+            (0.0, "kernel", True), (0.0, "auto", False), (1.0, "auto", True),
+        ]:  # fmt: skip
+            if crossover != choice.remembered().get(work):
+                for pass_ in ("forward", "input_grad", "values_grad"):
+                    choice.remember(work._replace(pass_=pass_), crossover)
+            calls.clear()
+            with use_backend(backend) if backend != "auto" else nullcontext():
+                output = layer(x)
+            assert bool(calls) == ran
+            torch.testing.assert_close(output, nn.functional.linear(x, layer.dense_weight(), layer.bias))
+        for _ in range(2):
+            with choice.asked_for() as works:
+                layer(x)
+            assert works == [work]
+    finally:
+        choice.forget()
+        for other, crossover in before.items():
+            choice.remember(other, crossover)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_calls_after_the_first_give_its_bits(kind):
+    """The first call of a shape decides, later ones do as it did: with operands of other layouts and dtypes between."""
+    layer = sm.SparseLinear(12, 16, sparsity=0.5) if kind == "linear" else sm.SparseConv2d(12, 16, 3, sparsity=0.5)
+    x = torch.randn((5, 12) if kind == "linear" else (5, 12, 6, 7))
+
+    def results(x, layer=layer):
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        return [t.detach().clone() for t in (y, *torch.autograd.grad((y * y).sum(), (x, *layer.parameters())))]
+
+    first = results(x)
+    apart = x.new_empty((*x.shape[:-1], 2 * x.shape[-1]))[..., ::2].copy_(x)
+    for got, expected in zip(results(apart), first, strict=True):
+        torch.testing.assert_close(got, expected)
+    results(x.bfloat16(), copy.deepcopy(layer).bfloat16())
+    layer.to(torch.float64)
+    results(x.double())
+    layer.to(torch.float32)
+    if kind == "conv2d":
+        for got, expected in zip(results(x.contiguous(memory_format=torch.channels_last)), first, strict=True):
+            torch.testing.assert_close(got, expected)
+    for _ in range(2):
+        assert all(torch.equal(got, expected) for got, expected in zip(results(x), first, strict=True))
+
+
+def test_a_plan_keeps_few_shapes():
+    topology = sm.Topology.random((6, 8), 0.5)
+    plan, values = topology.plan(), torch.randn(topology.values_shape)
+    for batch in range(1, 300):
+        sm.ops.sparse_linear(torch.randn(batch, 8), values, None, plan)
+    assert len(plan.inputs) <= 64 and len(plan.decisions) <= 256
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_values_that_are_cut_between_the_passes_are_an_error(kind):
+    layer = sm.SparseLinear(12, 16, sparsity=0.5) if kind == "linear" else sm.SparseConv2d(12, 16, 1, sparsity=0.5)
+    x = torch.randn((5, 12) if kind == "linear" else (5, 12, 3, 3), requires_grad=True)
+    for _ in range(2):
+        output = layer(x).sum()
+        whole = layer.values.data
+        layer.values.data = whole[:-3]
+        with pytest.raises(ValueError, match="values"):
+            output.backward()
+        layer.values.data = whole

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "bias_grad.h"
 #include "sparse_conv2d_flat_panels.h"
 #include "sparse_conv2d_panels.h"
 #include "sparse_conv2d_plan.h"
@@ -62,8 +63,12 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
 
 void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
                          const float* input, bool input_channels_last, float* input_grad, float* values_grad,
-                         int threads) {
+                         float* bias_grad, int threads) {
     const Conv2d conv = with_even_rows(given);
+    if (bias_grad) {
+        const int64_t plane = conv.out_size[0] * conv.out_size[1];
+        sparse_moon::bias_grad(grad, conv.batch, conv.out_channels, plane, grad_channels_last, bias_grad, threads);
+    }
     if (conv.batch > 0 && conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, input, input_grad, values_grad, threads);
     }

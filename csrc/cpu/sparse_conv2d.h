@@ -31,9 +31,9 @@ void sparse_conv2d_values_grad(const Conv2d& conv, const SparseMatrix& weight, c
                                float* values_grad, int threads);
 
 // Both gradients; grad is packed once for both where the convolution keeps the plane's height, without a stride, and
-// the batch has work for all threads.
+// the batch has work for all threads. That of the bias, too (see bias_grad.h), unless bias_grad is null.
 void sparse_conv2d_grads(const Conv2d& conv, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
                          const float* input, bool input_channels_last, float* input_grad, float* values_grad,
-                         int threads);
+                         float* bias_grad, int threads);
 
 }  // namespace sparse_moon

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "bias_grad.h"
 #include "dispatch.h"
 
 namespace sparse_moon {
@@ -67,9 +68,10 @@ void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const
 }
 
 void sparse_linear_grads(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
-                         float* input_grad, float* values_grad, int threads) {
+                         float* input_grad, float* values_grad, float* bias_grad, int threads) {
     sparse_linear_input_grad(tokens, weight, grad, input_grad, threads);
     sparse_linear_values_grad(tokens, weight, grad, input, values_grad, threads);
+    if (bias_grad) sparse_moon::bias_grad(grad, tokens, weight.rows, 1, true, bias_grad, threads);
 }
 
 }  // namespace sparse_moon

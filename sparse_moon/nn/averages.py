@@ -44,6 +44,8 @@ class Watch:
     def __init__(self, layer: "SparseLayer") -> None:
         _layers.add(layer)
         self.start: Tensor | None = None  # values at the last moment at which they were the layer's own for certain
+        self.quiet: int | None = Topology.moves
+        """So many moves of topologies leave nothing to look at; None where there is something in any case."""
         self._moves = Topology.moves
         self._moved: list[_Moved] = []
         self._looks = 0
@@ -59,16 +61,13 @@ class Watch:
         self.start = (
             None if layer.values.device.type == "meta" else _first_of_blocks(layer.values)[:_MOST_SLOTS].clone()
         )
-        self._moves, self._moved = -1, []
-
-    def looks(self, moves: int) -> bool:
-        """Whether there is anything to look at, after so many moves of topologies."""
-        return self._moves != moves or bool(self._moved)
+        self.quiet, self._moves, self._moved = None, -1, []
 
     def has_followed(self, layer: "SparseLayer") -> bool:
         """Whether the values have been averaged with those of a layer that has left this one's topology."""
         if self._moves != Topology.moves:
             self._moved, self._moves = list(_those_that_moved(layer)), Topology.moves
+            self.quiet = None if self._moved else self._moves
         if not self._moved or type(layer.values) is not nn.Parameter:
             return False
         self._looks += 1

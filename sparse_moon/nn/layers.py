@@ -90,7 +90,8 @@ class SparseLinear(SparseLayer):
         return dense
 
     def forward(self, input: Tensor) -> Tensor:
-        return sparse_linear(input, *self._operands(), probe=self.probe)
+        values, bias, plan = self._operands()
+        return sparse_linear(input, values, bias, plan, probe=self.probe)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._sparse_repr()}"
@@ -199,7 +200,8 @@ class SparseConv2d(SparseLayer):
         if self._explicit_padding is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._explicit_padding, mode=mode)
-        output = sparse_conv2d(input, *self._operands(), probe=self.probe)
+        values, bias, plan = self._operands()
+        output = sparse_conv2d(input, values, bias, plan, probe=self.probe)
         return output if batched else output.squeeze(0)
 
     def extra_repr(self) -> str:

@@ -100,20 +100,19 @@ class SparseLayer(nn.Module):
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Plan]:
         """Values, bias and plan of a product; the plan is kept as long as the index stays as it is."""
-        topology = cast(Topology, self._modules["topology"])
         if torch.compiler.is_compiling():
-            return self._transformed(), self.bias, topology.plan(self._geometry)
-        plan = self._plan
-        if plan is None or plan.index is not topology.check():
+            return self._transformed(), self.bias, self.topology.plan(self._geometry)
+        own = self.__dict__  # attributes of a module take ten times as long
+        topology, plan, watch = own["_modules"]["topology"], own.get("_plan"), own.get("_watch")
+        if plan is None or plan.index is not topology.unchanged():
             plan = self._plan = topology.plan(self._geometry)
-        watch = self._watch
-        if watch is None or watch.looks(Topology.moves):
+        if watch is None or watch.quiet != Topology.moves:
             self._check_values()
-        parameters, transform = self._parameters, self.transform
+        parameters, transform = own["_parameters"], own.get("transform")
         values = parameters.get("values")
         if values is None or "bias" not in parameters:  # replicas and parametrizations have them elsewhere
             values, bias = self.values, self.bias
-        else:  # attributes of a module take ten times as long
+        else:
             bias = parameters["bias"]
         if not memory.decided and values.requires_grad and torch.is_grad_enabled() and values.device.type == "cpu":
             memory.keep_freed_memory()

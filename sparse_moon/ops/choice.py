@@ -69,6 +69,11 @@ _measured: dict[Work, float] = {}
 _blocks: ContextVar[tuple["_Block", ...]] = ContextVar("blocks", default=())
 _asked: list[Work] | None = None
 
+generation = 0
+"""Grows whenever a choice that was made before may no longer hold."""
+open_blocks = _blocks.get
+"""These blocks; without any a choice holds as long as :data:`generation` stays."""
+
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
@@ -106,6 +111,11 @@ def current_backend() -> Backend:
     """The backend of the innermost block of this thread or task; ``"auto"`` outside."""
     blocks = _blocks.get()
     return blocks[-1].backend if blocks else "auto"
+
+
+def is_settled() -> bool:
+    """Whether a choice made now may be kept."""
+    return _asked is None and not open_blocks()
 
 
 def kernel_pays(work: Work, density: float, kind: Literal["cpu", "triton", "cuda"] = "cpu") -> bool:
@@ -161,9 +171,10 @@ def kernel_runs(kind: Literal["triton", "cuda"]) -> bool:
 @contextmanager
 def asked_for() -> Iterator[list[Work]]:
     """The products for which the block asks for a choice."""
-    global _asked
+    global _asked, generation
     works: list[Work] = []
     _asked = works
+    generation += 1  # what was chosen before is asked for again
     try:
         yield works
     finally:
@@ -191,7 +202,9 @@ def pass_crossover(work: Work) -> float:
 
 def remember(work: Work, crossover_density: float) -> None:
     """Take a measured crossover from now on, in this process."""
+    global generation
     _measured[work] = crossover_density
+    generation += 1
 
 
 def remembered() -> dict[Work, float]:
@@ -201,7 +214,9 @@ def remembered() -> dict[Work, float]:
 
 def forget() -> None:
     """Drop the crossovers that this process has measured itself, and what it has read from tables."""
+    global generation
     _measured.clear()
+    generation += 1
     nearest.cache_clear()
     _measured_of.cache_clear()
 

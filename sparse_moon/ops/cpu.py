@@ -1,11 +1,12 @@
 """What the compiled CPU kernels of both products have in common."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Work, kernel_pays, winograd_pays
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native
@@ -21,6 +22,54 @@ _LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 kernels: Any = native
 """The compiled extension; what reads it is registered only where it was built."""
+
+
+class Decision(NamedTuple):
+    """What runs a pass on operands of one shape, and what follows from the shape."""
+
+    sparse: bool
+    """Whether the kernel does; else the dense product."""
+    weight: Any
+    """As the extension takes it, without values."""
+    size: Any
+    """Of the pass, as the extension takes it."""
+    blanks: tuple[Tensor, ...]
+    """Of the shapes of results, see :func:`blank`."""
+    generation: int
+    """Of choices."""
+
+
+def decided(plan: Plan, key: Hashable, first: Tensor, values: Tensor, third: Tensor | None) -> Decision | None:
+    """What was decided for these operands, where all are contiguous and in float32, and the values fit; else None."""
+    decision: Decision | None = plan.decisions.get(key)
+    if (
+        decision is not None
+        and decision.generation == choice.generation
+        and not choice.open_blocks()
+        and values.shape == plan.values_shape
+        and first.dtype is torch.float32
+        and values.dtype is torch.float32
+        and first.is_contiguous()
+        and values.is_contiguous()
+        and (third is None or (third.dtype is torch.float32 and third.is_contiguous()))
+    ):
+        return decision
+    return None
+
+
+def decide(plan: Plan, key: Hashable, size: Any, *blanks: Tensor, keep: bool, sparse: bool = True) -> Decision:
+    """A decision; kept for calls to come where that is asked for, by operands that are contiguous and in float32."""
+    decision = Decision(sparse, matrix(plan, None)[0], size, blanks, choice.generation)
+    if keep and choice.is_settled():
+        plan.note_decision(key, decision)
+    return decision
+
+
+def blank(shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """A tensor without memory, for ``empty_like``: that takes half as long as what makes a tensor from a shape."""
+    result = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
+    result.untyped_storage().resize_(0)
+    return result
 
 
 def kernel_takes(work: Work, plan: Plan, *operands: Tensor | None) -> bool:

@@ -59,10 +59,9 @@ def saved_weight(values: Tensor, plan: Plan) -> Tensor | None:
     return kept.weight if kept is not None and kept.is_of(values, kept.channels_last) else None
 
 
-def give_back(weight: Tensor | None, plan: Plan) -> None:
+def give_back(weight: Tensor, plan: Plan) -> None:
     """Before the products of a backward pass: what :func:`saved_weight` gave after its forward pass."""
-    if weight is not None:
-        plan.ready[_BACKWARD, get_ident()] = weight
+    plan.ready[_BACKWARD, get_ident()] = weight
 
 
 def backward_weight(values: Tensor, plan: Plan, *, channels_last: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_moon.ops.index import Index, values_shape
 
-_MOST_INPUTS = 64
+_MOST_SHAPES = 64
 
 
 class Geometry(NamedTuple):
@@ -57,7 +57,8 @@ class Plan:
         device: where the index lies.
         geometry: of a convolution; None for a linear product.
         ready: what implementations keep here for calls to come, each under a key of its own.
-        inputs: shapes of inputs that were found to fit the geometry.
+        inputs: shapes of inputs that were found to fit.
+        decisions: what runs a pass on operands of one shape, by pass and shape.
         state: addresses and versions of the index tensors; None while it is traced.
     """
 
@@ -73,6 +74,7 @@ class Plan:
         self.device = index[1].device
         self.ready: dict[Any, Any] = {}
         self.inputs: set[tuple[int, ...]] = set()
+        self.decisions: dict[Any, Any] = {}
 
     def __deepcopy__(self, memo: object) -> None:
         return None  # a copy's index lies elsewhere
@@ -83,9 +85,16 @@ class Plan:
     def note_input(self, shape: tuple[int, ...]) -> None:
         """Note that inputs of this shape fit; the last few are remembered."""
         if self.state is not None:
-            if len(self.inputs) >= _MOST_INPUTS:
+            if len(self.inputs) >= _MOST_SHAPES:
                 self.inputs.clear()
             self.inputs.add(shape)
+
+    def note_decision(self, key: Any, decision: Any) -> None:
+        """Keep what was decided for a pass; the last few are remembered."""
+        if self.state is not None:
+            if len(self.decisions) >= 4 * _MOST_SHAPES:
+                self.decisions.clear()
+            self.decisions[key] = decision
 
     def check_unchanged(self) -> None:
         """Raise ``RuntimeError`` where the index has been written to since the plan was made.
@@ -107,19 +116,19 @@ def geometry_of(plan: Plan) -> Geometry:
 
 def index_state(index: Index) -> tuple[object, ...]:
     """Where the tensors of an index lie and how often they were written to."""
-    a, b, c, d, e = index
-    return (
-        a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), e.data_ptr(), *versions(index),
-    )  # fmt: skip
+    a, b, c, d, e = index  # in every pass, where a function more would be noticed
+    try:
+        return (
+            a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), e.data_ptr(),
+            a._version, b._version, c._version, d._version, e._version,
+        )  # fmt: skip
+    except RuntimeError:
+        return (*[t.data_ptr() for t in index], *versions(index))
 
 
 def versions(tensors: Index) -> tuple[object, ...]:
     """Writes in place to each; of tensors of inference mode, which do not count them, something new each time."""
-    a, b, c, d, e = tensors
-    try:
-        return a._version, b._version, c._version, d._version, e._version
-    except RuntimeError:
-        return tuple([object() if t.is_inference() else t._version for t in tensors])
+    return tuple([object() if t.is_inference() else t._version for t in tensors])
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -1,15 +1,19 @@
 """Operators that take a :class:`~sparse_moon.ops.plan.Plan`, which the dispatcher knows by its parts only."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_moon.ops import registry
+from sparse_moon.ops import choice, registry
 from sparse_moon.ops.check_index import guarded
+from sparse_moon.ops.dense_weight import give_back, saved_weight
 from sparse_moon.ops.index import block_of, check_block, check_values
+from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Geometry, Plan, index_state, is_plain
+from sparse_moon.ops.recompute import itself, keep
 
 GEOMETRY_SCHEMA = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
 INDEX_SCHEMA = "Tensor row_ptr, Tensor col, Tensor t_ptr, Tensor t_row, Tensor t_perm"
@@ -101,29 +105,125 @@ def expect_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def checked(
-    input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, probe: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, values and bias in the dtype that autocast asks for.
+class Passes(NamedTuple):
+    """What a product is made of; operands are those of the whole product, gradients first."""
 
-    Raises:
-        ValueError: shapes, dtypes or devices that no sparse product takes.
+    forward: Product
+    grads: Product
+    """Kernels take one argument more, True, where the gradient of the bias is to be a third result."""
+    input_grad: Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
+    values_grad: Product
+    dense_grad: Callable[[Tensor, Tensor, Plan], Tensor]
+    """From the gradient of the output, input and plan to the gradient of the dense weight."""
+    bias_grad: Callable[[Tensor], Tensor]
+    check_input: Callable[[Sequence[int], Plan], None]
+    """Raises ``ValueError`` for a shape of the input that does not fit the plan."""
+    reference: Callable[..., Tensor]
+    """The product by differentiable operators of torch."""
+
+
+def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[..., Tensor]:
+    """A product that can be differentiated, as a function of input, values, bias, probe and plan.
+
+    A tiny layer takes little longer than the Python around its kernels, each line of which is met once in a pass and
+    waits for memory. So either pass is one function, which asks everything once.
+
+    Args:
+        recomputes: keep what the input is made of, where that says how (:mod:`sparse_moon.ops.recompute`).
     """
-    if torch._C._is_any_autocast_enabled():
-        input, values, bias = registry.to_autocast_dtype(input.device.type, input, values, bias)
-    dtype, device = input.dtype, plan.device
-    fits = (
-        values.shape == plan.values_shape
-        and (bias is None or (bias.shape == plan.bias_shape and bias.dtype is dtype))
-        and (probe is None or probe.shape == plan.shape)
-        and values.dtype is dtype
-        and dtype.is_floating_point
-        and input.device == device
-        and values.device == device
+    forward, grads, input_grad, values_grad, dense_grad, bias_grad, check_input, reference = passes
+    name, grads_name = forward.name, grads.name
+
+    def run_forward(
+        ctx: Any, input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan,
+        run: Callable[..., Tensor], grads_kernel: Callable[..., Any] | None = None,
+    ) -> Tensor:  # fmt: skip
+        output = run(input, values, bias, probe, plan)
+        kept, make_input = keep(input) if recomputes else ((input,), itself)
+        ctx.made = plan, make_input, grads_kernel, choice.current_backend() if choice.open_blocks() else "auto"
+        ctx.save_for_backward(values, probe, saved_weight(values, plan), *kept)
+        return output
+
+    def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan, make_input, kernel, backend = ctx.made
+        if backend != "auto" and not choice.open_blocks():
+            with choice.use_backend(backend):
+                return run_backward(ctx, grad)
+        values, _, weight, *kept = ctx.saved_tensors
+        plan.check_unchanged()
+        unwatched = registry.unwatched()
+        # gradients are recorded in a backward pass only if it is to be differentiated
+        if torch.is_grad_enabled() or registry.is_batch(grad) or not (unwatched or not registry.transformed()):
+            return differentiable_backward(ctx, grad)
+        if weight is not None:
+            give_back(weight, plan)
+        input = kept[0] if make_input is itself else make_input(*kept)
+        needs_input, needs_values, needs_bias, needs_probe, *_ = ctx.needs_input_grad
+        d_input = d_values = d_bias = d_probe = None
+        if needs_input and needs_values and not needs_probe:
+            if kernel is None or not unwatched or type(grad) is not Tensor:
+                d_input, d_values = grads(grad, input, values, plan)
+            elif needs_bias:
+                d_input, d_values, d_bias = kernel(grad, input, values, plan, True)
+            else:
+                d_input, d_values = kernel(grad, input, values, plan)
+        else:
+            if needs_input:
+                d_input = input_grad(grad, input, values, plan)
+            if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
+                d_probe = dense_grad(grad, input, plan)
+                d_values = gather_values(d_probe, plan.block, *plan.index[:2]) if needs_values else None
+            elif needs_values:
+                d_values = values_grad(grad, input, plan)
+        if needs_bias and d_bias is None:
+            d_bias = bias_grad(grad)
+        return d_input, d_values, d_bias, d_probe, None, None, None
+
+    def differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan, make_input, *_ = ctx.made
+        values, probe, _, *kept = ctx.saved_tensors
+        if make_input is not itself:
+            raise RuntimeError("second derivatives need the input of a convolution, which recompute=True does not keep")
+        (input,), needed = kept, ctx.needs_input_grad[:4]
+        bias = input.new_zeros(plan.bias_shape) if needed[2] else None  # no gradient depends on it
+        gradients = registry.differentiable_gradients(
+            partial(reference, plan=plan), (input, values, bias, probe), needed, grad
+        )
+        return *gradients, None, None, None
+
+    function, dispatched = registry.register_function(
+        forward.qualified, run_forward, run_backward, reference=reference, whole=forward.whole
     )
-    if not fits:
-        _refuse(input, values, bias, plan, probe)
-    return input, values, bias
+
+    def product(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+        if torch._C._is_any_autocast_enabled():
+            input, values, bias = registry.to_autocast_dtype(input.device.type, input, values, bias)
+        if plan.state is None or input.shape not in plan.inputs:  # traced shapes may be symbols
+            check_input(input.shape, plan)
+            plan.note_input(input.shape)
+        dtype, device = input.dtype, plan.device
+        fits = (
+            values.shape == plan.values_shape
+            and (bias is None or (bias.shape == plan.bias_shape and bias.dtype is dtype))
+            and (probe is None or probe.shape == plan.shape)
+            and values.dtype is dtype
+            and dtype.is_floating_point
+            and input.device == device
+            and values.device == device
+        )
+        if not fits:
+            _refuse(input, values, bias, plan, probe)
+        if registry.unwatched() and registry.PLAIN.issuperset((type(input), type(values), type(bias), type(probe))):
+            device_type = "cpu" if input.is_cpu else input.device.type
+            kernel = registry.KERNELS.get((name, device_type))
+            if kernel is not None and not (choice.open_blocks() and choice.current_backend() == "reference"):
+                if torch.is_grad_enabled():
+                    grads_kernel = registry.KERNELS.get((grads_name, device_type))
+                    return function.apply(input, values, bias, probe, plan, kernel, grads_kernel)
+                return kernel(input, values, bias, probe, plan)
+        return dispatched(input, values, bias, probe, plan)
+
+    return product
 
 
 def _refuse(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, probe: Tensor | None) -> None:

@@ -30,10 +30,12 @@ _parts: dict[str, Callable[..., tuple[Any, ...]]] = {}  # by operator
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch = torch._C._are_functorch_transforms_active
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
-# Arguments of these types alone are nobody else's business.
-_PLAIN = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, tuple, list, torch.Size, Plan))
+is_batch = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor is a batch of gradients in the guise of one (``torch.autograd.grad(is_grads_batched=True)``)."""
+
+PLAIN = frozenset((Tensor, nn.Parameter, NoneType, bool, int, float, tuple, list, torch.Size, Plan))
+"""Arguments of these types alone are nobody else's business."""
 
 
 def _as_they_are(*inputs: Any) -> tuple[Any, ...]:
@@ -96,16 +98,20 @@ def call(operator: str, *inputs: Any) -> Any:
 
 def direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
     """The kernel to call in place of the operator, or None where anything else may want to see the operator."""
-    if (
-        torch.compiler.is_compiling()
+    if not (unwatched() and PLAIN.issuperset(map(type, inputs))):
+        return None
+    return KERNELS.get((operator, inputs[0].device.type))
+
+
+def unwatched() -> bool:
+    """Whether no compiler, mode or transform looks at what is computed now."""
+    return not (
+        torch.compiler.is_dynamo_compiling()  # at half the time of is_compiling(); exporters have modes
         or _is_tracing()
         or _dispatch_modes()
         or _functorch()
         or forward_ad._current_level >= 0
-        or not _PLAIN.issuperset(map(type, inputs))
-    ):
-        return None
-    return KERNELS.get((operator, inputs[0].device.type))
+    )
 
 
 def transformed() -> bool:
@@ -114,11 +120,6 @@ def transformed() -> bool:
     They need operators of torch alone: kernels have neither batching rules nor forward derivatives.
     """
     return not torch.compiler.is_compiling() and (_functorch() or forward_ad._current_level >= 0)
-
-
-def _is_batch(grad: Tensor | None) -> bool:
-    """Whether this is a batch of gradients in the guise of one (``torch.autograd.grad(is_grads_batched=True)``)."""
-    return grad is not None and _is_batched(grad)
 
 
 def differentiable_gradients(
@@ -143,7 +144,6 @@ def register_autograd(
     setup_context: Callable[..., None],
     reference: Callable[..., Any],
     differentiable_backward: Callable[..., tuple[Tensor | None, ...]],
-    whole: Callable[..., tuple[Any, ...]] = _as_they_are,
 ) -> Callable[..., Any]:
     """What ``torch.library.register_autograd`` does for an operator without default arguments, at half its cost a call.
 
@@ -158,17 +158,11 @@ def register_autograd(
             forward mode.
         differentiable_backward: as ``backward``, by differentiable operators; runs under ``create_graph=True``
             and for batches of gradients.
-        whole: from the schema's arguments to those of kernels, the inverse of what :func:`define` got as ``parts``.
 
     Returns:
         The operator as a function, which calls kernels directly where it can.
     """
-    namespace, operator = name.split("::")
-    op, parts = getattr(getattr(torch.ops, namespace), operator).default, _parts[operator]
-
-    def below_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *parts(*inputs))
+    operator = name.removeprefix("sparse_moon::")
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         inputs, run = arguments[:-1], arguments[-1]
@@ -179,15 +173,55 @@ def register_autograd(
 
     def backward_of_all(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # gradients are recorded in a backward pass only if it is to be differentiated
-        derived = torch.is_grad_enabled() or transformed() or any(map(_is_batch, grads))
+        batches = any(grad is not None and is_batch(grad) for grad in grads)
+        derived = torch.is_grad_enabled() or transformed() or batches
         run = differentiable_backward if derived else backward
         if ctx.backend == "auto" or choice.current_backend() != "auto":
             return *run(ctx, *grads), None
         with choice.use_backend(ctx.backend):
             return *run(ctx, *grads), None
 
+    function, dispatched = register_function(name, forward, backward_of_all, reference=reference)
+
+    def call_or_dispatch(*inputs: Any) -> Any:
+        kernel = direct_kernel(operator, inputs)
+        if kernel is None or choice.current_backend() == "reference":
+            return dispatched(*inputs)
+        return function.apply(*inputs, kernel) if torch.is_grad_enabled() else kernel(*inputs)
+
+    return call_or_dispatch
+
+
+def register_function(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    *,
+    reference: Callable[..., Any],
+    whole: Callable[..., tuple[Any, ...]] = _as_they_are,
+) -> tuple[Any, Callable[..., Any]]:
+    """Make the ``autograd.Function`` of an operator, and register it.
+
+    Args:
+        name: of the operator, qualified; its first argument is a tensor.
+        forward: gets ``ctx``, the inputs, and last what computes the results from the inputs.
+        backward: gets ``ctx`` and the results' gradients; returns a gradient or None for each argument of ``forward``.
+        reference: the operator by differentiable operators of torch; runs under ``torch.func`` transforms and in
+            forward mode.
+        whole: from the schema's arguments to those of kernels, the inverse of what :func:`define` got as ``parts``.
+
+    Returns:
+        The function, and what to call in its place where no kernel may be called directly.
+    """
+    namespace, operator = name.split("::")
+    op, parts = getattr(getattr(torch.ops, namespace), operator).default, _parts[operator]
+
+    def below_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *parts(*inputs))
+
     # named after the operator, because profilers show the class
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = new_class(operator, (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
 
     def autograd(keyset: torch._C.DispatchKeySet, *flat: Any) -> Any:
@@ -196,15 +230,12 @@ def register_autograd(
             return function.apply(*inputs, partial(below_autograd, keyset))
         return below_autograd(keyset, *inputs)
 
-    def call_or_dispatch(*inputs: Any) -> Any:
-        kernel = direct_kernel(operator, inputs)
-        if kernel is None or choice.current_backend() == "reference":
-            by_reference = not torch.compiler.is_compiling() and choice.current_backend() == "reference"
-            return reference(*inputs) if by_reference or transformed() else op(*parts(*inputs))
-        return function.apply(*inputs, kernel) if torch.is_grad_enabled() else kernel(*inputs)
+    def dispatched(*inputs: Any) -> Any:
+        by_reference = not torch.compiler.is_compiling() and choice.current_backend() == "reference"
+        return reference(*inputs) if by_reference or transformed() else op(*parts(*inputs))
 
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)
-    return call_or_dispatch
+    return function, dispatched
 
 
 def to_autocast_dtype(device_type: str, *tensors: Any) -> tuple[Any, ...]:

@@ -1,22 +1,20 @@
 """``sparse_conv2d``: a 2-d convolution with a block-sparse weight (O, C/groups, kh, kw) held as compact values."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.dense_weight import give_back, saved_weight
 from sparse_moon.ops.index import block_of, check_entries, check_values
 from sparse_moon.ops.layout import memory_format
-from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Geometry, Plan, geometry_of
 from sparse_moon.ops.product import (
     GEOMETRY_SCHEMA,
     INDEX_SCHEMA,
+    Passes,
     Product,
-    checked,
+    differentiable,
     expect_shape,
     flat,
     flat_values_grad,
@@ -24,12 +22,7 @@ from sparse_moon.ops.product import (
     whole_grads,
     whole_values_grad,
 )
-from sparse_moon.ops.recompute import itself, keep
-from sparse_moon.ops.registry import (
-    call,
-    differentiable_gradients,
-    register_autograd,
-)
+from sparse_moon.ops.registry import call
 from sparse_moon.ops.sparse_conv2d import dense
 from sparse_moon.ops.sparse_conv2d.checks import check_channels, check_geometry, check_grad, check_weight_shape
 from sparse_moon.ops.sparse_conv2d.reference import sparse_conv2d_reference
@@ -116,50 +109,33 @@ GRADS = Product(
 )  # fmt: skip
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, values, _, probe, ctx.plan = inputs
-    kept, ctx.make_input = keep(input)
-    ctx.save_for_backward(values, probe, saved_weight(values, ctx.plan), *kept)
+def bias_grad(grad: Tensor) -> Tensor:
+    """The gradient of the bias."""
+    return grad.sum((0, 2, 3))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, _, weight, *kept = ctx.saved_tensors
-    plan, input = ctx.plan, ctx.make_input(*kept)
-    plan.check_unchanged()
-    give_back(weight, plan)
-    needs_input, needs_values, needs_bias, needs_probe, *_ = ctx.needs_input_grad
-    d_input = d_values = d_probe = None
-    if needs_input and needs_values and not needs_probe:
-        d_input, d_values = GRADS(grad, input, values, plan)
-    else:
-        if needs_input:
-            d_input = INPUT_GRAD(grad, values, input.shape, plan)
-        if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
-            d_probe = call("sparse_conv2d_dense_grad", grad, input, plan.block[1], *plan.geometry)
-            d_values = gather_values(d_probe, plan.block, *plan.index[:2]) if needs_values else None
-        elif needs_values:
-            d_values = VALUES_GRAD(grad, input, plan)
-    d_bias = grad.sum((0, 2, 3)) if needs_bias else None
-    return d_input, d_values, d_bias, d_probe, None
+def _check_input(shape: Sequence[int], plan: Plan) -> None:
+    check_weight_shape(plan)
+    check_geometry(shape, geometry_of(plan))
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, probe, _, *kept = ctx.saved_tensors
-    if ctx.make_input is not itself:
-        raise RuntimeError("second derivatives need the input of a convolution, which recompute=True does not keep")
-    ctx.plan.check_unchanged()
-    (input,), needed = kept, ctx.needs_input_grad[:4]
-    bias = input.new_zeros(grad.shape[1]) if needed[2] else None  # no gradient depends on it
-    gradients = differentiable_gradients(
-        partial(sparse_conv2d_reference, plan=ctx.plan), (input, values, bias, probe), needed, grad
-    )
-    return *gradients, None
+def _dense_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
+    return call("sparse_conv2d_dense_grad", grad, input, plan.block[1], *geometry_of(plan))
 
 
-_sparse_conv2d = register_autograd(
-    FORWARD.qualified, _backward, setup_context=_setup_context, reference=sparse_conv2d_reference,
-    differentiable_backward=_differentiable_backward, whole=_whole,
-)  # fmt: skip
+_sparse_conv2d = differentiable(
+    Passes(
+        FORWARD,
+        GRADS,
+        lambda grad, input, values, plan: INPUT_GRAD(grad, values, input.shape, plan),
+        VALUES_GRAD,
+        _dense_grad,
+        bias_grad,
+        _check_input,
+        sparse_conv2d_reference,
+    ),
+    recomputes=True,
+)
 
 
 def sparse_conv2d(
@@ -182,9 +158,4 @@ def sparse_conv2d(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    if plan.state is None or input.shape not in plan.inputs:  # traced shapes may be symbols
-        check_weight_shape(plan)
-        check_geometry(input.shape, geometry_of(plan))
-        plan.note_input(input.shape)
-    input, values, bias = checked(input, values, bias, plan, probe)
     return _sparse_conv2d(input, values, bias, probe, plan)

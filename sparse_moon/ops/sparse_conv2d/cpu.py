@@ -14,9 +14,20 @@ import torch
 from torch import Tensor, get_num_threads
 
 from sparse_moon.ops.choice import PASSES, Pass, Work, or_dense, winograd_pays
-from sparse_moon.ops.cpu import address, as_dtype, empty, kernel_takes, kernels, matrix, packed
+from sparse_moon.ops.cpu import (
+    address,
+    as_dtype,
+    blank,
+    decide,
+    decided,
+    empty,
+    kernel_takes,
+    kernels,
+    matrix,
+    packed,
+)
 from sparse_moon.ops.dense_weight import backward_weight, forward_weight
-from sparse_moon.ops.index import weight_to_matrix
+from sparse_moon.ops.index import check_entries, weight_to_matrix
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Geometry, Plan, geometry_of
@@ -27,6 +38,7 @@ from sparse_moon.ops.sparse_conv2d.api import (
     GRADS,
     INPUT_GRAD,
     VALUES_GRAD,
+    bias_grad,
     separate_grads,
 )
 from sparse_moon.ops.sparse_conv2d.checks import check_dense_grad
@@ -62,27 +74,43 @@ def _all_float32(*operands: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in operands)
 
 
+def _plain(dtype: torch.dtype, *layouts: torch.memory_format) -> bool:
+    """Whether decisions are kept for such activations."""
+    return dtype is torch.float32 and set(layouts) == {torch.contiguous_format}
+
+
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
-    layout = memory_format(input)
-    shapes = shapes_of(input.shape, geometry_of(plan), layout)
-    sparse = kernel_takes(shapes.works["forward"], plan, input, values, bias)
-    if not sparse and not (shapes.winograd and _all_float32(input, values, bias)):
-        return dense.forward(input, values, bias, probe, plan)
-    dtype, input, values = input.dtype, packed(input, layout), packed(values)
-    bias = None if bias is None else packed(bias)
-    output = empty(shapes.output, layout)
-    if not sparse:
-        weight = forward_weight(values, plan)
-        kernels.winograd_conv2d(
-            shapes.convolution, weight.data_ptr(), input.data_ptr(), address(bias), output.data_ptr(),
-            layout == torch.channels_last, get_num_threads(),
-        )  # fmt: skip
-        return output
+    dtype, key, layout = input.dtype, ("forward", input.shape), torch.contiguous_format
+    decision = decided(plan, key, input, values, bias)
+    if decision is None:
+        layout = memory_format(input)
+        shapes = shapes_of(input.shape, geometry_of(plan), layout)
+        if not kernel_takes(shapes.works["forward"], plan, input, values, bias):
+            return _dense_forward(shapes, layout, input, values, bias, probe, plan)
+        check_entries(values, plan.index[1])
+        decision = decide(plan, key, shapes.convolution, blank(shapes.output, layout), keep=_plain(dtype, layout))
+        input, values, bias = packed(input, layout), packed(values), None if bias is None else packed(bias)
+    output = torch.empty_like(decision.blanks[0])
     kernels.sparse_conv2d(
-        shapes.convolution, matrix(plan, values), input.data_ptr(), address(bias), output.data_ptr(),
+        decision.size, (decision.weight, values.data_ptr()), input.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        output.data_ptr(), layout is torch.channels_last, get_num_threads(),
+    )  # fmt: skip
+    return output if dtype is torch.float32 else output.to(dtype)
+
+
+def _dense_forward(
+    shapes: Shapes, layout: torch.memory_format, input: Tensor, values: Tensor, bias: Tensor | None,
+    probe: Tensor | None, plan: Plan,
+) -> Tensor:  # fmt: skip
+    if not (shapes.winograd and _all_float32(input, values, bias)):
+        return dense.forward(input, values, bias, probe, plan)
+    input, bias = packed(input, layout), None if bias is None else packed(bias)
+    output, weight = empty(shapes.output, layout), forward_weight(values, plan)
+    kernels.winograd_conv2d(
+        shapes.convolution, weight.data_ptr(), input.data_ptr(), address(bias), output.data_ptr(),
         layout == torch.channels_last, get_num_threads(),
     )  # fmt: skip
-    return as_dtype(dtype, output)
+    return output
 
 
 def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: Plan) -> Tensor:
@@ -137,25 +165,42 @@ def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Te
     return weight_to_matrix(result, block_width).contiguous()
 
 
-def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    grad_layout, layout = memory_format(grad), memory_format(input)
-    shapes = shapes_of(input.shape, geometry_of(plan), layout)
-    if not kernel_takes(shapes.works["grads"], plan, grad, input, values):
-        by_winograd = shapes.winograd and _all_float32(grad, input, values)
-        return (separate_grads if by_winograd else dense.grads)(grad, input, values, plan)
-    dtype, grad, input, values = grad.dtype, packed(grad, grad_layout), packed(input, layout), packed(values)
-    d_input, d_values = torch.empty_like(input, memory_format=grad_layout), torch.empty_like(values)
+def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
+    dtype, key = grad.dtype, ("grads", input.shape)
+    grad_layout = layout = torch.contiguous_format
+    decision = decided(plan, key, grad, values, input)
+    if decision is None:
+        grad_layout, layout = memory_format(grad), memory_format(input)
+        shapes = shapes_of(input.shape, geometry_of(plan), layout)
+        if not kernel_takes(shapes.works["grads"], plan, grad, input, values):
+            by_winograd = shapes.winograd and _all_float32(grad, input, values)
+            pair = (separate_grads if by_winograd else dense.grads)(grad, input, values, plan)
+            return (*pair, bias_grad(grad)) if with_bias else pair
+        check_entries(values, plan.index[1])
+        blanks = blank(input.shape, grad_layout), blank(plan.bias_shape)
+        decision = decide(plan, key, shapes.convolution, *blanks, keep=_plain(dtype, grad_layout, layout))
+        grad, input, values = packed(grad, grad_layout), packed(input, layout), packed(values)
+    d_input, d_values = torch.empty_like(decision.blanks[0]), torch.empty_like(values)
+    d_bias = torch.empty_like(decision.blanks[1]) if with_bias else None
     kernels.sparse_conv2d_grads(
-        shapes.convolution, matrix(plan, values), grad.data_ptr(), grad_layout == torch.channels_last,
-        input.data_ptr(), layout == torch.channels_last, d_input.data_ptr(), d_values.data_ptr(),
-        get_num_threads(),
+        decision.size, (decision.weight, values.data_ptr()), grad.data_ptr(), grad_layout is torch.channels_last,
+        input.data_ptr(), layout is torch.channels_last, d_input.data_ptr(), d_values.data_ptr(),
+        0 if d_bias is None else d_bias.data_ptr(), get_num_threads(),
     )  # fmt: skip
-    return as_dtype(dtype, d_input), as_dtype(dtype, d_values)
+    results = (d_input, d_values) if d_bias is None else (d_input, d_values, d_bias)
+    return results if dtype is torch.float32 else tuple(result.to(dtype) for result in results)
+
+
+def _dense_grads(
+    grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False
+) -> tuple[Tensor, ...]:
+    pair = dense.grads(grad, input, values, plan)
+    return (*pair, bias_grad(grad)) if with_bias else pair
 
 
 if native is not None:
     FORWARD.implement("cpu", or_dense(native, forward, dense.forward))
     INPUT_GRAD.implement("cpu", or_dense(native, input_grad, dense.input_grad))
     VALUES_GRAD.implement("cpu", or_dense(native, values_grad, dense.values_grad))
-    GRADS.implement("cpu", or_dense(native, grads, dense.grads))
+    GRADS.implement("cpu", or_dense(native, grads, _dense_grads))
     implement("sparse_conv2d_dense_grad", "cpu", dense_grad, dispatched=behind(check_dense_grad, dense_grad))

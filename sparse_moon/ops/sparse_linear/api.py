@@ -1,18 +1,17 @@
 """``sparse_linear``: ``y = x W^T + b`` with a block-sparse ``W`` (O, I) held as compact values."""
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from sparse_moon.ops.dense_weight import give_back, saved_weight
 from sparse_moon.ops.index import block_of, check_entries, check_values
-from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.product import (
     INDEX_SCHEMA,
+    Passes,
     Product,
-    checked,
+    differentiable,
     expect_shape,
     flat,
     flat_values_grad,
@@ -20,7 +19,7 @@ from sparse_moon.ops.product import (
     whole_grads,
     whole_values_grad,
 )
-from sparse_moon.ops.registry import call, define, differentiable_gradients, register_autograd
+from sparse_moon.ops.registry import call, define
 from sparse_moon.ops.sparse_linear import dense
 from sparse_moon.ops.sparse_linear.dense import rows_of
 from sparse_moon.ops.sparse_linear.reference import sparse_linear_reference
@@ -100,47 +99,28 @@ GRADS = Product(
 define("sparse_linear_dense_grad(Tensor grad, Tensor input) -> Tensor", dense.dense_grad, _fake_dense_grad)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, values, _, probe, ctx.plan = inputs
-    ctx.save_for_backward(input, values, probe, saved_weight(values, ctx.plan))
+def bias_grad(grad: Tensor) -> Tensor:
+    """The gradient of the bias."""
+    return (grad if grad.dim() == 2 else rows_of(grad)).sum(0)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, values, _, weight = ctx.saved_tensors
-    plan = ctx.plan
-    plan.check_unchanged()
-    give_back(weight, plan)
-    needs_input, needs_values, needs_bias, needs_probe, *_ = ctx.needs_input_grad
-    d_input = d_values = d_probe = None
-    if needs_input and needs_values and not needs_probe:
-        d_input, d_values = GRADS(grad, input, values, plan)
-    else:
-        if needs_input:
-            d_input = INPUT_GRAD(grad, values, plan)
-        if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
-            d_probe = call("sparse_linear_dense_grad", grad, input)
-            d_values = gather_values(d_probe, plan.block, *plan.index[:2]) if needs_values else None
-        elif needs_values:
-            d_values = VALUES_GRAD(grad, input, plan)
-    d_bias = (grad if grad.dim() == 2 else rows_of(grad)).sum(0) if needs_bias else None
-    return d_input, d_values, d_bias, d_probe, None
+def _check_input(shape: Sequence[int], plan: Plan) -> None:
+    if shape[-1:] != plan.shape[1:]:
+        raise ValueError(f"input must have {plan.shape[1]} features last, got shape {tuple(shape)}")
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, values, probe, _ = ctx.saved_tensors
-    ctx.plan.check_unchanged()
-    needed = ctx.needs_input_grad[:4]
-    bias = input.new_zeros(grad.shape[-1]) if needed[2] else None  # no gradient depends on it
-    gradients = differentiable_gradients(
-        partial(sparse_linear_reference, plan=ctx.plan), (input, values, bias, probe), needed, grad
+_sparse_linear = differentiable(
+    Passes(
+        FORWARD,
+        GRADS,
+        lambda grad, input, values, plan: INPUT_GRAD(grad, values, plan),
+        VALUES_GRAD,
+        lambda grad, input, plan: call("sparse_linear_dense_grad", grad, input),
+        bias_grad,
+        _check_input,
+        sparse_linear_reference,
     )
-    return *gradients, None
-
-
-_sparse_linear = register_autograd(
-    FORWARD.qualified, _backward, setup_context=_setup_context, reference=sparse_linear_reference,
-    differentiable_backward=_differentiable_backward, whole=_whole,
-)  # fmt: skip
+)
 
 
 def sparse_linear(
@@ -162,7 +142,4 @@ def sparse_linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    input, values, bias = checked(input, values, bias, plan, probe)
-    if input.shape[-1:] != plan.shape[1:]:
-        raise ValueError(f"input must have {plan.shape[1]} features last, got shape {tuple(input.shape)}")
     return _sparse_linear(input, values, bias, probe, plan)

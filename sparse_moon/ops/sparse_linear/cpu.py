@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, get_num_threads
 
 from sparse_moon.ops.choice import Pass, Work, or_dense
-from sparse_moon.ops.cpu import address, as_dtype, empty, kernel_takes, kernels, matrix, packed
+from sparse_moon.ops.cpu import as_dtype, blank, decide, decided, empty, kernel_takes, kernels, matrix, packed
+from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.sparse_linear import dense
-from sparse_moon.ops.sparse_linear.api import FORWARD, GRADS, INPUT_GRAD, VALUES_GRAD
+from sparse_moon.ops.sparse_linear.api import FORWARD, GRADS, INPUT_GRAD, VALUES_GRAD, bias_grad
 
 
 class Shapes(NamedTuple):
@@ -36,15 +37,23 @@ def shapes_of(pass_: Pass, shape: tuple[int, ...], matrix_shape: tuple[int, int]
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
-    shapes = shapes_of("forward", input.shape, plan.shape)
-    if not kernel_takes(shapes.work, plan, input, values, bias):
+    dtype, key = input.dtype, ("forward", input.shape)
+    decision = decided(plan, key, input, values, bias)
+    if decision is None:
+        shapes = shapes_of("forward", input.shape, plan.shape)
+        sparse = kernel_takes(shapes.work, plan, input, values, bias)
+        decision = decide(plan, key, shapes.tokens, blank(shapes.result), sparse=sparse, keep=dtype is torch.float32)
+        if sparse:
+            check_entries(values, plan.index[1])
+            input, values, bias = packed(input), packed(values), None if bias is None else packed(bias)
+    if not decision.sparse:
         return dense.forward(input, values, bias, probe, plan)
-    dtype, input, values, bias = input.dtype, packed(input), packed(values), None if bias is None else packed(bias)
-    output = empty(shapes.result)
+    output = torch.empty_like(decision.blanks[0])
     kernels.sparse_linear(
-        shapes.tokens, matrix(plan, values), input.data_ptr(), address(bias), output.data_ptr(), get_num_threads()
-    )
-    return as_dtype(dtype, output)
+        decision.size, (decision.weight, values.data_ptr()), input.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        output.data_ptr(), get_num_threads(),
+    )  # fmt: skip
+    return output if dtype is torch.float32 else output.to(dtype)
 
 
 def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
@@ -71,22 +80,40 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     return as_dtype(dtype, result)
 
 
-def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    first = shapes_of("input_grad", grad.shape, plan.shape)
-    second = shapes_of("values_grad", grad.shape, plan.shape)
-    if not (kernel_takes(first.work, plan, grad, values, input) and kernel_takes(second.work, plan, grad)):
-        return input_grad(grad, values, plan), values_grad(grad, input, plan)
-    dtype, grad, input, values = grad.dtype, packed(grad), packed(input), packed(values)
-    d_input, d_values = torch.empty_like(input), torch.empty_like(values)
+def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
+    dtype, key = grad.dtype, ("grads", grad.shape)
+    decision = decided(plan, key, grad, values, input)
+    if decision is None:
+        first = shapes_of("input_grad", grad.shape, plan.shape)
+        second = shapes_of("values_grad", grad.shape, plan.shape)
+        sparse = kernel_takes(first.work, plan, grad, values, input) and kernel_takes(second.work, plan, grad)
+        check_entries(values, plan.index[1])
+        blanks = blank(first.result), blank(plan.bias_shape)
+        decision = decide(plan, key, first.tokens, *blanks, sparse=sparse, keep=dtype is torch.float32)
+        if sparse:
+            grad, input, values = packed(grad), packed(input), packed(values)
+    if not decision.sparse:
+        pair = input_grad(grad, values, plan), values_grad(grad, input, plan)
+        return (*pair, bias_grad(grad)) if with_bias else pair
+    d_input, d_values = torch.empty_like(decision.blanks[0]), torch.empty_like(values)
+    d_bias = torch.empty_like(decision.blanks[1]) if with_bias else None
     kernels.sparse_linear_grads(
-        first.tokens, matrix(plan, values), grad.data_ptr(), input.data_ptr(), d_input.data_ptr(), d_values.data_ptr(),
-        get_num_threads(),
+        decision.size, (decision.weight, values.data_ptr()), grad.data_ptr(), input.data_ptr(), d_input.data_ptr(),
+        d_values.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(), get_num_threads(),
     )  # fmt: skip
-    return as_dtype(dtype, d_input), as_dtype(dtype, d_values)
+    results = (d_input, d_values) if d_bias is None else (d_input, d_values, d_bias)
+    return results if dtype is torch.float32 else tuple(result.to(dtype) for result in results)
+
+
+def _dense_grads(
+    grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False
+) -> tuple[Tensor, ...]:
+    pair = dense.grads(grad, input, values, plan)
+    return (*pair, bias_grad(grad)) if with_bias else pair
 
 
 if native is not None:
     FORWARD.implement("cpu", or_dense(native, forward, dense.forward))
     INPUT_GRAD.implement("cpu", or_dense(native, input_grad, dense.input_grad))
     VALUES_GRAD.implement("cpu", or_dense(native, values_grad, dense.values_grad))
-    GRADS.implement("cpu", or_dense(native, grads, dense.grads))
+    GRADS.implement("cpu", or_dense(native, grads, _dense_grads))
