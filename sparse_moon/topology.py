@@ -101,21 +101,6 @@ class Topology(nn.Module):
         """Take note of the index as it is now."""
         self._index, self._state = index, index_state(index)
 
-    def unchanged(self) -> Index | None:
-        """The tuple that :meth:`check` returned last, where nothing has changed since; else None."""
-        buffers: Any = self._buffers
-        row_ptr, col, t_ptr, t_row, t_perm = seen = self._index
-        if (
-            buffers["row_ptr"] is row_ptr
-            and buffers["col"] is col
-            and buffers["t_ptr"] is t_ptr
-            and buffers["t_row"] is t_row
-            and buffers["t_perm"] is t_perm
-            and self._state == index_state(seen)
-        ):
-            return seen
-        return None
-
     def check(self, *, broadcast: bool = False) -> Index:
         """Look at the index where it was written to since the last look; every product asks for that.
 
@@ -136,8 +121,15 @@ class Topology(nn.Module):
         index = self.index
         if torch.compiler.is_compiling():
             return index  # operators look for themselves when they are called by the dispatcher
-        seen = self.unchanged()
-        if seen is not None:
+        seen = self._index
+        if (
+            seen[0] is index[0]
+            and seen[1] is index[1]
+            and seen[2] is index[2]
+            and seen[3] is index[3]
+            and seen[4] is index[4]
+            and self._state == index_state(index)
+        ):
             return seen
         if not is_plain(index[1]):
             return index

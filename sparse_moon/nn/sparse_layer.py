@@ -104,7 +104,7 @@ class SparseLayer(nn.Module):
             return self._transformed(), self.bias, self.topology.plan(self._geometry)
         own = self.__dict__  # attributes of a module take ten times as long
         topology, plan, watch = own["_modules"]["topology"], own.get("_plan"), own.get("_watch")
-        if plan is None or plan.index is not topology.unchanged():
+        if plan is None or not plan.is_of(topology.__dict__["_buffers"]):
             plan = self._plan = topology.plan(self._geometry)
         if watch is None or watch.quiet != Topology.moves:
             self._check_values()

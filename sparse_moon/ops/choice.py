@@ -146,12 +146,17 @@ def or_dense(extension: ModuleType | None, kernel: Callable[..., Any], dense: Ca
     def run(*inputs: Any) -> Any:
         try:
             return kernel(*inputs)
-        except too_large:
-            if current_backend() != "auto":
-                raise
-            return dense(*inputs)
+        except too_large as error:
+            return dense_instead(error, dense, *inputs)
 
     return run
+
+
+def dense_instead(error: Exception, dense: Callable[..., Any], *inputs: Any) -> Any:
+    """The dense product in place of a kernel that has raised ``TooLarge``; the error where it was asked for by name."""
+    if current_backend() != "auto":
+        raise error
+    return dense(*inputs)
 
 
 def winograd_pays(work: Work) -> bool:

@@ -27,8 +27,8 @@ kernels: Any = native
 class Decision(NamedTuple):
     """What runs a pass on operands of one shape, and what follows from the shape."""
 
-    sparse: bool
-    """Whether the kernel does; else the dense product."""
+    sparse: int
+    """How many of its results the kernel computes; the others are those of dense products."""
     weight: Any
     """As the extension takes it, without values."""
     size: Any
@@ -40,13 +40,12 @@ class Decision(NamedTuple):
 
 
 def decided(plan: Plan, key: Hashable, first: Tensor, values: Tensor, third: Tensor | None) -> Decision | None:
-    """What was decided for these operands, where all are contiguous and in float32, and the values fit; else None."""
+    """What was decided for these operands, where all are contiguous and in float32; else None."""
     decision: Decision | None = plan.decisions.get(key)
     if (
         decision is not None
         and decision.generation == choice.generation
         and not choice.open_blocks()
-        and values.shape == plan.values_shape
         and first.dtype is torch.float32
         and values.dtype is torch.float32
         and first.is_contiguous()
@@ -57,7 +56,7 @@ def decided(plan: Plan, key: Hashable, first: Tensor, values: Tensor, third: Ten
     return None
 
 
-def decide(plan: Plan, key: Hashable, size: Any, *blanks: Tensor, keep: bool, sparse: bool = True) -> Decision:
+def decide(plan: Plan, key: Hashable, size: Any, *blanks: Tensor, keep: bool, sparse: int = 1) -> Decision:
     """A decision; kept for calls to come where that is asked for, by operands that are contiguous and in float32."""
     decision = Decision(sparse, matrix(plan, None)[0], size, blanks, choice.generation)
     if keep and choice.is_settled():

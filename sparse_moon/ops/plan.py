@@ -1,6 +1,6 @@
 """What a product with a sparse weight knows before it sees an input."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,18 @@ class Plan:
             if len(self.decisions) >= 4 * _MOST_SHAPES:
                 self.decisions.clear()
             self.decisions[key] = decision
+
+    def is_of(self, buffers: Mapping[str, Tensor | None]) -> bool:
+        """Whether the plan is of the index in these buffers of a topology, as it is now."""
+        a, b, c, d, e = index = self.index
+        return (
+            buffers["row_ptr"] is a
+            and buffers["col"] is b
+            and buffers["t_ptr"] is c
+            and buffers["t_row"] is d
+            and buffers["t_perm"] is e
+            and self.state == index_state(index)
+        )
 
     def check_unchanged(self) -> None:
         """Raise ``RuntimeError`` where the index has been written to since the plan was made.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, get_num_threads
 
-from sparse_moon.ops.choice import PASSES, Pass, Work, or_dense, winograd_pays
+from sparse_moon.ops.choice import PASSES, Pass, Work, dense_instead, or_dense, winograd_pays
 from sparse_moon.ops.cpu import (
     address,
     as_dtype,
@@ -80,6 +80,7 @@ def _plain(dtype: torch.dtype, *layouts: torch.memory_format) -> bool:
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+    given = input, values, bias, probe, plan
     dtype, key, layout = input.dtype, ("forward", input.shape), torch.contiguous_format
     decision = decided(plan, key, input, values, bias)
     if decision is None:
@@ -91,10 +92,13 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
         decision = decide(plan, key, shapes.convolution, blank(shapes.output, layout), keep=_plain(dtype, layout))
         input, values, bias = packed(input, layout), packed(values), None if bias is None else packed(bias)
     output = torch.empty_like(decision.blanks[0])
-    kernels.sparse_conv2d(
-        decision.size, (decision.weight, values.data_ptr()), input.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        output.data_ptr(), layout is torch.channels_last, get_num_threads(),
-    )  # fmt: skip
+    try:
+        kernels.sparse_conv2d(
+            decision.size, (decision.weight, values.data_ptr()), input.data_ptr(),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(), layout is torch.channels_last, get_num_threads(),
+        )  # fmt: skip
+    except kernels.TooLarge as error:
+        return dense_instead(error, dense.forward, *given)
     return output if dtype is torch.float32 else output.to(dtype)
 
 
@@ -166,6 +170,7 @@ def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Te
 
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
+    given = grad, input, values, plan, with_bias
     dtype, key = grad.dtype, ("grads", input.shape)
     grad_layout = layout = torch.contiguous_format
     decision = decided(plan, key, grad, values, input)
@@ -182,11 +187,14 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bo
         grad, input, values = packed(grad, grad_layout), packed(input, layout), packed(values)
     d_input, d_values = torch.empty_like(decision.blanks[0]), torch.empty_like(values)
     d_bias = torch.empty_like(decision.blanks[1]) if with_bias else None
-    kernels.sparse_conv2d_grads(
-        decision.size, (decision.weight, values.data_ptr()), grad.data_ptr(), grad_layout is torch.channels_last,
-        input.data_ptr(), layout is torch.channels_last, d_input.data_ptr(), d_values.data_ptr(),
-        0 if d_bias is None else d_bias.data_ptr(), get_num_threads(),
-    )  # fmt: skip
+    try:
+        kernels.sparse_conv2d_grads(
+            decision.size, (decision.weight, values.data_ptr()), grad.data_ptr(), grad_layout is torch.channels_last,
+            input.data_ptr(), layout is torch.channels_last, d_input.data_ptr(), d_values.data_ptr(),
+            0 if d_bias is None else d_bias.data_ptr(), get_num_threads(),
+        )  # fmt: skip
+    except kernels.TooLarge as error:
+        return dense_instead(error, _dense_grads, *given)
     results = (d_input, d_values) if d_bias is None else (d_input, d_values, d_bias)
     return results if dtype is torch.float32 else tuple(result.to(dtype) for result in results)
 
@@ -199,8 +207,8 @@ def _dense_grads(
 
 
 if native is not None:
-    FORWARD.implement("cpu", or_dense(native, forward, dense.forward))
+    FORWARD.implement("cpu", forward)
     INPUT_GRAD.implement("cpu", or_dense(native, input_grad, dense.input_grad))
     VALUES_GRAD.implement("cpu", or_dense(native, values_grad, dense.values_grad))
-    GRADS.implement("cpu", or_dense(native, grads, _dense_grads))
+    GRADS.implement("cpu", grads)
     implement("sparse_conv2d_dense_grad", "cpu", dense_grad, dispatched=behind(check_dense_grad, dense_grad))

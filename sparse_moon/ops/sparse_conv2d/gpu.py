@@ -13,7 +13,7 @@ from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.native import native_cuda
 from sparse_moon.ops.plan import Plan, geometry_of
 from sparse_moon.ops.sparse_conv2d import cuda, dense, triton
-from sparse_moon.ops.sparse_conv2d.api import FORWARD, INPUT_GRAD, VALUES_GRAD
+from sparse_moon.ops.sparse_conv2d.api import FORWARD, GRADS, INPUT_GRAD, VALUES_GRAD, bias_grad
 
 
 def choice(pass_: Pass, input_shape: Sequence[int], x: Tensor, plan: Plan, *operands: Tensor | None) -> Implementation:
@@ -65,6 +65,16 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
             return dense.values_grad(grad, input, plan)
 
 
+input_grad_or_dense = or_dense(native_cuda, input_grad, dense.input_grad)
+values_grad_or_dense = or_dense(native_cuda, values_grad, dense.values_grad)
+
+
+def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
+    pair = input_grad_or_dense(grad, values, input.shape, plan), values_grad_or_dense(grad, input, plan)
+    return (*pair, bias_grad(grad)) if with_bias else pair
+
+
 FORWARD.implement("cuda", or_dense(native_cuda, forward, dense.forward))
-INPUT_GRAD.implement("cuda", or_dense(native_cuda, input_grad, dense.input_grad))
-VALUES_GRAD.implement("cuda", or_dense(native_cuda, values_grad, dense.values_grad))
+INPUT_GRAD.implement("cuda", input_grad_or_dense)
+VALUES_GRAD.implement("cuda", values_grad_or_dense)
+GRADS.implement("cuda", grads)

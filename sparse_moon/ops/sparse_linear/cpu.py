@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, get_num_threads
 
-from sparse_moon.ops.choice import Pass, Work, or_dense
+from sparse_moon.ops.choice import Pass, Work, dense_instead, or_dense
 from sparse_moon.ops.cpu import as_dtype, blank, decide, decided, empty, kernel_takes, kernels, matrix, packed
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native
@@ -37,6 +37,7 @@ def shapes_of(pass_: Pass, shape: tuple[int, ...], matrix_shape: tuple[int, int]
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+    given = input, values, bias, probe, plan
     dtype, key = input.dtype, ("forward", input.shape)
     decision = decided(plan, key, input, values, bias)
     if decision is None:
@@ -49,10 +50,13 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
     if not decision.sparse:
         return dense.forward(input, values, bias, probe, plan)
     output = torch.empty_like(decision.blanks[0])
-    kernels.sparse_linear(
-        decision.size, (decision.weight, values.data_ptr()), input.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        output.data_ptr(), get_num_threads(),
-    )  # fmt: skip
+    try:
+        kernels.sparse_linear(
+            decision.size, (decision.weight, values.data_ptr()), input.data_ptr(),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(), get_num_threads(),
+        )  # fmt: skip
+    except kernels.TooLarge as error:
+        return dense_instead(error, dense.forward, *given)
     return output if dtype is torch.float32 else output.to(dtype)
 
 
@@ -81,26 +85,32 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
 
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
+    given = grad, input, values, plan, with_bias
     dtype, key = grad.dtype, ("grads", grad.shape)
     decision = decided(plan, key, grad, values, input)
     if decision is None:
         first = shapes_of("input_grad", grad.shape, plan.shape)
         second = shapes_of("values_grad", grad.shape, plan.shape)
-        sparse = kernel_takes(first.work, plan, grad, values, input) and kernel_takes(second.work, plan, grad)
+        sparse = kernel_takes(first.work, plan, grad, values, input) + kernel_takes(second.work, plan, grad, input)
         check_entries(values, plan.index[1])
         blanks = blank(first.result), blank(plan.bias_shape)
         decision = decide(plan, key, first.tokens, *blanks, sparse=sparse, keep=dtype is torch.float32)
-        if sparse:
+        if sparse == 2:
             grad, input, values = packed(grad), packed(input), packed(values)
-    if not decision.sparse:
+    if decision.sparse == 0:
+        return _dense_grads(*given)
+    if decision.sparse == 1:
         pair = input_grad(grad, values, plan), values_grad(grad, input, plan)
         return (*pair, bias_grad(grad)) if with_bias else pair
     d_input, d_values = torch.empty_like(decision.blanks[0]), torch.empty_like(values)
     d_bias = torch.empty_like(decision.blanks[1]) if with_bias else None
-    kernels.sparse_linear_grads(
-        decision.size, (decision.weight, values.data_ptr()), grad.data_ptr(), input.data_ptr(), d_input.data_ptr(),
-        d_values.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(), get_num_threads(),
-    )  # fmt: skip
+    try:
+        kernels.sparse_linear_grads(
+            decision.size, (decision.weight, values.data_ptr()), grad.data_ptr(), input.data_ptr(), d_input.data_ptr(),
+            d_values.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(), get_num_threads(),
+        )  # fmt: skip
+    except kernels.TooLarge as error:
+        return dense_instead(error, _dense_grads, *given)
     results = (d_input, d_values) if d_bias is None else (d_input, d_values, d_bias)
     return results if dtype is torch.float32 else tuple(result.to(dtype) for result in results)
 
@@ -113,7 +123,7 @@ def _dense_grads(
 
 
 if native is not None:
-    FORWARD.implement("cpu", or_dense(native, forward, dense.forward))
+    FORWARD.implement("cpu", forward)
     INPUT_GRAD.implement("cpu", or_dense(native, input_grad, dense.input_grad))
     VALUES_GRAD.implement("cpu", or_dense(native, values_grad, dense.values_grad))
-    GRADS.implement("cpu", or_dense(native, grads, _dense_grads))
+    GRADS.implement("cpu", grads)
