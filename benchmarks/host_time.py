@@ -4,8 +4,9 @@
     python benchmarks/host_time.py
     python benchmarks/host_time.py --before ../checkout     # also of another checkout, with its kernels built in place
 
-Forward + backward of a linear layer (64 to 64 features, 4 tokens) and a convolution (16 to 16 channels, 3 x 3, one
-image of 4 x 4) at 90 % sparsity, on one thread, all gradients. Processes of either checkout take turns; in each, sparse
+Forward + backward of a linear layer (64 to 64 features, 4 tokens), of one whose products are dense (512 to 10, one
+token) and of a convolution (16 to 16 channels, 3 x 3, one image of 4 x 4) at 90 % sparsity, on one thread, all
+gradients. Processes of either checkout take turns; in each, sparse
 and dense layers take turns in short rounds. Minimum and median over all rounds: another process on the machine makes
 rounds longer, never shorter. Writes benchmarks/results/host_time.json.
 """
@@ -33,10 +34,12 @@ def layers() -> dict[str, tuple[Any, Any, Any, Any]]:
 
     import sparse_moon as sm
 
-    linear, conv2d = nn.Linear(64, 64), nn.Conv2d(16, 16, 3, padding=1)
+    linear, head, conv2d = nn.Linear(64, 64), nn.Linear(512, 10), nn.Conv2d(16, 16, 3, padding=1)
     x, images = torch.randn(4, 64, requires_grad=True), torch.randn(1, 16, 4, 4, requires_grad=True)
+    features = torch.randn(1, 512, requires_grad=True)
     return {
         "linear": (linear, sm.SparseLinear.from_dense(linear, sparsity=0.9), x, torch.randn(4, 64)),
+        "head": (head, sm.SparseLinear.from_dense(head, sparsity=0.9), features, torch.randn(1, 10)),
         "conv2d": (conv2d, sm.SparseConv2d.from_dense(conv2d, sparsity=0.9), images, torch.randn(1, 16, 4, 4)),
     }
 
@@ -105,7 +108,7 @@ def main() -> None:
                 times.setdefault((side, name), []).extend(values)
     rows = []
     for side in folders:
-        for name in ("linear", "conv2d"):
+        for name in ("linear", "head", "conv2d"):
             for pass_ in ("forward", "forward + backward"):
                 dense, sparse = (times[side, f"{name} {kind} {pass_}"] for kind in ("dense", "sparse"))
                 row: dict[str, Any] = {"checkout": side, "layer": name, "pass": pass_}
