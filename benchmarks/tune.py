@@ -99,7 +99,7 @@ def layers() -> list[tuple[nn.Module, tuple[int, ...]]]:
     for batch in (1, 8, 128):
         found.append((nn.Conv2d(32, 64, 5, padding=2, bias=False), (batch, 32, 16, 16)))
     for batch in (1, 8, 32, 128, 512, 2048):
-        for inputs, outputs in ((256, 10), (512, 512), (1024, 1024), (768, 3072), (4096, 4096)):
+        for inputs, outputs in ((64, 64), (256, 10), (512, 512), (1024, 1024), (768, 3072), (4096, 4096)):
             found.append((nn.Linear(inputs, outputs, bias=False), (batch, inputs)))
     for tokens in (197, 1576, 6304, 25216):  # a small vision transformer's
         for inputs, outputs in ((192, 768), (768, 192), (192, 192)):
@@ -156,8 +156,8 @@ def measure(
 
     rows: list[dict[str, Any]] = []
     for pass_, run in runs(DENSITIES[-1]).items():
-        if pass_ == "input_grad" and len(shape) == 4 and shape[0] > 8 and device.type == "cpu":
-            continue  # of a frozen layer alone, which may take what was measured of a smaller batch
+        if device.type == "cpu" and pass_ in _seldom_alone(dense, shape):
+            continue
         with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
         if not known.issuperset(works):
@@ -165,6 +165,17 @@ def measure(
             rows += [{"work": work._asdict(), "crossover": found} for work in works]
             print(f"{works[0]}: {found}", flush=True)
     return rows
+
+
+def _seldom_alone(dense: nn.Module, shape: tuple[int, ...]) -> tuple[choice.Pass, ...]:
+    """Gradients that are not measured by themselves on the CPU, because only layers in part frozen compute them so.
+
+    Both of a linear layer are measured together and stand for each; that of a convolution's input is taken from
+    smaller batches.
+    """
+    if isinstance(dense, nn.Linear):
+        return "input_grad", "values_grad"
+    return ("input_grad",) if shape[0] > 8 else ()
 
 
 def compile_kernels(case: Case) -> None:

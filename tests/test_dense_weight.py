@@ -29,14 +29,14 @@ def layer_and_input(request):
 @pytest.fixture
 def scatters(monkeypatch):
     """References to the weights made so far."""
-    made, scatter = [], dense_weight.scatter_values
+    made, scatter = [], dense_weight.scattered
 
     def noted(*args, **kwargs):
         weight = scatter(*args, **kwargs)
         made.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(dense_weight, "scatter_values", noted)
+    monkeypatch.setattr(dense_weight, "scattered", noted)
     return made
 
 

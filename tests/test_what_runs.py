@@ -47,16 +47,15 @@ def measured(monkeypatch):
 def test_it_says_what_runs_and_leaves_no_trace():
     model, batch = net(), torch.randn(4, 3, 8, 8)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    for work in (Work("forward", 4, 32, 32, 64, 9, 1, 1), Work("input_grad", 4, 64, 32, 1, 1, 1, 1)):
-        choice.remember(work, 0.0)
-    for work in (Work("grads", 4, 32, 32, 64, 9, 1, 1), Work("values_grad", 4, 64, 32, 1, 1, 1, 1)):
-        choice.remember(work, 1.0)
+    for pass_ in PASSES:
+        choice.remember(Work(pass_, 4, 32, 32, 64, 9, 1, 1), 1.0)
+        choice.remember(Work(pass_, 4, 64, 32, 1, 1, 1, 1), 0.0)
     runs = sm.what_runs(model, batch)
     assert list(runs) == list(sm.sparse_layers(model))
     # the images need no gradient
     assert runs["0"].keys() == {"forward", "values_grad"}
-    assert runs["3"] == {"forward": "dense", "grads": "kernel"}
-    assert (runs["7"]["input_grad"], runs["7"]["values_grad"]) == ("dense", "kernel")
+    assert runs["3"] == {"forward": "kernel", "grads": "kernel"}
+    assert runs["7"] == {"forward": "dense", "input_grad": "dense", "values_grad": "dense"}
     shapes = {"0": (4, 3, 8, 8), "3": (4, 32, 8, 8), "6": (4, 2048), "7": (4, 64)}
     for name, layer in sm.sparse_layers(model).items():
         assert runs[name].items() <= chosen_backends(layer, shapes[name]).items()
@@ -69,11 +68,10 @@ def test_it_says_what_runs_and_leaves_no_trace():
 
 def test_a_convolution_whose_gradients_run_apart():
     model, batch = net(), torch.randn(4, 3, 8, 8)
-    for pass_, crossover in {"grads": 0.0, "input_grad": 1.0, "values_grad": 0.0}.items():
-        choice.remember(Work(pass_, 4, 32, 32, 64, 9, 1, 1), crossover)
-    choice.remember(Work("forward", 4, 32, 32, 64, 9, 1, 1), 1.0)
+    for pass_ in PASSES:
+        choice.remember(Work(pass_, 4, 32, 32, 64, 9, 1, 1), 0.0)
     # by Winograd's, which computes one after the other
-    assert sm.what_runs(model, batch)["3"] == {"forward": "kernel", "input_grad": "kernel", "values_grad": "dense"}
+    assert sm.what_runs(model, batch)["3"] == {"forward": "dense", "input_grad": "dense", "values_grad": "dense"}
 
 
 def test_the_pattern_that_would_pay_where_none_does(measured):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparse_moon.nn.inspect import evaluation_mode, sparse_layers
-from sparse_moon.nn.layers import SparseConv2d, SparseLayer
+from sparse_moon.nn.layers import SparseLayer
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Backend, Pass
 from sparse_moon.ops.layout import memory_format as layout_of
@@ -109,7 +109,7 @@ def products(
 ) -> dict[Pass, Callable[[], Any]]:
     """A layer's products on random inputs of this shape, each as a function; planes on a GPU channels_last.
 
-    Forward and either gradient, and on the CPU both gradients of a convolution, which are one operation.
+    Forward and either gradient, and on the CPU both gradients, which are one operation there.
     """
     values = layer.values.detach()
     x = _input(layer, input_shape, memory_format)
@@ -141,7 +141,7 @@ def products(
         "input_grad": gradients(x_leaf, values),
         "values_grad": gradients(x, values_leaf),
     }
-    if isinstance(layer, SparseConv2d) and x.device.type == "cpu":
+    if x.device.type == "cpu":
         runs["grads"] = gradients(x_leaf, values_leaf)
     return runs
 

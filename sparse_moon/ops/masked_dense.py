@@ -64,7 +64,7 @@ define("gather_values(Tensor weight, int[] block, Tensor row_ptr, Tensor col) ->
        gather_values_reference, _fake_gather)  # fmt: skip
 
 
-def _places(weight: Tensor, block: tuple[int, int], row_ptr: Tensor, col: Tensor) -> tuple[int, ...]:
+def places_in(weight: Tensor, block: tuple[int, int], row_ptr: Tensor, col: Tensor) -> tuple[int, ...]:
     """Where the entries lie in a contiguous or channels_last weight, as the extension takes it."""
     channels, taps = weight.shape[1], math.prod(weight.shape[2:])
     strides = (taps, 1) if weight.is_contiguous() else (1, channels)
@@ -77,7 +77,7 @@ def _scatter_cpu(values: Tensor, weight_shape: list[int], channels_last: bool, r
     check_entries(values, col)
     values, row_ptr, col = values.contiguous(), row_ptr.contiguous(), col.contiguous()
     weight = _fake_scatter(values, weight_shape, channels_last, row_ptr, col)
-    places = _places(weight, block_of(values), row_ptr, col)
+    places = places_in(weight, block_of(values), row_ptr, col)
     native.scatter_values(places, values.element_size(), values.data_ptr(), weight.data_ptr())
     return weight
 
@@ -87,7 +87,7 @@ def _gather_cpu(weight: Tensor, block: list[int], row_ptr: Tensor, col: Tensor) 
     row_ptr, col = row_ptr.contiguous(), col.contiguous()
     weight = weight.contiguous(memory_format=_packed(weight))
     values = _fake_gather(weight, block, row_ptr, col)
-    places = _places(weight, (block[0], block[1]), row_ptr, col)
+    places = places_in(weight, (block[0], block[1]), row_ptr, col)
     native.gather_values(places, values.element_size(), weight.data_ptr(), values.data_ptr())
     return values
 

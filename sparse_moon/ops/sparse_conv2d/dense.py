@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.dense_weight import backward_weight, forward_weight
+from sparse_moon.ops.dense_weight import backward_weight, forward_weight, gathered
 from sparse_moon.ops.index import matrix_shape, weight_to_matrix
 from sparse_moon.ops.layout import memory_format
-from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Geometry, Plan, geometry_of
 from sparse_moon.ops.product import GEOMETRY_SCHEMA
 from sparse_moon.ops.registry import behind, call, define
@@ -88,12 +87,12 @@ define(f"sparse_conv2d_dense_grad(Tensor grad, Tensor input, int block_width, {G
 
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     d_weight = call("sparse_conv2d_dense_grad", grad, input, plan.block[1], *geometry_of(plan))
-    return gather_values(d_weight, plan.block, *plan.index[:2])
+    return gathered(d_weight, plan)
 
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Both gradients by one dense product."""
     weight = backward_weight(values, plan, channels_last=_channels_last(grad))
     d_input, d_weight = _convolution_backward(grad, input, weight, geometry_of(plan), True, True)
-    d_values = gather_values(d_weight, plan.block, *plan.index[:2])
+    d_values = gathered(d_weight, plan)
     return d_input.contiguous(memory_format=memory_format(grad)), d_values

@@ -5,8 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_moon.ops.dense_weight import backward_weight, forward_weight
-from sparse_moon.ops.masked_dense import gather_values
+from sparse_moon.ops.dense_weight import backward_weight, forward_weight, gathered
 from sparse_moon.ops.plan import Plan
 
 
@@ -24,7 +23,9 @@ def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
 
 
 def dense_grad(grad: Tensor, input: Tensor) -> Tensor:
-    return rows_of(grad).t() @ rows_of(input)
+    if grad.dim() != 2:
+        grad, input = rows_of(grad), rows_of(input)
+    return grad.t() @ input
 
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -32,4 +33,4 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan) -> tuple[Tens
 
 
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
-    return gather_values(dense_grad(grad, input), plan.block, *plan.index[:2])
+    return gathered(dense_grad(grad, input), plan)
