@@ -13,6 +13,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,8 @@ def main() -> None:
     sections = [arguments.section] if isinstance(arguments.section, str) else arguments.section  # the default is one
     for name, run in (SECTIONS | LONG_SECTIONS).items():
         if name in sections or ("all" in sections and name in SECTIONS):
-            with sm.ops.use_backend(arguments.backend):
+            # no block for "auto": inside of one, nothing that was decided is kept for the next call
+            with nullcontext() if arguments.backend == "auto" else sm.ops.use_backend(arguments.backend):
                 run(bench)
     print(*summarise(bench.rows), sep="\n")
     if arguments.json:
