@@ -4,10 +4,11 @@
     python benchmarks/host_time.py
     python benchmarks/host_time.py --before ../checkout     # also of another checkout, with its kernels built in place
 
-Forward + backward of a linear layer (64 to 64 features, 4 tokens), of a classifier's head (512 to 10, one token) and of
-a convolution (16 to 16 channels, 3 x 3, one image of 4 x 4) at 90 % sparsity, on one thread, all gradients. Processes of
-either checkout take turns; in each, sparse and dense layers take turns in short rounds. Minimum and median over all
-rounds: another process on the machine makes rounds longer, never shorter. Writes benchmarks/results/host_time.json.
+Forward + backward of a linear layer (64 to 64 features, 4 tokens), of a classifier's head (512 to 10, one token) and
+of a convolution (16 to 16 channels, 3 x 3, one image of 4 x 4) at 90 % sparsity, on one thread, all gradients.
+Processes of either checkout take turns; in each, sparse and dense layers take turns in short rounds. Minimum and median
+over all rounds: another process on the machine makes rounds longer, never shorter. Writes
+benchmarks/results/host_time.json.
 """
 
 import argparse
