@@ -110,8 +110,8 @@ def _by_address(tensor: Tensor, plan: Plan) -> bool:
 
 
 def _places(weight: Tensor, plan: Plan, channels_last: bool) -> tuple[tuple[int, ...], object]:
-    """Where the entries lie in a weight of this layout, as the extension takes it, and the index that it points to."""
-    key = "places", channels_last, torch.get_num_threads()
+    """Where the entries lie in a weight like this one, as the extension takes it, and the index that it points to."""
+    key = "places", weight.dim(), channels_last, torch.get_num_threads()  # gradients may be matrices
     found: tuple[tuple[int, ...], object] | None = plan.ready.get(key)
     if found is None:
         row_ptr, col = (t.contiguous() for t in plan.index[:2])
