@@ -129,3 +129,21 @@ def test_a_weight_goes_with_what_autograd_saves(layer_and_input, scatters):
     assert scatters[0]() is not None
     loss.backward()
     assert scatters[0]() is None and loss.grad_fn is not None
+
+
+@pytest.mark.parametrize("backward", ["dense", "kernel"])
+def test_a_weight_that_no_product_takes_is_not_a_later_pass_s(layer_and_input, scatters, backward):
+    layer, x = layer_and_input
+    with sm.ops.use_backend("dense"):
+        y = layer(x.requires_grad_(backward == "kernel")).sum()
+    with sm.ops.use_backend(backward):
+        y.backward()
+    assert scatters[0]() is None
+    with torch.no_grad():
+        layer.values.mul_(2)
+    x.requires_grad_()
+    with sm.ops.use_backend("kernel"):
+        y = layer(x)
+    grad = torch.autograd.grad(y.sum(), x)[0]  # by a dense product, for which the kernel has made no weight
+    exact = layer.to_dense()
+    torch.testing.assert_close(grad, torch.autograd.grad(exact(x).sum(), x)[0], rtol=1e-4, atol=1e-4)

@@ -64,9 +64,16 @@ def saved_weight(values: Tensor, plan: Plan) -> Tensor | None:
     return kept.weight
 
 
-def give_back(weight: Tensor, plan: Plan) -> None:
-    """Before the products of a backward pass: what :func:`saved_weight` gave after its forward pass."""
-    plan.ready[_BACKWARD, get_ident()] = weight
+def give_back(weight: Tensor | None, plan: Plan) -> None:
+    """Around the products of a backward pass: before them what :func:`saved_weight` gave, None after them.
+
+    A weight that nothing has taken would else be that of a later pass, for which none was saved.
+    """
+    key = _BACKWARD, get_ident()
+    if weight is None:
+        plan.ready.pop(key, None)
+    else:
+        plan.ready[key] = weight
 
 
 def backward_weight(values: Tensor, plan: Plan, *, channels_last: bool = False) -> Tensor:

@@ -161,10 +161,9 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
         # gradients are recorded in a backward pass only if it is to be differentiated
         if torch.is_grad_enabled() or registry.is_batch(grad) or not (unwatched or not registry.transformed()):
             return differentiable_backward(ctx, grad)
-        if weight is not None:
-            give_back(weight, plan)
         input = saved[3] if make_input is itself else make_input(*saved[3:])
         needs_input, needs_values, needs_bias, needs_probe = ctx.needs_input_grad[:4]
+        give_back(weight if needs_input else None, plan)
         d_input = d_values = d_bias = d_probe = None
         if needs_input and needs_values and not needs_probe:
             if kernel is None or not unwatched or type(grad) is not Tensor or values.shape != plan.values_shape:
@@ -181,6 +180,8 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
                 d_values = gather_values(d_probe, plan.block, *plan.index[:2]) if needs_values else None
             elif needs_values:
                 d_values = values_grad(grad, input, plan)
+        if weight is not None:
+            give_back(None, plan)  # where no dense product has taken it
         if needs_bias and d_bias is None:
             d_bias = bias_grad(grad)
         return d_input, d_values, d_bias, d_probe, None, None, None
