@@ -1,6 +1,6 @@
 """What the compiled CPU kernels of both products have in common."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ _BFLOAT16_DENSE_SPEED = 2.0
 # What new_empty takes dtype and device from, in less time than from arguments.
 _LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
+
+Grads = Callable[[Tensor, Tensor, Tensor, Plan], tuple[Tensor, Tensor]]
 
 kernels: Any = native
 """The compiled extension; what reads it is registered only where it was built."""
@@ -117,6 +119,16 @@ def empty(shape: Sequence[int], layout: torch.memory_format = torch.contiguous_f
 def as_dtype(dtype: torch.dtype, result: Tensor) -> Tensor:
     """A result of float32 in the dtype of the operands."""
     return result if dtype is torch.float32 else result.to(dtype)
+
+
+def with_bias_grad(grads: Grads, bias_grad: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Both gradients of a dense product, with that of the bias as a third where it is asked for."""
+
+    def run(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
+        pair = grads(grad, input, values, plan)
+        return (*pair, bias_grad(grad)) if with_bias else pair
+
+    return run
 
 
 def address(tensor: Tensor | None) -> int:

@@ -25,6 +25,7 @@ from sparse_moon.ops.cpu import (
     kernels,
     matrix,
     packed,
+    with_bias_grad,
 )
 from sparse_moon.ops.dense_weight import backward_weight, forward_weight
 from sparse_moon.ops.index import check_entries, weight_to_matrix
@@ -77,6 +78,10 @@ def _all_float32(*operands: Tensor | None) -> bool:
 def _plain(dtype: torch.dtype, *layouts: torch.memory_format) -> bool:
     """Whether decisions are kept for such activations."""
     return dtype is torch.float32 and set(layouts) == {torch.contiguous_format}
+
+
+_dense_grads = with_bias_grad(dense.grads, bias_grad)
+_separate_grads = with_bias_grad(separate_grads, bias_grad)
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
@@ -179,8 +184,7 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bo
         shapes = shapes_of(input.shape, geometry_of(plan), layout)
         if not kernel_takes(shapes.works["grads"], plan, grad, input, values):
             by_winograd = shapes.winograd and _all_float32(grad, input, values)
-            pair = (separate_grads if by_winograd else dense.grads)(grad, input, values, plan)
-            return (*pair, bias_grad(grad)) if with_bias else pair
+            return (_separate_grads if by_winograd else _dense_grads)(*given)
         check_entries(values, plan.index[1])
         blanks = blank(input.shape, grad_layout), blank(plan.bias_shape)
         decision = decide(plan, key, shapes.convolution, *blanks, keep=_plain(dtype, grad_layout, layout))
@@ -197,13 +201,6 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bo
         return dense_instead(error, _dense_grads, *given)
     results = (d_input, d_values) if d_bias is None else (d_input, d_values, d_bias)
     return results if dtype is torch.float32 else tuple(result.to(dtype) for result in results)
-
-
-def _dense_grads(
-    grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False
-) -> tuple[Tensor, ...]:
-    pair = dense.grads(grad, input, values, plan)
-    return (*pair, bias_grad(grad)) if with_bias else pair
 
 
 if native is not None:

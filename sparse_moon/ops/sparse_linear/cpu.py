@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, get_num_threads
 
 from sparse_moon.ops.choice import Pass, Work, dense_instead, or_dense
-from sparse_moon.ops.cpu import as_dtype, blank, decide, decided, empty, kernel_takes, kernels, matrix, packed
+from sparse_moon.ops.cpu import (
+    as_dtype,
+    blank,
+    decide,
+    decided,
+    empty,
+    kernel_takes,
+    kernels,
+    matrix,
+    packed,
+    with_bias_grad,
+)
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
@@ -34,6 +45,12 @@ def shapes_of(pass_: Pass, shape: tuple[int, ...], matrix_shape: tuple[int, int]
     (outputs, inputs), tokens = matrix_shape, math.prod(shape[:-1])
     work = Work(pass_, tokens, inputs, outputs, positions=1, taps=1, stride=1, groups=1)
     return Shapes(work, tokens, (*shape[:-1], outputs if pass_ == "forward" else inputs))
+
+
+_dense_grads = with_bias_grad(dense.grads, bias_grad)
+_separate_grads = with_bias_grad(
+    lambda grad, input, values, plan: (input_grad(grad, values, plan), values_grad(grad, input, plan)), bias_grad
+)
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
@@ -100,8 +117,7 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bo
     if decision.sparse == 0:
         return _dense_grads(*given)
     if decision.sparse == 1:
-        pair = input_grad(grad, values, plan), values_grad(grad, input, plan)
-        return (*pair, bias_grad(grad)) if with_bias else pair
+        return _separate_grads(*given)
     d_input, d_values = torch.empty_like(decision.blanks[0]), torch.empty_like(values)
     d_bias = torch.empty_like(decision.blanks[1]) if with_bias else None
     try:
@@ -113,13 +129,6 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bo
         return dense_instead(error, _dense_grads, *given)
     results = (d_input, d_values) if d_bias is None else (d_input, d_values, d_bias)
     return results if dtype is torch.float32 else tuple(result.to(dtype) for result in results)
-
-
-def _dense_grads(
-    grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False
-) -> tuple[Tensor, ...]:
-    pair = dense.grads(grad, input, values, plan)
-    return (*pair, bias_grad(grad)) if with_bias else pair
 
 
 if native is not None:
