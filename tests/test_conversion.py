@@ -327,3 +327,24 @@ def test_a_subclass_of_the_same_name_is_told_apart():
 
     _, text = said(sm.sparsify, nn.ModuleList([Linear(64, 64), nn.Linear(64, 64)]), 0.5)
     assert f"{__name__.partition('.')[0]}.Linear (50.0%)" in text
+
+
+def test_depthwise_convolutions_stay_dense_in_a_uniform_allocation():
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3, groups=32), nn.Conv2d(64, 256, 1), nn.Conv2d(256, 256, 3, groups=8)
+    )
+    densities = sm.layer_densities(model, 0.9, "uniform")
+    assert densities == {"0": 1.0, "1": 1.0, "2": pytest.approx(0.1), "3": pytest.approx(0.1)}
+    assert sm.layer_densities(model, 0.9, "uniform", depthwise_dense=False)["1"] == pytest.approx(0.1)
+    model, text = said(sm.sparsify, model, 0.9, "uniform", depthwise_dense=True)
+    assert text == ""  # meant to stay, and so not counted
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.Conv2d, sm.SparseConv2d, sm.SparseConv2d]
+    assert "dense: depthwise" in str(sm.summary(model))
+    assert said(sm.sparsify, model, 0.9, "uniform")[1] == ""  # again
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.Conv2d, sm.SparseConv2d, sm.SparseConv2d]
+
+
+def test_nothing_but_depthwise_convolutions():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=8))
+    assert sm.layer_densities(model, 0.5, "uniform") == {"0": 1.0, "1": 1.0}
+    assert sm.layer_densities(model, 0.5, "uniform", first_dense=False, depthwise_dense=False) == {"0": 0.5, "1": 0.5}

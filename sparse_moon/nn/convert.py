@@ -31,6 +31,7 @@ def sparsify(
     selection: Selection = "random",
     start_sparsity: float | None = None,
     first_dense: bool = True,
+    depthwise_dense: bool = True,
     input_size: Inputs | None = None,
     fuse: bool | Literal["auto"] = "auto",
     recompute: bool = False,
@@ -50,9 +51,9 @@ def sparsify(
 
     - the share of the model's weights (see :func:`overall_sparsity`) that is left out misses ``sparsity`` by more than
       0.01 or, above 0.9, by more than a tenth of ``1 - sparsity``, with the types of modules that stayed dense and
-      their shares, or the rounding to whole blocks or rows that is the cause. Excluded weights and the first layer that
-      ``first_dense`` keeps do not count, neither do biases and norms. Embeddings do: ``exclude=nn.Embedding`` says that
-      they are meant to stay dense;
+      their shares, or the rounding to whole blocks or rows that is the cause. Excluded weights and those that
+      ``first_dense`` and ``depthwise_dense`` keep do not count, neither do biases and norms. Embeddings do:
+      ``exclude=nn.Embedding`` says that they are meant to stay dense;
     - layers that the block does not divide;
     - layers that end without any weight, or of whose outputs at least 3 and 1 % have none;
     - with ``fuse=True``, modules that cannot be traced.
@@ -72,6 +73,9 @@ def sparsify(
         start_sparsity: where training is to reach ``sparsity`` by pruning, the overall sparsity at the start, allocated
             in the same way; 0 starts dense. The layers that end with density 1 are dense modules from the start.
         first_dense: with ``"uniform"``, whether the first layer stays dense.
+        depthwise_dense: with ``"uniform"``, whether depthwise convolutions stay dense (RigL's convention, arXiv
+            1911.11134, section 4). They hold few weights, 2 % of MobileNet-V2's, and at 90 % a filter of 9 would keep
+            one on average, or none.
         input_size: shape of one example without the batch dimension, or example inputs (a tensor, or a tuple or mapping
             of arguments); when given, layers are ordered by their first use in one forward pass instead of by
             definition, which matters for what "first" is.
@@ -95,7 +99,8 @@ def sparsify(
         raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")
     if selection not in get_args(Selection):
         raise ValueError(f"selection must be one of {get_args(Selection)}, got {selection!r}")
-    plan = Plan.of(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
+    block = block_shape(pattern)
+    plan = Plan.of(model, sparsity, allocation, block, exclude, first_dense, depthwise_dense, input_size)
     start = plan.densities
     if start_sparsity is not None:
         if start_sparsity > sparsity:
@@ -175,13 +180,15 @@ def layer_densities(
     pattern: Pattern = "unstructured",
     exclude: Iterable[Exclude] | Exclude = (),
     first_dense: bool = True,
+    depthwise_dense: bool = True,
     input_size: Inputs | None = None,
 ) -> dict[str, float]:
     """Density, by name, that :func:`sparsify` with these arguments would give each layer; the model is not changed.
 
     A layer with several names is listed under its first; layers that take no part are not listed.
     """
-    plan = Plan.of(model, sparsity, allocation, block_shape(pattern), exclude, first_dense, input_size)
+    block = block_shape(pattern)
+    plan = Plan.of(model, sparsity, allocation, block, exclude, first_dense, depthwise_dense, input_size)
     _say(plan.notes)
     return {names[0]: plan.densities[plan.owners[weight_of(layer)]] for layer, names in plan.places.items()}
 

@@ -32,7 +32,7 @@ class Plan:
     sparse: list[SparseLayer]  # that are there already and count
     sparsity: float
     allocation: Allocation
-    first: str | None  # owner that stays dense in a uniform allocation
+    dense: dict[str, str]  # owners that stay dense in a uniform allocation, and why
     block: tuple[int, int]
     kept: set[frozenset[int]]  # keys of weights that are meant to stay as they are
     dense_because: dict[nn.Module, str]
@@ -48,6 +48,7 @@ class Plan:
         block: tuple[int, int],
         exclude: Iterable[Exclude] | Exclude,
         first_dense: bool,
+        depthwise_dense: bool,
         inputs: Inputs | None,
     ) -> "Plan":
         check_sparsity(sparsity)
@@ -86,25 +87,28 @@ class Plan:
             if owners.setdefault(weight_of(layer), names[0]) == names[0]:
                 shapes[names[0]] = tuple(layer.weight.shape)
 
-        first = None
-        if allocation == "uniform" and first_dense and places and order[0] in places:
-            layer = next(iter(places))
-            first = owners[weight_of(layer)]
-            kept.add(frozenset([id(layer.weight)]))
+        dense: dict[str, str] = {}
+        if allocation == "uniform":
+            if depthwise_dense:
+                dense |= {owners[weight_of(layer)]: "depthwise" for layer in places if _is_depthwise(layer)}
+            if first_dense and places and order[0] in places:
+                dense[owners[weight_of(next(iter(places)))]] = "first layer"
+        kept |= {frozenset([id(weight)]) for weight, owner in owners.items() if owner in dense}
         plan = cls(
-            places, owners, shapes, [*sparse.values()], sparsity, allocation, first, block, kept, because, notes, {}
+            places, owners, shapes, [*sparse.values()], sparsity, allocation, dense, block, kept, because, notes, {}
         )
         plan.densities.update(plan.allocate(sparsity))
         for layer in places:
             if plan.densities[owners[weight_of(layer)]] >= 1.0:
-                because[layer] = "first layer" if owners[weight_of(layer)] == first else f"density 1 by {allocation!r}"
+                because[layer] = dense.get(owners[weight_of(layer)], f"density 1 by {allocation!r}")
         return plan
 
     def allocate(self, sparsity: float) -> dict[str, float]:
         """Densities with which the layers to convert and those that are sparse already have this sparsity together."""
+        dense = dict.fromkeys(self.shapes, 1.0)
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in self.dense}
         if not self.sparse:
-            return allocate(self.shapes, sparsity, self.allocation, first_dense=self.first is not None)
-        shapes = {name: shape for name, shape in self.shapes.items() if name != self.first}
+            return dense | allocate(shapes, sparsity, self.allocation, first_dense=False) if shapes else dense
         present = sum(layer.topology.nnz for layer in self.sparse)
         there, numel = sum(layer.topology.numel for layer in self.sparse), sum(map(math.prod, shapes.values()))
         keep = (1.0 - sparsity) * (there + numel) - present
@@ -116,7 +120,6 @@ class Plan:
                 f"{round((1.0 - sparsity) * (there + numel))} of {there + numel}; "
                 "densify the model first, or exclude those layers"
             )
-        dense = dict.fromkeys(self.shapes, 1.0)
         if keep >= numel - tolerance:
             return dense
         return dense | allocate(shapes, 1.0 - keep / numel, self.allocation, first_dense=False)
@@ -172,6 +175,11 @@ def _convertible(model: nn.Module, kept: set[frozenset[int]]) -> dict[Dense, lis
         if weight is not None and users[weight] == {type(module)} and frozenset([id(weight)]) not in kept:
             places.setdefault(module, []).append(name)
     return places
+
+
+def _is_depthwise(layer: Dense) -> bool:
+    """Whether each output of a convolution sees one channel of several."""
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
 
 
 def weight_of(layer: Dense) -> nn.Parameter:
