@@ -1,6 +1,8 @@
 // What Python sees of the CPU kernels: the module sparse_moon._C.
 #include "register.h"
 
+#include <memory>
+
 #include "cpu/average.h"
 #include "cpu/batch_norm_relu.h"
 #include "cpu/bernoulli_mask.h"
@@ -11,17 +13,24 @@
 #include "cpu/masked_dense.h"
 #include "cpu/sparse_conv2d.h"
 #include "cpu/sparse_linear.h"
+#include "cpu/sparse_linear_runs.h"
 #include "cpu/transpose_index.h"
 #include "cpu/unknown_aware_loss.h"
 
 namespace sparse_moon {
 
-// A SparseMatrix without values, which Python keeps from call to call, and the address of its values.
+// A SparseMatrix without values, which Python keeps from call to call.
+struct KeptMatrix {
+    SparseMatrix matrix;
+    std::shared_ptr<KeptRuns> runs;
+};
+
+// That, and the address of its values.
 template <>
 struct FromPython<SparseMatrix> {
-    using Type = std::pair<SparseMatrix, Address>;
+    using Type = std::pair<KeptMatrix, Address>;
     static SparseMatrix convert(const Type& m) {
-        SparseMatrix matrix = m.first;
+        SparseMatrix matrix = m.first.matrix;
         matrix.values = pointer<const float>(m.second);
         return matrix;
     }
@@ -63,18 +72,21 @@ struct FromPython<BatchNormReLU> {
 
 namespace {
 
-SparseMatrix sparse_matrix(int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols, Address row_ptr,
+KeptMatrix kept_matrix(int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols, Address row_ptr,
                            Address col, Address t_ptr, Address t_row, Address t_perm) {
-    return {rows,
-            cols,
-            block_rows,
-            block_cols,
-            pointer<const int32_t>(row_ptr),
-            pointer<const int32_t>(col),
-            pointer<const int32_t>(t_ptr),
-            pointer<const int32_t>(t_row),
-            pointer<const int32_t>(t_perm),
-            nullptr};
+    auto runs = std::make_shared<KeptRuns>();
+    const SparseMatrix matrix{rows,
+                              cols,
+                              block_rows,
+                              block_cols,
+                              pointer<const int32_t>(row_ptr),
+                              pointer<const int32_t>(col),
+                              pointer<const int32_t>(t_ptr),
+                              pointer<const int32_t>(t_row),
+                              pointer<const int32_t>(t_perm),
+                              nullptr,
+                              runs.get()};
+    return {matrix, runs};
 }
 
 void set_flat_panels_where(const std::string& where) {
@@ -144,8 +156,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_flat_panels", &set_flat_panels_where, py::arg("where"));
 
     // valid as long as the index lies where it lay
-    py::class_<SparseMatrix>(m, "SparseMatrix")
-        .def(py::init(&sparse_matrix), py::arg("rows"), py::arg("cols"), py::arg("block_rows"), py::arg("block_cols"),
+    py::class_<KeptMatrix>(m, "SparseMatrix")
+        .def(py::init(&kept_matrix), py::arg("rows"), py::arg("cols"), py::arg("block_rows"), py::arg("block_cols"),
              py::arg("row_ptr"), py::arg("col"), py::arg("t_ptr"), py::arg("t_row"), py::arg("t_perm"));
     py::class_<Conv2d>(m, "Conv2d")
         .def(py::init(&conv2d<int64_t>), py::arg("batch"), py::arg("input"), py::arg("output"), py::arg("kernel"),

@@ -272,6 +272,9 @@ int main() {
     check_linear(300, 24, 18, 3, 1, 0.4);
     check_linear(18, 40, 44, 4, 4, 0.5);
     check_linear(3, 7, 5, 1, 1, 0.0);
+    check_linear(150, 4500, 40, 1, 1, 0.02);  // features are packed in twice
+    check_linear(67, 230, 300, 1, 1, 0.7);    // in several chunks, with rows in several blocks
+    check_linear(90, 240, 396, 12, 8, 0.6);
     for (int64_t tokens = 0; tokens <= 5; ++tokens) {  // few, on one thread and on two
         check_linear(tokens, 30, 21, 1, 1, 0.4);
         check_linear(tokens, 24, 40, 4, 4, 0.5);

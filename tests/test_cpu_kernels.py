@@ -55,8 +55,14 @@ def in_layout(tensor: Tensor, channels_last: bool) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def check_linear(leading: tuple[int, ...], features: int, outputs: int, block: tuple[int, int], density: float) -> None:
-    topology = Topology.random((outputs, features), density, block)
+def check_linear(
+    leading: tuple[int, ...], features: int, outputs: int, block: tuple[int, int], density: float | Tensor
+) -> None:
+    """With a density at random, or with a mask (outputs, features)."""
+    if isinstance(density, Tensor):
+        topology = Topology.from_mask(density, block)
+    else:
+        topology = Topology.random((outputs, features), density, block)
     values = torch.randn(topology.values_shape)
     x, grad, bias = torch.randn(*leading, features), torch.randn(*leading, outputs), torch.randn(outputs)
     weight, plan = topology.to_dense(values), topology.plan()
@@ -146,6 +152,31 @@ DENSITIES = st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0])
 )
 def test_linear(tokens, features, outputs, block, density):
     check_linear((tokens,), features * block[1], outputs * block[0], block, density)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features", "outputs", "block", "density"),
+    [
+        (33, 300, 40, (1, 1), 0.9),  # just more than two vectors
+        (129, 257, 530, (1, 1), 0.3),
+        (300, 4500, 24, (1, 1), 0.02),  # features are packed in twice, and outputs once for each
+        (300, 24, 4500, (1, 1), 0.5),
+        (200, 512, 1030, (1, 2), 0.2),
+        (70, 360, 400, (40, 4), 0.5),
+        (100, 300, 600, (300, 100), 0.5),  # blocks larger than a block of rows and a chunk
+        (64, 2000, 64, (1, 1), 0.07),
+    ],
+)
+def test_linear_from_panels_in_the_first_cache(tokens, features, outputs, block, density):
+    check_linear((tokens,), features, outputs, block, density)
+
+
+def test_linear_with_rows_of_very_different_lengths():
+    mask = torch.zeros(500, 400, dtype=torch.bool)
+    mask[7] = True
+    mask[:, 13] = True
+    mask[100:140, 50:300] = True
+    check_linear((130,), 400, 500, (1, 1), mask)
 
 
 def test_linear_features_in_chunks():
@@ -332,6 +363,8 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels):
     values, x, grad = torch.randn(topology.nnz), torch.randn(35, 20, 12, 12), torch.randn(35, 24, 12, 12)
     plan = topology.plan(Geometry((24, 20, 3, 3), (1, 1), (1, 1), (1, 1), 1))
     tokens, token_grad = torch.randn(50, 180), torch.randn(50, 24)
+    wide = Topology.random((700, 180), 0.3)  # from panels in the first cache
+    wide_values, wide_grad, wide_plan = torch.randn(wide.nnz), torch.randn(50, 700), wide.plan()
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -343,6 +376,8 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels):
                 linear.forward(tokens, values, None, None, plan),
                 linear.input_grad(token_grad, values, plan),
                 linear.values_grad(token_grad, tokens, plan),
+                linear.forward(tokens, wide_values, None, None, wide_plan),
+                linear.input_grad(wide_grad, wide_values, wide_plan),
             ))  # fmt: skip
             first = conv2d.values_grad(grad, x, plan)
             again = conv2d.values_grad(grad, x, plan)

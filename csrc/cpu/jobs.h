@@ -22,6 +22,8 @@ static inline int thread_number() { return 0; }
 static inline int team_size() { return 1; }
 #endif
 
+class KeptRuns;  // see sparse_linear_runs.h
+
 // A non-zero weight as an inner loop meets it.
 struct Entry {
     int32_t offset;  // bytes from a position to the panel vector that the weight multiplies
@@ -197,6 +199,7 @@ struct SparseMatrix {
     const int32_t *row_ptr, *col;      // row-ordered
     const int32_t *t_ptr, *t_row, *t_perm;  // column-ordered
     const float* values;               // [blocks][block_rows][block_cols]; null where only places matter
+    KeptRuns* runs = nullptr;          // those of this topology, where they are kept from call to call
 };
 
 // y (tokens, rows) = x (tokens, cols) W^T + bias, or with the transpose y (tokens, cols) = x (tokens, rows) W. With the
@@ -211,6 +214,30 @@ struct LinearJob {
     bool streaming;  // as in CorrelateJob
     char* scratch;
     int threads;
+};
+
+// What a row of a matrix, or of its transpose, has in a chunk of features.
+struct Run {
+    uint32_t start;   // first block of the matrix, by its place in row (or column) order
+    uint16_t row;     // in its block of rows
+    uint16_t blocks;  // of the matrix, at least 1
+};
+
+// All runs, in groups: of a block of rows in a chunk of features. See sparse_linear_runs.h.
+struct RunGroups {
+    int64_t block_rows, chunk_features;  // at most, of a group
+    int64_t blocks, chunks;
+    const Run* runs;              // by block of rows, then by chunk
+    const int64_t* starts;        // [blocks chunks + 1] of each group in `runs`
+    const int64_t* entry_starts;  // [blocks chunks + 1] of each group in lists of all entries, with gaps
+};
+
+// As LinearJob, from panels in the L1 cache; the values are in row order, with the transpose, too.
+struct LinearRunsJob {
+    LinearJob linear;
+    RunGroups groups;
+    float* values;       // [entry_starts[blocks chunks]], of all entries as they are met
+    uint16_t* features;  // the same, of their places in a chunk
 };
 
 // sums[k] = sum over tokens of grad[token][row of k] * input[token][col of k], in the layout of the values.
@@ -249,6 +276,8 @@ struct Kernels {
     void (*winograd_weight_grad)(const WinogradWeightGrad&);
     int64_t (*linear_scratch)(const LinearJob&);  // bytes in all
     void (*linear)(const LinearJob&);
+    int64_t (*linear_runs_scratch)(const LinearRunsJob&);  // bytes a thread, whole vectors
+    void (*linear_runs)(const LinearRunsJob&);
     int64_t (*linear_dots_scratch)(const LinearDotsJob&);  // bytes in all
     void (*linear_dots)(const LinearDotsJob&);
     int64_t (*batch_norm_relu_scratch)(const BatchNormReLU&);  // bytes in all

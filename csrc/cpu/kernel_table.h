@@ -5,6 +5,7 @@
 #include "sparse_conv2d_flat_panels_kernels.h"
 #include "sparse_conv2d_panels_kernels.h"
 #include "sparse_linear_kernels.h"
+#include "sparse_linear_runs_kernels.h"
 
 #define SPARSE_MOON_STRING(name) #name
 #define SPARSE_MOON_NAME(name) SPARSE_MOON_STRING(name)
@@ -33,6 +34,8 @@ const Kernels kKernels = {
     winograd_weight_grad,
     linear_scratch,
     linear,
+    linear_runs_scratch,
+    linear_runs,
     linear_dots_scratch,
     linear_dots,
     batch_norm_relu_scratch,

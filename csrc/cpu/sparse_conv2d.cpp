@@ -7,17 +7,30 @@
 #include "sparse_conv2d_flat_panels.h"
 #include "sparse_conv2d_panels.h"
 #include "sparse_conv2d_plan.h"
+#include "sparse_linear.h"
 
 namespace sparse_moon {
 namespace {
 
-// A 1 x 1 convolution sees a plane as a line of positions: rows of whole tiles are stored in whole cache lines.
+// Whether every position of the output sees that position of the input alone.
+bool is_pointwise(const Conv2d& conv) {
+    bool plain = true;
+    for (int d = 0; d < 2; ++d) plain = plain && conv.kernel[d] == 1 && conv.stride[d] == 1 && conv.padding[d] == 0;
+    return plain;
+}
+
+// Such a convolution of activations that are all channels_last is a linear layer, with positions as its tokens.
+bool is_linear(const Conv2d& conv, bool channels_last) {
+    return channels_last && conv.groups == 1 && is_pointwise(conv);
+}
+
+int64_t positions(const Conv2d& conv) { return conv.batch * conv.out_size[0] * conv.out_size[1]; }
+
+// Others see a plane as a line of positions: rows of whole tiles are stored in whole cache lines.
 Conv2d with_even_rows(Conv2d conv) {
     constexpr int64_t kTile = 16;
     const int64_t area = conv.in_size[0] * conv.in_size[1];
-    bool plain = area % kTile == 0 && conv.in_size[1] % kTile != 0;
-    for (int d = 0; d < 2; ++d) plain = plain && conv.kernel[d] == 1 && conv.stride[d] == 1 && conv.padding[d] == 0;
-    if (plain) {
+    if (is_pointwise(conv) && area % kTile == 0 && conv.in_size[1] % kTile != 0) {
         conv.in_size[0] = conv.out_size[0] = area / kTile;
         conv.in_size[1] = conv.out_size[1] = kTile;
     }
@@ -28,6 +41,9 @@ Conv2d with_even_rows(Conv2d conv) {
 
 void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const float* input, const float* bias,
                    float* output, bool channels_last, int threads) {
+    if (is_linear(given, channels_last)) {
+        return sparse_linear(positions(given), weight, input, bias, output, threads);
+    }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
     if (conv2d::goes_flat(conv, weight, channels_last)) {
@@ -38,6 +54,9 @@ void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const float*
 
 void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, const float* grad, float* input_grad,
                               bool channels_last, int threads) {
+    if (is_linear(given, channels_last)) {
+        return sparse_linear_input_grad(positions(given), weight, grad, input_grad, threads);
+    }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
     if (conv2d::goes_flat(conv, weight, channels_last)) {
@@ -49,6 +68,9 @@ void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, c
 void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, const float* grad,
                                bool grad_channels_last, const float* input, bool input_channels_last,
                                float* values_grad, int threads) {
+    if (is_linear(given, grad_channels_last && input_channels_last)) {
+        return sparse_linear_values_grad(positions(given), weight, grad, input, values_grad, threads);
+    }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) {
         std::fill_n(values_grad, conv2d::entry_count(weight), 0.0f);
@@ -64,6 +86,9 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
 void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
                          const float* input, bool input_channels_last, float* input_grad, float* values_grad,
                          float* bias_grad, int threads) {
+    if (is_linear(given, grad_channels_last && input_channels_last)) {
+        return sparse_linear_grads(positions(given), weight, grad, input, input_grad, values_grad, bias_grad, threads);
+    }
     const Conv2d conv = with_even_rows(given);
     if (bias_grad) {
         const int64_t plane = conv.out_size[0] * conv.out_size[1];

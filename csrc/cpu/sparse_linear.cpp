@@ -5,6 +5,7 @@
 
 #include "bias_grad.h"
 #include "dispatch.h"
+#include "sparse_linear_runs.h"
 
 namespace sparse_moon {
 namespace {
@@ -24,37 +25,66 @@ int useful_threads(const SparseMatrix& weight, int64_t tokens, int threads) {
     return static_cast<int>(std::clamp<int64_t>(entries * vectors / kThreadEntries, 1, threads));
 }
 
-void run(LinearJob job) {
+// Whether listing the runs and reading panels from L1 pays: for more than two vectors of tokens that meet many entries.
+bool takes_runs(const LinearJob& job) {
+    constexpr int64_t kLeast = 8000;  // tokens times entries of a row
+    constexpr int64_t kLargestBlock = 1024;  // places in a chunk, whole blocks, are numbers of 16 bits
+    const SparseMatrix& matrix = job.matrix;
+    if (std::max(matrix.block_rows, matrix.block_cols) > kLargestBlock) return false;
+    const int64_t rows = std::max<int64_t>(job.transposed ? matrix.cols : matrix.rows, 1);
+    const int64_t entries = matrix.row_ptr[matrix.rows / matrix.block_rows] * matrix.block_rows * matrix.block_cols;
+    return job.tokens > 2 * kernels().lanes && job.tokens * (entries / rows) >= kLeast;
+}
+
+LinearJob prepared(LinearJob job) {
     check_size(job.matrix);
-    const Kernels& isa = kernels();
     job.threads = useful_threads(job.matrix, job.tokens, job.threads);
     const int64_t outputs = job.transposed ? job.matrix.cols : job.matrix.rows;
     const int64_t bytes = job.tokens * outputs * static_cast<int64_t>(sizeof(float));
     job.streaming = bytes >= kStreamBytes;
     expect_writes(job.output, bytes);
+    return job;
+}
+
+void run(LinearJob job) {
+    const Kernels& isa = kernels();
     job.scratch = scratch(Slot::kKernel, isa.linear_scratch(job));
     isa.linear(job);
+}
+
+void run_runs(const LinearJob& linear) {
+    const Kernels& isa = kernels();
+    KeptRuns own;
+    KeptRuns& runs = linear.matrix.runs ? *linear.matrix.runs : own;
+    LinearRunsJob job{linear, runs.of(linear.matrix, linear.transposed), nullptr, nullptr};
+    const int64_t entries = job.groups.entry_starts[job.groups.blocks * job.groups.chunks];
+    job.values = reinterpret_cast<float*>(scratch(Slot::kLists, entries * (sizeof(float) + sizeof(uint16_t))));
+    job.features = reinterpret_cast<uint16_t*>(job.values + entries);
+    job.linear.scratch = scratch(Slot::kKernel, job.linear.threads * isa.linear_runs_scratch(job));
+    isa.linear_runs(job);
 }
 
 }  // namespace
 
 void sparse_linear(int64_t tokens, const SparseMatrix& weight, const float* input, const float* bias, float* output,
                    int threads) {
-    run({weight, false, tokens, input, bias, output, false, nullptr, threads});
+    const LinearJob job = prepared({weight, false, tokens, input, bias, output, false, nullptr, threads});
+    takes_runs(job) ? run_runs(job) : run(job);
 }
 
 void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const float* grad, float* input_grad,
                               int threads) {
-    SparseMatrix matrix = weight;
+    LinearJob job = prepared({weight, true, tokens, grad, nullptr, input_grad, false, nullptr, threads});
+    if (takes_runs(job)) return run_runs(job);
     if (weight.block_rows * weight.block_cols == 1) {
         // Once here rather than for every block of tokens: the places are anywhere in memory.
         const int64_t n = weight.t_ptr[weight.cols];
         float* values = reinterpret_cast<float*>(scratch(Slot::kLists, n * sizeof(float)));
-#pragma omp parallel for schedule(static) num_threads(useful_threads(weight, tokens, threads))
+#pragma omp parallel for schedule(static) num_threads(job.threads)
         for (int64_t k = 0; k < n; ++k) values[k] = weight.values[weight.t_perm[k]];
-        matrix.values = values;
+        job.matrix.values = values;
     }
-    run({matrix, true, tokens, grad, nullptr, input_grad, false, nullptr, threads});
+    run(job);
 }
 
 void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
