@@ -15,7 +15,7 @@ from . import (
 from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from .allocation import allocate
 from .averaging import EMA, PredictionAverage, StochasticPasses, TicketAverage, WeightAverage
-from .losses import AbstainingLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
+from .losses import AbstainingLoss, GamblersLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
 from .nn import (
     SparseConv2d,
     SparseLinear,
@@ -53,6 +53,7 @@ __all__ = [
     "Cubic",
     "Dense",
     "DynamicMethod",
+    "GamblersLoss",
     "GraNet",
     "LogitNormLoss",
     "Method",

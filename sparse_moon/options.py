@@ -7,13 +7,13 @@ The command line says them without importing torch, which takes seconds. A class
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from sparse_moon.settings import AT_LEAST_0, AT_LEAST_1, POSITIVE, POSITIVE_SHARE, SHARE, SHARE_BELOW_ONE
+from sparse_moon.settings import ABOVE_1, AT_LEAST_0, AT_LEAST_1, POSITIVE, POSITIVE_SHARE, SHARE, SHARE_BELOW_ONE
 
 TrainingMethod = Literal["dense", "static", "set", "rigl", "mest", "srigl", "gmp", "granet", "top-kast"]
 
 ReliabilityMethod = Literal[
     "none", "moon", "cigl", "weight-dropout", "mc-dropout", "label-smoothing", "mixup", "logitnorm", "dac", "vos",
-    "generalized-odin", "sup-tickets",
+    "generalized-odin", "sup-tickets", "gamblers",
 ]  # fmt: skip
 
 
@@ -69,16 +69,25 @@ class MethodOptions(TopKASTOptions, SRigLOptions, MESTOptions, PruningOptions):
 
 
 @dataclass(frozen=True)
-class AbstentionOptions:
+class WarmupOptions:
     """Of networks with an output for "unknown".
 
     Args:
+        warmup_epochs: epochs of plain cross-entropy of moon, dac and gamblers; by default 5, fewer in a short run.
+    """
+
+    warmup_epochs: Annotated[int, AT_LEAST_0] | None = None
+
+
+@dataclass(frozen=True)
+class AbstentionOptions(WarmupOptions):
+    """Of those whose loss has a weight that tunes itself.
+
+    Args:
         final_weight: w of moon, a of dac in the last epoch; default 0.01 (mnist), 2 (cifar100), 1 (others); dac: 1.
-        warmup_epochs: epochs of plain cross-entropy of moon and dac; by default 5, fewer in a short run.
     """
 
     final_weight: Annotated[float, AT_LEAST_0] | None = None
-    warmup_epochs: Annotated[int, AT_LEAST_0] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class VotingOptions:
     """Of averages over the late epochs.
 
     Args:
-        vote_from: share of the training after which moon, cigl and sup-tickets average over epochs.
+        vote_from: share of the training after which moon, cigl, sup-tickets and gamblers average over epochs.
     """
 
     vote_from: Annotated[float, SHARE] = 0.8
@@ -106,6 +115,17 @@ class MaskOptions:
 @dataclass(frozen=True)
 class MOONOptions(VotingOptions, AbstentionOptions):
     """Of MOON."""
+
+
+@dataclass(frozen=True)
+class GamblersOptions(VotingOptions, WarmupOptions):
+    """Of Deep Gamblers.
+
+    Args:
+        payoff: o of gamblers, what a right answer pays; the smaller, the cheaper to abstain.
+    """
+
+    payoff: Annotated[float, ABOVE_1] = 2.0
 
 
 @dataclass(frozen=True)
@@ -190,6 +210,6 @@ class SupTicketsOptions(VotingOptions):
 @dataclass(frozen=True)
 class ReliabilityOptions(
     SupTicketsOptions, MCDropoutOptions, VOSOptions, LogitNormOptions, MixupOptions, LabelSmoothingOptions,
-    CigLOptions, MOONOptions,
+    CigLOptions, MOONOptions, GamblersOptions,
 ):  # fmt: skip
     """Of all reliability methods."""

@@ -45,6 +45,7 @@ POSITIVE_SHARE = Bound("in (0, 1]", lambda number: 0.0 < number <= 1.0)
 POSITIVE = Bound("positive", lambda number: number > 0.0)
 AT_LEAST_0 = Bound("at least 0", lambda number: number >= 0)
 AT_LEAST_1 = Bound("at least 1", lambda number: number >= 1)
+ABOVE_1 = Bound("above 1", lambda number: number > 1)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,30 @@ def test_gradients_of_the_abstaining_loss(warmup):
     assert torch.autograd.gradcheck(lambda z: loss(z, target), torch.randn(5, 4).double().requires_grad_())
 
 
+def test_gamblers_loss_by_hand():
+    loss = sm.GamblersLoss(2, 4, payoff=1.6, warmup_epochs=1)
+    logits, target = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]).log().double(), torch.tensor([1, 0])
+    torch.testing.assert_close(loss(logits, target), F.cross_entropy(logits, target))
+    loss.end_epoch()
+    bets = torch.tensor([0.25 + 0.25 / 1.6, 0.2 + 0.6 / 1.6], dtype=torch.float64)
+    torch.testing.assert_close(loss(logits, target), -bets.log().mean())
+    assert loss.mean_u.item() == pytest.approx(0.425) and loss.errors.item() == 1.0
+    target = torch.randint(0, 2, (5,))
+    assert torch.autograd.gradcheck(lambda z: loss(z, target), torch.randn(5, 3).double().requires_grad_())
+    huge = torch.tensor([[-200.0, 200.0, -200.0]], requires_grad=True)  # p_y and u are 0 in float32
+    loss(huge, torch.tensor([0])).backward()
+    assert huge.grad.isfinite().all() and huge.grad[0, 0] < 0
+    with pytest.raises(ValueError, match="payoff must be above 1"):
+        sm.GamblersLoss(3, 5, payoff=1.0)
+
+
+def test_gamblers_push_u_up_where_moon_cannot():
+    logits, target = torch.tensor([[0.0, 4.0, -8.0]], requires_grad=True), torch.tensor([0])
+    losses = sm.GamblersLoss(2, 4, warmup_epochs=0), sm.UnknownAwareLoss(2, 4, final_weight=0.01, warmup_epochs=0)
+    gamblers, moon = (torch.autograd.grad(loss(logits, target), logits)[0][0, 2] for loss in losses)
+    assert gamblers < 0 < moon
+
+
 def test_logit_norm_by_hand():
     loss = sm.LogitNormLoss(0.5)
     z = torch.tensor([[3.0, 4.0]], dtype=torch.float64)  # of norm 5: (0.6, 0.8) / 0.5

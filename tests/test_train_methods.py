@@ -33,7 +33,7 @@ RELIABILITY = [
     {"reliability": "cigl", "without": ("mask",)}, {"reliability": "cigl", "without": ("averaging",)},
     {"reliability": "weight-dropout"}, {"reliability": "mc-dropout"}, {"reliability": "label-smoothing"},
     {"reliability": "mixup"}, {"reliability": "logitnorm"}, {"reliability": "dac"}, {"reliability": "vos"},
-    {"reliability": "generalized-odin"}, {"reliability": "sup-tickets"},
+    {"reliability": "generalized-odin"}, {"reliability": "sup-tickets"}, {"reliability": "gamblers"},
 ]  # fmt: skip
 BAR = tqdm(disable=True)
 
@@ -147,6 +147,7 @@ def test_top_kast_takes_the_weight_decay_as_its_penalty(digits):
         ({"reliability": "logitnorm"}, {"logit_temperature": 0.1}),
         ({"reliability": "dac"}, {"final_weight": 0.3}),
         ({"reliability": "dac"}, {"warmup_epochs": 2}),
+        ({"reliability": "gamblers"}, {"payoff": 1.5}),
         ({"reliability": "vos"}, {"outlier_weight": 0.5}),
         ({"reliability": "vos"}, {"outliers_from": 0.9}),
         ({"reliability": "mc-dropout"}, {"keep": 0.7}),

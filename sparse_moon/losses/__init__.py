@@ -8,6 +8,7 @@ the loss and the row's gradient become NaN, and losses with epochs raise as soon
 from sparse_moon.losses.abstention import (
     AbstainingLoss,
     AbstentionLoss,
+    GamblersLoss,
     UnknownAwareLoss,
     default_warmup_epochs,
 )
@@ -18,6 +19,7 @@ from sparse_moon.losses.virtual_outliers import VirtualOutlierLoss
 __all__ = [
     "AbstainingLoss",
     "AbstentionLoss",
+    "GamblersLoss",
     "LogitNormLoss",
     "UnknownAwareLoss",
     "VirtualOutlierLoss",

@@ -1,4 +1,4 @@
-"""Losses of networks with an output for "unknown": the unknown-aware loss (MOON) and the deep abstaining classifier."""
+"""Losses of networks with an output for "unknown": MOON's, the deep abstaining classifier's and Deep Gamblers'."""
 
 import math
 from typing import Any
@@ -217,3 +217,43 @@ class AbstainingLoss(AbstentionLoss):
                 self._note(weighted.mean(), log_p[:, self.num_classes].exp().mean(), errors, logits.shape[0])
         loss = torch.where(self.warming_up, ce - log_known, weighted - self.w * log_known)
         return loss.mean()
+
+
+class GamblersLoss(AbstentionLoss):
+    """Deep Gamblers (Liu et al. 2019, arXiv 1907.00208, equation 5), ``u`` being the probability of "unknown":
+
+        L = -log(p_y + u / o).
+
+    A network bets on the classes, where a right answer pays o, or keeps its stake, u. For small u the gradient with
+    respect to the logit of u is ``u (1 - 1 / (o p_y))``: it pushes u up as soon as ``p_y < 1 / o``, the more the surer
+    the network is of another class. In the warm-up the loss is cross-entropy over all K+1 outputs.
+
+    Args:
+        num_classes, epochs, warmup_epochs: as :class:`AbstentionLoss`.
+        payoff: o, above 1; the paper's is at most K, found by a search.
+    """
+
+    def __init__(self, num_classes: int, epochs: int, *, payoff: float = 2.0, warmup_epochs: int | None = None) -> None:
+        if not 1 < payoff < math.inf:
+            raise ValueError(f"payoff must be above 1, got {payoff}")
+        super().__init__(num_classes, epochs, final_weight=1.0 / payoff, warmup_epochs=warmup_epochs, auto_tune=False)
+        self.payoff = payoff
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean loss (0-d) of logits (B, K+1) and int64 targets (B,) in [0, K)."""
+        self._check(logits)
+        check_target(target, logits)
+        label, factor = usable_labels(target, known_labels(target, self.num_classes))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        log_p = logits.log_softmax(1)
+        log_right = log_p.gather(1, label[:, None])[:, 0] * factor
+        log_u = log_p[:, self.num_classes]
+        loss = -torch.where(self.warming_up, log_right, torch.logaddexp(log_right, log_u - math.log(self.payoff)))
+        if self.training:
+            with torch.no_grad():
+                errors = ((logits.argmax(1) != target) * factor).sum()
+                self._note(loss.mean(), log_u.exp().mean(), errors, logits.shape[0])
+        return loss.mean()
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, epochs={self.epochs}, payoff={self.payoff}"

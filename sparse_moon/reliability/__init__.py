@@ -4,7 +4,7 @@ A method is a class, `Reliability` with some of its answers changed: MOON has an
 hides weights at random. The parts themselves (losses, masks, averages) work in anyone's loop without it.
 """
 
-from sparse_moon.reliability.abstention import DAC, MOON
+from sparse_moon.reliability.abstention import DAC, MOON, Gamblers
 from sparse_moon.reliability.cigl import CigL
 from sparse_moon.reliability.costs import RunCost, cigl_overhead, moon_overhead
 from sparse_moon.reliability.dropout import MCDropout, WeightDropout
@@ -19,6 +19,7 @@ __all__ = [
     "RELIABILITY",
     "VOS",
     "CigL",
+    "Gamblers",
     "GeneralizedODIN",
     "LabelSmoothing",
     "LogitNorm",

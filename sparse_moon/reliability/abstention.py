@@ -1,9 +1,9 @@
-"""Networks with an output for "unknown", and a loss whose weight tunes itself: MOON and the abstaining classifier."""
+"""Networks with an output for "unknown": MOON, the deep abstaining classifier and Deep Gamblers."""
 
 from torch import nn
 
-from sparse_moon.losses import AbstainingLoss, AbstentionLoss, UnknownAwareLoss
-from sparse_moon.options import AbstentionOptions, MOONOptions
+from sparse_moon.losses import AbstainingLoss, AbstentionLoss, GamblersLoss, UnknownAwareLoss
+from sparse_moon.options import AbstentionOptions, GamblersOptions, MOONOptions
 from sparse_moon.reliability.costs import RunCost, moon_overhead
 from sparse_moon.reliability.method import Reliability
 from sparse_moon.reliability.voting import Voting
@@ -13,7 +13,7 @@ _FINAL_WEIGHT = {"mnist": 0.01, "cifar10": 1.0, "cifar100": 2.0}
 
 
 class _Abstaining(Reliability):
-    """What both have in common."""
+    """What they have in common."""
 
     def progress(self) -> dict[str, str]:
         if not isinstance(self.loss, AbstentionLoss):  # left out
@@ -86,4 +86,26 @@ class DAC(_Abstaining):
             self.run.epochs,
             final_weight=1.0 if weight is None else weight,
             warmup_epochs=self.options.warmup_epochs,
+        )
+
+
+class Gamblers(_Abstaining, Voting):
+    """Deep Gamblers (Liu et al. 2019), with MOON's voting over the late epochs."""
+
+    name = "gamblers"
+    Options = GamblersOptions
+    options: GamblersOptions
+    parts = ("voting",)
+
+    @property
+    def unknown_output(self) -> bool:
+        return True
+
+    @property
+    def averages(self) -> bool:
+        return "voting" not in self.without
+
+    def make_loss(self, model: nn.Module) -> nn.Module:
+        return GamblersLoss(
+            self.num_classes, self.run.epochs, payoff=self.options.payoff, warmup_epochs=self.options.warmup_epochs
         )
