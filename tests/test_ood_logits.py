@@ -81,6 +81,7 @@ def test_registry():
         (lambda: Energy(K, extra="some"), "'some'"),
         (lambda: ODIN(K, -1.0), "temperature"),
         (lambda: ODIN(K, eps=-0.1), "eps"),
+        (lambda: ODIN(K, std=[0.2, 0.0]), "std must be positive, got 0.0"),
         (lambda: KNN(K, 0), "k must be at least 1"),
     ],
 )
@@ -100,6 +101,20 @@ def test_odin_by_hand():
     images = torch.tensor([[0.5], [-0.25]])
     assert ODIN(2, eps=0.125).perturb(model, images).equal(torch.tensor([[0.625], [-0.375]]))
     assert images.equal(torch.tensor([[0.5], [-0.25]]))
+
+
+def test_odin_steps_by_eps_in_pixels():
+    # Two channels, normalised by 0.25 and 0.5: a step of 1/64 in pixels is one of 1/16 and of 1/32 in the input.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+    pixels, std = torch.tensor([0.75, 0.25]).view(1, 2, 1, 1), torch.tensor([0.25, 0.5]).view(1, 2, 1, 1)
+    images = (pixels - 0.5) / std  # logits (2, 0): class 0, which grows with channel 0 and falls with channel 1
+    moved = ODIN(2, eps=1 / 64, std=[0.25, 0.5]).perturb(model, images)
+    assert moved.flatten().tolist() == [1.0 + 1 / 16, -0.5 - 1 / 32]
+    assert (moved * std + 0.5).flatten().tolist() == [0.75 + 1 / 64, 0.25 - 1 / 64]
+    with pytest.raises(ValueError, match=r"expected images \(B, 3, ...\) as std has it, got \(1, 2, 1, 1\)"):
+        ODIN(2, std=[1.0, 1.0, 1.0]).perturb(model, images)
 
 
 def test_odin_predicts_among_the_known_classes():
