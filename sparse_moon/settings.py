@@ -82,7 +82,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     names = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     if names:
         own = ImportPath in parts
-        if value not in names and not (own and is_import_path(value)):
+        if value not in names and not any(_has_form(part, value) for part in parts):
             raise ValueError(f"{name} must be one of {', '.join(names)}{OR_IMPORT_PATH * own}, got {value!r}")
         return
     for part in parts:
@@ -96,6 +96,17 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             return
     kinds = " or ".join(expected.get(part, "a list of texts") for part in parts)
     raise ValueError(f"{name} must be {kinds}, got {value!r}")
+
+
+def _has_form(kind: Any, value: object) -> bool:
+    """Whether ``kind`` is a type of texts of a certain form, such as `ImportPath`, and ``value`` one of them."""
+    if not (isinstance(kind, type) and issubclass(kind, str) and kind is not str and isinstance(value, str)):
+        return False
+    try:
+        kind(value)
+    except ValueError:
+        return False
+    return True
 
 
 def helps(settings: type) -> dict[str, str]:

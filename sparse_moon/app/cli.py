@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments = _parser(program, given).parse_args(_with_presets(given))
             run = import_module(f"sparse_moon.app.commands.{arguments.command}").run
         options = arguments[arguments.command]
-        import_modules(filter(is_import_path, [options.get("model"), *(options.get("score") or ())]))
+        scores = (score.partition(":")[0] for score in options.get("score") or ())
+        import_modules(filter(is_import_path, [options.get("model"), *scores]))
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing if options.get("quiet") else sys.stdout):
             run(options)
             sys.stdout.flush()
@@ -229,7 +230,7 @@ def _compare_parser(description: str, own: Mapping[str, type]) -> _Parser:
     output.add_argument(
         "--evaluate", action="store_true", help="train nothing, evaluate all finished runs on --ood with --score"
     )
-    output.add_argument("--score", type=str, nargs="+", help="with --evaluate: scores; default all that fit")
+    output.add_argument("--score", type=str, nargs="+", help="with --evaluate: scores as in eval; default all that fit")
     output.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
 
@@ -243,7 +244,8 @@ def _eval_parser(description: str) -> _Parser:
         "--score",
         type=str,
         nargs="+",
-        help=f"scores to compute, of {scores}{OR_IMPORT_PATH}; default all that fit the model",
+        help=f"scores to compute, of {scores}{OR_IMPORT_PATH}, with options as in knn:k=200 or "
+        "dice:p=0.7,score=msp; default all that fit the model",
     )
     _add_imports(parser)
     parser.add_argument("--data-root", type=str | None, default=None, help="folder of the named data sets")

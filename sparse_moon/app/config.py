@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import sparse_moon  # whose parts that need torch are imported when they are first used
 from sparse_moon.allocation import Allocation, check_sparsity
-from sparse_moon.app.names import ModelName, Score
+from sparse_moon.app.names import ModelName, Score, ScoreWithOptions
 from sparse_moon.options import MethodOptions, ReliabilityMethod, ReliabilityOptions, TrainingMethod
 from sparse_moon.settings import (
     AT_LEAST_0,
@@ -35,7 +35,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         download: fetch a missing named data set into data_root.
         image_size: side to resize an image folder to.
         ood: out-of-distribution sets, NAME or NAME=PATH; by default those that go with the data set.
-        headline: the one score that tables lead with, whichever is best; fixed before the test sets are seen.
+        headline: the one score that tables lead with, such as energy or knn:k=200; fixed before test sets are seen.
         model: which network; your own as package.module.function.
         width: channels of the first stage (small-resnet) or of the hidden layers (mlp); passed to a model of your own.
         method: how the topology changes, see docs/topology-methods.md; your own as package.module.Class.
@@ -69,7 +69,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     download: bool = False
     image_size: Annotated[int, AT_LEAST_1] | None = None
     ood: list[str] | None = None
-    headline: Score = "msp"
+    headline: Score | ScoreWithOptions = "msp"
     model: ModelName | ImportPath = "small-resnet"
     width: Annotated[int, AT_LEAST_1] | None = None
     method: TrainingMethod | ImportPath = "rigl"
@@ -100,8 +100,9 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for anything that can be known to be wrong before the data is read."""
         check_settings(self)
-        for name in ("model", "method", "reliability"):
+        for name in ("model", "method", "reliability", "headline"):
             object.__setattr__(self, name, str(getattr(self, name)))  # the command line's paths are of a subclass
+        sparse_moon.ood.check_score(self.headline)
         check_sparsity(self.sparsity)
         sparse_moon.topology.block_shape(self.pattern)
         if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0):

@@ -19,12 +19,13 @@ from sparse_moon.ood import (
     DICE,
     SCORES,
     Detector,
-    Energy,
     choose_p,
     collect,
     detector_class,
     evaluate,
     fit_detectors,
+    make_detector,
+    parse_score,
     threshold,
 )
 from sparse_moon.ood.calibration import adaptive_calibration_error, classwise_calibration_error, fit_temperature
@@ -78,10 +79,11 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
 
 
 def scores_for(config: TrainConfig) -> list[str]:
-    """Names of all scores that fit what a run predicts with."""
+    """Names of all scores that fit what a run predicts with, and the headline with its options, if it fits."""
     reliability = config.make_reliability()
     # ours in the order of the list, whatever was imported first
-    return [name for name in dict.fromkeys((*get_args(Score), *SCORES)) if reliability.fits(SCORES[name])]
+    names = dict.fromkeys((*get_args(Score), *SCORES, config.headline))
+    return [name for name in names if reliability.fits(detector_class(parse_score(name)[0]))]
 
 
 def evaluate_model(
@@ -96,7 +98,8 @@ def evaluate_model(
     Where the run holds training images out, they choose DICE's p and a temperature, too.
 
     Args:
-        scores: names or import paths of registered detectors; by default all that fit the model. Those among these
+        scores: names or import paths of registered detectors, with options as
+            :func:`sparse_moon.ood.make_detector` takes them; by default all that fit the model. Those among these
             that cannot be computed for this data, such as KNN with fewer training images than neighbours, are left out
             with a warning.
 
@@ -152,9 +155,9 @@ def evaluate_model(
             **{f"{name}_before": figures["id"][name] for name in _SCALED},
             **{f"{name}_after": scaled[name] for name in _SCALED},
         }
-        for detector in detectors:
-            if isinstance(detector, DICE):
-                figures["dice"] = {"p": detector.p}
+        chosen = {d.name: d.p for d in detectors if isinstance(d, DICE) and _chooses_p(d.name)}
+        if chosen:
+            figures["dice"] = {"p" if name == DICE.name else name: p for name, p in chosen.items()}
     return figures, arrays
 
 
@@ -172,18 +175,25 @@ def _identity(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, flo
     }
 
 
-def _detector(name: str, model: nn.Module, config: TrainConfig, dataset: RunData) -> Detector:
-    """The score of this name; DICE with the p that held-out images choose, where there are any."""
-    detector = detector_class(name).make(dataset.num_classes)
-    if isinstance(detector, DICE) and dataset.holdout is not None:
+def _chooses_p(score: str) -> bool:
+    return "p" not in parse_score(score)[1]
+
+
+def _detector(score: str, model: nn.Module, config: TrainConfig, dataset: RunData) -> Detector:
+    """The score of this text; DICE without a p of its own gets the one that held-out images choose, if there are any.
+
+    Raises:
+        ValueError: an unknown score or option, or a value that it does not take.
+    """
+    detector = make_detector(score, dataset.num_classes, std=dataset.std.tolist())
+    if isinstance(detector, DICE) and _chooses_p(score) and dataset.holdout is not None:
         fit_detectors(model, [detector], plain_batches(dataset.train, dataset, config), device=config.device)
         held = plain_batches(dataset.holdout, dataset, config)
-        p = choose_p(model, detector, held, device=config.device, seed=config.seed)
-        return DICE(Energy(dataset.num_classes), p)
+        return detector.with_p(choose_p(model, detector, held, device=config.device, seed=config.seed))
     return detector
 
 
-def fit_detector(name: str, model: nn.Module, config: TrainConfig, dataset: RunData, tpr: float = 0.95) -> Detector:
+def fit_detector(score: str, model: nn.Module, config: TrainConfig, dataset: RunData, tpr: float = 0.95) -> Detector:
     """One score, fitted on the training images, with the threshold that a share ``tpr`` of other ID images reach.
 
     The others are those held out of training, or the test images where none are.
@@ -191,7 +201,7 @@ def fit_detector(name: str, model: nn.Module, config: TrainConfig, dataset: RunD
     Raises:
         ValueError: an unknown score or one that does not fit the model, or a rate outside (0, 1].
     """
-    detector = _detector(name, model, config, dataset)
+    detector = _detector(score, model, config, dataset)
     train, head = plain_batches(dataset.train, dataset, config), config.make_reliability().head(model)
     fit_detectors(model, [detector], train, device=config.device, head=head)
     images = dataset.test if dataset.holdout is None else dataset.holdout

@@ -3,7 +3,9 @@
 Those of training methods and reliability methods are in :mod:`sparse_moon.options`.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse.typing import restricted_string_type
 
 ModelName = Literal["mlp", "small-resnet", "resnet18", "resnet50", "wrn-22-2"]
 
@@ -11,3 +13,9 @@ Score = Literal[
     "msp", "maxlogit", "energy", "odin", "knn", "unknown", "klm", "mahalanobis", "dice", "react", "vim", "ash",
     "scale", "gen", "gradnorm", "godin",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+    ScoreWithOptions = str
+else:
+    ScoreWithOptions = restricted_string_type("ScoreWithOptions", rf"^({'|'.join(Score.__args__)}):.+$")
+    """One of `Score` with options, ``knn:k=200``; see :func:`sparse_moon.ood.make_detector`."""

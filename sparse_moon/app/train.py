@@ -27,6 +27,7 @@ from sparse_moon.app.trainer import Trainer
 from sparse_moon.distributed import rank, world_size
 from sparse_moon.nn import layer_sparsities, live_outputs, overall_sparsity
 from sparse_moon.nn.what_runs import what_runs, what_would_pay
+from sparse_moon.ood import make_detector
 
 
 def train(
@@ -70,6 +71,7 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool, t
     ood_sets = load_ood_sets(config, dataset)
     if config.headline not in scores_for(config):
         raise ValueError(f"headline must be a score that fits this run, {scores_for(config)}, got {config.headline!r}")
+    make_detector(config.headline, dataset.num_classes)  # so that what is wrong with its options is said now
     trainer = Trainer(config, dataset)
     if state is not None:
         trainer.load_state_dict(state)

@@ -15,6 +15,7 @@ from sparse_moon.ood.dice import DICE, choose_p
 from sparse_moon.ood.evaluation import Evaluation, evaluate, fit_detectors
 from sparse_moon.ood.features import KNN, GeneralizedODIN, GradNorm, Mahalanobis, ViM
 from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
+from sparse_moon.ood.options import check_score, make_detector, parse_score
 from sparse_moon.ood.outputs import Head, Outputs
 from sparse_moon.ood.passes import Batches, Perturb, classifier_head, collect
 from sparse_moon.ood.registry import DETECTORS, SCORES, detector_class
@@ -48,6 +49,7 @@ __all__ = [
     "Shaping",
     "Unknown",
     "ViM",
+    "check_score",
     "choose_p",
     "classifier_head",
     "collect",
@@ -55,6 +57,8 @@ __all__ = [
     "evaluate",
     "fit_detectors",
     "load_detector",
+    "make_detector",
+    "parse_score",
     "save_detector",
     "threshold",
 ]
