@@ -262,4 +262,4 @@ def test_settings_take_an_import_path_as_a_model(own):
 
 def test_one_light_list_of_names_is_what_is_registered():
     assert list(get_args(ModelName)) == list(models.MODELS)
-    assert set(get_args(Score)) == set(SCORES) == {*DETECTORS, "godin"}
+    assert set(get_args(Score)) == set(SCORES) == {*DETECTORS, "godin", "temperature"}

@@ -7,7 +7,22 @@ import torch
 from torch import nn
 
 from small_net import K, Net, batches, outputs, softmax
-from sparse_moon.ood import DETECTORS, KNN, MSP, ODIN, Energy, MaxLogit, Outputs, Unknown, collect
+from sparse_moon.ood import (
+    DETECTORS,
+    KNN,
+    MSP,
+    ODIN,
+    SCORES,
+    Energy,
+    MaxLogit,
+    Outputs,
+    TemperatureScaling,
+    Unknown,
+    collect,
+    evaluate,
+    fit_detectors,
+)
+from sparse_moon.ood.calibration import fit_temperature
 
 
 @pytest.mark.parametrize("extra", [0, 1])
@@ -67,6 +82,8 @@ def test_registry():
         assert detector(K).num_classes == K
         assert detector(K).threshold is None
     assert {name for name, d in DETECTORS.items() if d(K).fits} == {"knn", "klm", "mahalanobis", "dice", "react", "vim"}
+    assert set(SCORES) - set(DETECTORS) == {"godin", "temperature"}
+    assert [name for name, d in SCORES.items() if d.held_out] == ["temperature"]
     assert {name for name, d in DETECTORS.items() if d(K).linear_head} == set(head)
     assert [name for name, d in DETECTORS.items() if d(K).perturbs] == ["odin"]
     assert not ODIN(K, eps=0).perturbs
@@ -186,3 +203,46 @@ def test_odin_without_a_step_is_temperature_scaled_msp():
     assert odin.perturb(net.eval(), data[0][0]).equal(data[0][0])
     scaled = Outputs(found.logits.double() / 10, found.features)
     assert odin.score(found).equal(MSP(K).score(scaled))
+
+
+# Temperature scaling
+
+
+def test_temperature_scaling_by_hand():
+    # Four held-out samples of confidence 0.9, of which three are right: z / 2 has the confidence 0.75 that fits.
+    gap = math.log(9)
+    held = Outputs(torch.tensor([[gap, 0.0]] * 4), None, torch.tensor([0, 0, 0, 1]))
+    detector = TemperatureScaling(2).fit(held)
+    torch.testing.assert_close(detector.temperature, torch.tensor(2.0, dtype=torch.float64), rtol=1e-6, atol=0)
+    found = detector.score(Outputs(torch.tensor([[gap, 0.0], [0.0, 4 * gap], [0.0, 0.0]]), None))
+    expected = torch.tensor([0.75, 81 / 82, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_temperature_scaling_with_an_unknown_output():
+    # p = (0.6, 0.2, 0.2), the last of them "unknown", at T = 2 as sqrt(p), over its sum.
+    detector = TemperatureScaling(2)
+    detector.temperature = torch.tensor(2.0, dtype=torch.float64)
+    found = detector.score(Outputs(torch.tensor([[0.6, 0.2, 0.2]]).log(), None))
+    assert found.item() == pytest.approx(math.sqrt(0.6) / (math.sqrt(0.6) + 2 * math.sqrt(0.2)))
+
+
+def test_temperature_scaling_learns_from_held_out_data():
+    net, data = Net(), batches()
+    labelled = [(images, torch.arange(len(images)) % K) for images, *_ in data]
+    sets = {"id_batches": data, "ood_batches": {"ood": data}}
+    with pytest.raises(ValueError, match=r"held_out_batches is needed to fit \['temperature'\]"):
+        evaluate(net, [TemperatureScaling(K)], train_batches=labelled, **sets)
+    with pytest.raises(ValueError, match=r"\['temperature'\] learn from held-out data and the others"):
+        fit_detectors(net, [TemperatureScaling(K), KNN(K, 3)], labelled)
+    with pytest.raises(ValueError, match="the temperature is fitted to labels, got batches without"):
+        TemperatureScaling(K).fit(outputs(torch.zeros(2, K)))
+    with pytest.raises(ValueError, match="held-out logits must be finite"):
+        TemperatureScaling(K).fit(Outputs(torch.full((1, K), math.nan), None, torch.zeros(1, dtype=torch.long)))
+    with pytest.raises(ValueError, match="not fitted"):
+        TemperatureScaling(K).score(outputs(torch.zeros(2, K)))
+    detector = TemperatureScaling(K)
+    found = evaluate(net, [detector, KNN(K, 3)], train_batches=data, held_out_batches=labelled, **sets)
+    known = collect(net, labelled)
+    assert detector.temperature.item() == fit_temperature(known.logits, known.labels)
+    assert found.scores["id"]["temperature"].equal(detector.score(known))

@@ -8,6 +8,7 @@ import torch
 from small_outputs import D, K, network
 from sparse_moon.app.cli import main
 from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.train import train
 from sparse_moon.ood import (
     DETECTORS,
     DICE,
@@ -139,6 +140,10 @@ def test_on_the_command_line(tmp_path, capsys):
     assert found["dice"].keys() == {"p", "dice:select=bottom,score=msp"}
     assert found["dice"]["p"] == results["dice"]["p"]
 
+    # the temperature is that of the held-out images, and is a score of runs that have some
+    assert "temperature" in results["ood"]["noise"] and "left_out" not in results
+    main(["eval", str(run), "--ood", "noise", "--score", "temperature", "--save-detector", str(file)])
+    assert load_detector(file).temperature.item() == results["calibration"]["temperature"]
     main(["eval", str(run), "--ood", "noise", "--score", "odin:eps=0.1", "--save-detector", str(file)])
     saved = load_detector(file)
     assert saved.name == "odin:eps=0.1" and saved.eps == 0.1 and len(saved.std) == 1
@@ -152,3 +157,5 @@ def test_on_the_command_line(tmp_path, capsys):
             main(words)
         assert end.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="headline must be a score that fits this run"):
+        train(TrainConfig(headline="temperature", epochs=1, interval=2, batch_size=256), tmp_path / "other")

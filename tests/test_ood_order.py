@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_moon.ood import DETECTORS, KNN, GeneralizedODIN, Head, Mahalanobis, Outputs
+from sparse_moon.ood import DETECTORS, KNN, GeneralizedODIN, Head, Mahalanobis, Outputs, TemperatureScaling
+from sparse_moon.ood.calibration import fit_temperature
 
 K, D, TRAIN, TEST = 4, 12, 300, 64
 
@@ -72,6 +73,8 @@ def expected(name: str, train: Outputs, test: Outputs, number: type[np.floating]
             return logsumexp(known)
         case "odin":
             return softmax(z / 1000)[:, :K].max(1)
+        case "temperature":
+            return softmax(z / number(fit_temperature(train.logits, train.labels)))[:, :K].max(1)
         case "unknown":
             return p[:, :K].sum(1)
         case "gen":
@@ -118,7 +121,7 @@ def expected(name: str, train: Outputs, test: Outputs, number: type[np.floating]
     raise AssertionError(name)
 
 
-SCORES = {**DETECTORS, "godin": GeneralizedODIN}
+SCORES = {**DETECTORS, "godin": GeneralizedODIN, "temperature": TemperatureScaling}
 
 
 @pytest.mark.parametrize("name", SCORES)

@@ -79,11 +79,18 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
 
 
 def scores_for(config: TrainConfig) -> list[str]:
-    """Names of all scores that fit what a run predicts with, and the headline with its options, if it fits."""
+    """Names of all scores that fit a run: what it predicts with, and whether it holds images out.
+
+    The headline is among them with its options, if it fits.
+    """
     reliability = config.make_reliability()
+
+    def fits(name: str) -> bool:
+        kind = detector_class(parse_score(name)[0])
+        return reliability.fits(kind) and (config.holdout > 0 or not kind.held_out)
+
     # ours in the order of the list, whatever was imported first
-    names = dict.fromkeys((*get_args(Score), *SCORES, config.headline))
-    return [name for name in names if reliability.fits(detector_class(parse_score(name)[0]))]
+    return [name for name in dict.fromkeys((*get_args(Score), *SCORES, config.headline)) if fits(name)]
 
 
 def evaluate_model(
@@ -111,6 +118,7 @@ def evaluate_model(
         ValueError: an unknown score, or one that does not fit the model.
     """
     left_out: dict[str, str] = {}
+    held_batches = None if dataset.holdout is None else plain_batches(dataset.holdout, dataset, config)
     detectors, head = [], config.make_reliability().head(model)
     for name in scores_for(config) if scores is None else dict.fromkeys(scores):
         try:
@@ -123,6 +131,7 @@ def evaluate_model(
         model,
         detectors,
         train_batches=plain_batches(dataset.train, dataset, config),
+        held_out_batches=held_batches,
         id_batches=plain_batches(dataset.test, dataset, config),
         ood_batches={name: plain_batches(images, dataset, config) for name, images in ood_sets.items()},
         device=config.device,
@@ -145,8 +154,7 @@ def evaluate_model(
     figures: dict[str, Any] = {"id": _identity(logits, labels, dataset.num_classes), "ood": ood}
     if left_out:
         figures["left_out"] = left_out
-    if dataset.holdout is not None:
-        held_batches = plain_batches(dataset.holdout, dataset, config)
+    if held_batches is not None:
         held = collect(model, held_batches, device=config.device, head=head)
         temperature = fit_temperature(held.logits, cast(Tensor, held.labels))
         scaled = _identity(logits / temperature, labels, dataset.num_classes)
@@ -186,6 +194,8 @@ def _detector(score: str, model: nn.Module, config: TrainConfig, dataset: RunDat
         ValueError: an unknown score or option, or a value that it does not take.
     """
     detector = make_detector(score, dataset.num_classes, std=dataset.std.tolist())
+    if detector.held_out and dataset.holdout is None:
+        raise ValueError(f"the score {score!r} learns from held-out images, of which the run has none: --holdout")
     if isinstance(detector, DICE) and _chooses_p(score) and dataset.holdout is not None:
         fit_detectors(model, [detector], plain_batches(dataset.train, dataset, config), device=config.device)
         held = plain_batches(dataset.holdout, dataset, config)
@@ -196,17 +206,18 @@ def _detector(score: str, model: nn.Module, config: TrainConfig, dataset: RunDat
 def fit_detector(score: str, model: nn.Module, config: TrainConfig, dataset: RunData, tpr: float = 0.95) -> Detector:
     """One score, fitted on the training images, with the threshold that a share ``tpr`` of other ID images reach.
 
-    The others are those held out of training, or the test images where none are.
+    The others are those held out of training, or the test images where none are. A temperature is fitted on those held
+    out.
 
     Raises:
         ValueError: an unknown score or one that does not fit the model, or a rate outside (0, 1].
     """
     detector = _detector(score, model, config, dataset)
-    train, head = plain_batches(dataset.train, dataset, config), config.make_reliability().head(model)
-    fit_detectors(model, [detector], train, device=config.device, head=head)
     images = dataset.test if dataset.holdout is None else dataset.holdout
+    batches, train = (plain_batches(some, dataset, config) for some in (images, dataset.train))
+    head = config.make_reliability().head(model)
+    fit_detectors(model, [detector], batches if detector.held_out else train, device=config.device, head=head)
     perturb = detector.perturb if detector.perturbs else None
-    batches = plain_batches(images, dataset, config)
     outputs = collect(model, batches, device=config.device, perturb=perturb, head=head)
     detector.threshold = threshold(detector.score(outputs.to(config.device)), tpr)
     return detector

@@ -11,7 +11,7 @@ ModelName = Literal["mlp", "small-resnet", "resnet18", "resnet50", "wrn-22-2"]
 
 Score = Literal[
     "msp", "maxlogit", "energy", "odin", "knn", "unknown", "klm", "mahalanobis", "dice", "react", "vim", "ash",
-    "scale", "gen", "gradnorm", "godin",
+    "scale", "gen", "gradnorm", "godin", "temperature",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.dice import DICE, choose_p
 from sparse_moon.ood.evaluation import Evaluation, evaluate, fit_detectors
 from sparse_moon.ood.features import KNN, GeneralizedODIN, GradNorm, Mahalanobis, ViM
-from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, Unknown
+from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, TemperatureScaling, Unknown
 from sparse_moon.ood.options import check_score, make_detector, parse_score
 from sparse_moon.ood.outputs import Head, Outputs
 from sparse_moon.ood.passes import Batches, Perturb, classifier_head, collect
@@ -47,6 +47,7 @@ __all__ = [
     "Perturb",
     "ReAct",
     "Shaping",
+    "TemperatureScaling",
     "Unknown",
     "ViM",
     "check_score",

@@ -28,6 +28,7 @@ class Detector(ABC):
         linear_head: whether the score needs outputs of a network with a linear head.
         cosine_head: whether it needs those of a network with a `CosineHead`; it is then not in `DETECTORS`.
         unknown_output: whether it needs K + 1 outputs.
+        held_out: whether it learns from held-out ID data in place of training data; it is then not in `DETECTORS`.
         num_classes: K; with K + 1 outputs the last is the unknown one.
         threshold: scores from here on are taken as in-distribution; see `sparse_moon.ood.threshold`.
     """
@@ -37,6 +38,7 @@ class Detector(ABC):
     linear_head: ClassVar[bool] = False
     cosine_head: ClassVar[bool] = False
     unknown_output: ClassVar[bool] = False
+    held_out: ClassVar[bool] = False
     threshold: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -99,7 +101,7 @@ class Detector(ABC):
 
     @property
     def fits(self) -> bool:
-        """Whether the detector learns from the training set."""
+        """Whether the detector learns: from the training set, or from held-out data, see ``held_out``."""
         return bool(self.learned)
 
     @property

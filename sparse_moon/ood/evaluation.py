@@ -38,22 +38,26 @@ def fit_detectors(
     head: str | nn.Module | None = None,
     left_out: dict[str, str] | None = None,
 ) -> None:
-    """Fit all detectors that learn, in one pass over the training data.
+    """Fit all detectors that learn, in one pass over the data.
 
     Args:
         model: see `collect`.
         detectors: those that learn nothing are left alone.
-        batches: ID training data with test transforms, (images, labels) for detectors that need labels.
+        batches: ID training data with test transforms, (images, labels) for detectors that need labels; held-out ID
+            data for those with ``held_out``, which want a call of their own.
         device: where the model is and the detectors compute; the device of its first parameter by default.
         head: as `collect`.
         left_out: takes the reasons of detectors that cannot be fitted to this data, by name, in place of an error.
 
     Raises:
-        ValueError: as `collect` and the detectors.
+        ValueError: detectors of both kinds of data, or as `collect` and the detectors.
     """
     fitting = [detector for detector in detectors if detector.fits]
     if not fitting:
         return
+    if len({detector.held_out for detector in fitting}) > 1:
+        held = [detector.name for detector in fitting if detector.held_out]
+        raise ValueError(f"{held} learn from held-out data and the others from training data: fit them by themselves")
 
     def each(act: Callable[[Detector], object]) -> None:
         for detector in list(fitting):
@@ -90,6 +94,7 @@ def evaluate(
     id_batches: Batches,
     ood_batches: Mapping[str, Batches],
     train_batches: Batches | None = None,
+    held_out_batches: Batches | None = None,
     device: torch.device | str | None = None,
     head: str | nn.Module | None = None,
     left_out: dict[str, str] | None = None,
@@ -103,15 +108,17 @@ def evaluate(
         detectors: with distinct names.
         id_batches: ID test data; for the forms of batches see `collect`.
         ood_batches: OOD data by name; ``"id"`` is taken.
-        train_batches: ID training data with test transforms; needed if a detector learns, not read otherwise.
+        train_batches: ID training data with test transforms; needed if a detector learns from it, else not read.
+        held_out_batches: ID data, with labels, that neither trains nor tests; needed if a detector learns from that
+            (``held_out``), else not read.
         device: where the model is and the detectors compute; the device of its first parameter by default.
         head: the module whose input is the features, or its name; found by what it returns by default, see `collect`.
         left_out: takes the reasons of detectors that cannot be fitted to this data or do not score all of it, by name,
             in place of an error. They are missing in what is returned.
 
     Raises:
-        ValueError: names that collide, no training data for a detector that learns, an iterator where a detector needs
-            a second pass, scores that are not one finite number a sample, or as `collect`.
+        ValueError: names that collide, no data for a detector to learn from, an iterator where one needs a second
+            pass, scores that are not one finite number a sample, or as `collect`.
     """
     names = [detector.name for detector in detectors]
     if len(set(names)) < len(names):
@@ -126,8 +133,13 @@ def evaluate(
                 f"{again} need another pass over {name!r}, and an iterator would be used before: pass a list"
             )
     fitting = [detector for detector in detectors if detector.fits]
-    if fitting and train_batches is None:
-        raise ValueError(f"train_batches is needed to fit {[detector.name for detector in fitting]}")
+    learning = [
+        ("train_batches", train_batches, [detector for detector in fitting if not detector.held_out]),
+        ("held_out_batches", held_out_batches, [detector for detector in fitting if detector.held_out]),
+    ]
+    for name, given, some in learning:
+        if some and given is None:
+            raise ValueError(f"{name} is needed to fit {[detector.name for detector in some]}")
     device = model_device(model) if device is None else device
 
     def clean_pass(batches: Batches) -> Outputs:
@@ -156,8 +168,9 @@ def evaluate(
 
     # First, so that a detector that does not fit the model is found before the training data is read.
     id_outputs = clean_pass(id_batches)
-    if fitting:
-        fit_detectors(model, fitting, cast(Batches, train_batches), device=device, head=head, left_out=left_out)
+    for _, given, some in learning:
+        if some:
+            fit_detectors(model, some, cast(Batches, given), device=device, head=head, left_out=left_out)
     scores = {"id": score("id", id_outputs)}
     for name, batches in ood_batches.items():
         scores[name] = score(name, clean_pass(batches))

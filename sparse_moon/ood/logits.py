@@ -1,14 +1,15 @@
 """Detectors that read the logits alone."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from sparse_moon.ood.calibration import fit_temperature
 from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.metrics import check_logits, class_probabilities
-from sparse_moon.ood.outputs import Outputs
+from sparse_moon.ood.outputs import Outputs, joined
 from sparse_moon.ood.passes import model_logits
 
 
@@ -114,6 +115,53 @@ class ODIN(Detector):
 
     def score(self, outputs: Outputs) -> Tensor:
         return class_probabilities(outputs.logits.double() / self.temperature, self.num_classes).amax(1)
+
+
+class TemperatureScaling(Detector):
+    """MSP of logits divided by the temperature that calibrates the network (Guo et al. 2017), as OpenOOD has it.
+
+    The temperature is that of `fit_temperature` on held-out ID data, never on training or test data; the softmax is
+    over all outputs, the maximum over the first K. It changes the order of samples only where they are torn between
+    more than two classes, so that it is close to `MSP` where the temperature is close to 1.
+    """
+
+    name = "temperature"
+    learned = ("temperature",)
+    held_out = True
+    temperature: Tensor | None
+
+    def start(self) -> None:
+        self._parts: list[Outputs] = []
+
+    def update(self, batch: Outputs) -> None:
+        """Keep logits and labels.
+
+        Raises:
+            ValueError: no labels, or logits that are not (B, K) or (B, K + 1).
+        """
+        check_logits(batch.logits, self.num_classes)
+        if batch.labels is None:
+            raise ValueError("the temperature is fitted to labels, got batches without")
+        self._parts.append(Outputs(batch.logits, None, batch.labels))
+
+    def finish(self) -> None:
+        """Set the 0-d float64 ``temperature``.
+
+        Raises:
+            ValueError: no data, or logits that are not finite.
+        """
+        if not self._parts:
+            raise ValueError("TemperatureScaling is not fitted: no held-out data")
+        held = joined(self._parts)
+        if not held.logits.isfinite().all():
+            raise ValueError("held-out logits must be finite")
+        fitted = fit_temperature(held.logits, cast(Tensor, held.labels))
+        self.temperature = torch.tensor(fitted, dtype=torch.float64, device=held.logits.device)
+        self.start()
+
+    def score(self, outputs: Outputs) -> Tensor:
+        check_logits(outputs.logits, self.num_classes)
+        return class_probabilities(outputs.logits.double() / self.fitted(self.temperature), self.num_classes).amax(1)
 
 
 class GEN(Detector):

@@ -12,7 +12,7 @@ SCORES: "Registry[Detector]" = Registry("detector", "sparse_moon.ood", "Detector
 """Every registered detector, by name."""
 
 DETECTORS: "dict[str, Callable[[int], Detector]]" = {}
-"""Detectors by name, each made from the number of classes alone, for a network with a linear head."""
+"""Detectors by name, each made from the number of classes alone, for a network with a linear head and training data."""
 
 
 def register(detector: "type[Detector]") -> None:
@@ -21,7 +21,7 @@ def register(detector: "type[Detector]") -> None:
     Raises:
         ValueError: another class has the name.
     """
-    if SCORES.add(detector) and not detector.cosine_head:
+    if SCORES.add(detector) and not (detector.cosine_head or detector.held_out):
         DETECTORS[detector.name] = detector.make
 
 
