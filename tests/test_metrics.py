@@ -22,6 +22,7 @@ from sparse_moon.ood.metrics import (
     negative_log_likelihood,
     ood_metrics,
     open_set_classification_rate,
+    predictions,
 )
 
 
@@ -130,6 +131,34 @@ def test_unknown_output_by_hand():
     )
     # Read as three plain classes the same logits say something else.
     assert classification_metrics(p.log(), labels, 3)["accuracy"] == 0.0
+
+
+def test_predictions_over_all_outputs_by_hand():
+    # The first prediction is "unknown" with confidence 5/8, which is never right; the second class 0, wrong either way;
+    # the third class 1, right either way.
+    p = torch.tensor([[0.25, 0.125, 0.625], [0.5, 0.25, 0.25], [0.125, 0.75, 0.125]], dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1])
+    confidence, correct = predictions(p.log(), labels, 2, extra="all")
+    assert confidence.tolist() == pytest.approx([0.625, 0.5, 0.75]) and correct.tolist() == [False, False, True]
+    metrics = classification_metrics(p.log(), labels, 2, extra="all")
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["ece"] == pytest.approx((0.625 + 0.5 + 0.25) / 3)
+    known = classification_metrics(p.log(), labels, 2)
+    assert known["ece"] == pytest.approx((0.75 + 0.5 + 0.25) / 3)
+    assert (known["nll"], known["brier"]) == (metrics["nll"], metrics["brier"])
+    # without an unknown output both are the same
+    assert classification_metrics(p.log(), labels, 3, extra="all") == classification_metrics(p.log(), labels, 3)
+    with pytest.raises(ValueError, match='extra must be "known" or "all", got \'some\''):
+        predictions(p.log(), labels, 2, extra="some")
+
+
+def test_ten_bins_by_hand():
+    # Confidences 0.62 and 0.68: one bin of ten, (0.6, 0.7], where a right and a wrong one cancel but for 0.15 in the
+    # mean; two bins of fifteen, (0.6, 0.667] and (0.667, 0.733], where they do not.
+    p = torch.tensor([[0.62, 0.38], [0.68, 0.32]], dtype=torch.float64)
+    labels = torch.tensor([0, 1])
+    assert classification_metrics(p.log(), labels, 2, bins=10)["ece"] == pytest.approx(0.65 - 0.5)
+    assert classification_metrics(p.log(), labels, 2)["ece"] == pytest.approx((0.38 + 0.68) / 2)
 
 
 @pytest.mark.parametrize("extra", [0, 1])

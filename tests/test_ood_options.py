@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from sparse_moon.ood import (
     make_detector,
     parse_score,
 )
+from sparse_moon.ood.metrics import expected_calibration_error
 
 QUICK = ["--epochs", "1", "--interval", "2", "--batch-size", "256", "--quiet", "--width", "4"]
 
@@ -123,6 +125,7 @@ def test_the_headline_may_have_options():
 
 
 def test_on_the_command_line(tmp_path, capsys):
+    """Options of scores, and bins of the calibration errors."""
     run, file = tmp_path / "run", tmp_path / "knn.pt"
     main(["train", *QUICK, "--holdout", "0.1", "--headline", "knn:k=5", "--ood", "noise", "--out", str(run)])
     results = json.loads((run / "results.json").read_text())
@@ -136,6 +139,20 @@ def test_on_the_command_line(tmp_path, capsys):
     assert list(found["ood"]["noise"]) == [*asked, "knn:k=5"]
     assert found["ood"]["noise"]["knn:k=5"] == results["ood"]["noise"]["knn:k=5"]
     assert found["ood"]["noise"]["odin:eps=0"] != found["ood"]["noise"]["odin:temperature=1000,eps=0.1"]
+    # the run has K + 1 outputs and fifteen bins
+    assert found["id"] == results["id"] and "ece_all_outputs" in found["id"]
+    main(["eval", str(run), "--json", "--score", "msp", "--ece-bins", "10"])
+    ten = json.loads(capsys.readouterr().out)
+    for name in ("ece", "adaptive_ece", "classwise_ece", "ece_all_outputs"):
+        assert ten["id"][name] != results["id"][name], name
+    assert ten["id"]["accuracy"] == results["id"]["accuracy"]
+    assert ten["calibration"]["ece_after"] != results["calibration"]["ece_after"]
+    with np.load(run / "scores.npz") as scores:
+        confidence, correct = map(torch.from_numpy, (scores["confidence"], scores["correct"]))
+    assert ten["id"]["ece"] == expected_calibration_error(confidence, correct, 10)
+    main(["eval", str(run), "--score", "msp", "--ece-bins", "10"])
+    assert "(10 bins, classwise" in capsys.readouterr().out
+
     # held-out images choose p where none is given
     assert found["dice"].keys() == {"p", "dice:select=bottom,score=msp"}
     assert found["dice"]["p"] == results["dice"]["p"]

@@ -70,7 +70,7 @@ def test_a_run_writes_its_folder(whole):
 
     assert results.keys() == {"id", "ood", "sparsity", "flops", "memory", "epochs", "time_s", "steps", "environment"}
     assert results["id"].keys() == {
-        "accuracy", "ece", "nll", "brier", "classwise_ece", "adaptive_ece", "aurc",
+        "accuracy", "ece", "nll", "brier", "classwise_ece", "adaptive_ece", "aurc", "ece_all_outputs",
     }  # fmt: skip
     assert results["id"]["accuracy"] > 0.8
     assert results["ood"].keys() == {"digits-8-9", "noise"}

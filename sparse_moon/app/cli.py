@@ -43,7 +43,7 @@ _GROUPS = {
     "optimisation": (
         "epochs", "batch_size", "lr", "lr_end", "lr_until", "momentum", "weight_decay", "amp", "seed", "device",
     ),
-    "output": ("headline",),
+    "output": ("headline", "ece_bins"),
 }  # fmt: skip
 
 # What ``compare`` combines.
@@ -250,6 +250,7 @@ def _eval_parser(description: str) -> _Parser:
     _add_imports(parser)
     parser.add_argument("--data-root", type=str | None, default=None, help="folder of the named data sets")
     parser.add_argument("--device", type=str | None, default=None, help="default the run's own")
+    parser.add_argument("--ece-bins", type=int | None, default=None, help="bins of the calibration errors")
     parser.add_argument("--save-detector", type=str | None, default=None, help="file to write the one --score to")
     parser.add_argument("--tpr", type=float, default=0.95, help="share of ID images that its threshold accepts")
     parser.add_argument("--json", action="store_true", help="print JSON, of all scores, instead of a table")

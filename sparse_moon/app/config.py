@@ -36,6 +36,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         image_size: side to resize an image folder to.
         ood: out-of-distribution sets, NAME or NAME=PATH; by default those that go with the data set.
         headline: the one score that tables lead with, such as energy or knn:k=200; fixed before test sets are seen.
+        ece_bins: bins of the calibration errors; some papers and codes have 10.
         model: which network; your own as package.module.function.
         width: channels of the first stage (small-resnet) or of the hidden layers (mlp); passed to a model of your own.
         method: how the topology changes, see docs/topology-methods.md; your own as package.module.Class.
@@ -70,6 +71,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     image_size: Annotated[int, AT_LEAST_1] | None = None
     ood: list[str] | None = None
     headline: Score | ScoreWithOptions = "msp"
+    ece_bins: Annotated[int, AT_LEAST_1] = 15
     model: ModelName | ImportPath = "small-resnet"
     width: Annotated[int, AT_LEAST_1] | None = None
     method: TrainingMethod | ImportPath = "rigl"

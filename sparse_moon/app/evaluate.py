@@ -31,9 +31,9 @@ from sparse_moon.ood import (
 from sparse_moon.ood.calibration import adaptive_calibration_error, classwise_calibration_error, fit_temperature
 from sparse_moon.ood.metrics import (
     area_under_risk_coverage,
-    class_probabilities,
     classification_metrics,
     open_set_classification_rate,
+    predictions,
 )
 from sparse_moon.settings import is_import_path
 
@@ -142,8 +142,7 @@ def evaluate_model(
         reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
         warnings.warn(f"scores left out, which this data does not allow: {reasons}", stacklevel=2)
     logits, labels = evaluation.id_outputs.logits, cast(Tensor, evaluation.id_outputs.labels)
-    confidence, predicted = class_probabilities(logits, dataset.num_classes).max(1)
-    correct = predicted == labels
+    confidence, correct = predictions(logits, labels, dataset.num_classes)
     arrays = {"confidence": confidence.numpy(), "correct": correct.numpy()}
     scores_of, ood = evaluation.scores, evaluation.metrics
     for set_name, values_by_score in scores_of.items():
@@ -151,13 +150,13 @@ def evaluate_model(
     for set_name, by_score in ood.items():
         for score, metrics in by_score.items():
             metrics["oscr"] = open_set_classification_rate(scores_of["id"][score], correct, scores_of[set_name][score])
-    figures: dict[str, Any] = {"id": _identity(logits, labels, dataset.num_classes), "ood": ood}
+    figures: dict[str, Any] = {"id": _identity(logits, labels, dataset.num_classes, config.ece_bins), "ood": ood}
     if left_out:
         figures["left_out"] = left_out
     if held_batches is not None:
         held = collect(model, held_batches, device=config.device, head=head)
         temperature = fit_temperature(held.logits, cast(Tensor, held.labels))
-        scaled = _identity(logits / temperature, labels, dataset.num_classes)
+        scaled = _identity(logits / temperature, labels, dataset.num_classes, config.ece_bins)
         figures["calibration"] = {
             "temperature": temperature,
             **{f"{name}_before": figures["id"][name] for name in _SCALED},
@@ -172,15 +171,18 @@ def evaluate_model(
 _SCALED = ("ece", "classwise_ece", "adaptive_ece", "nll", "brier")
 
 
-def _identity(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+def _identity(logits: Tensor, labels: Tensor, num_classes: int, bins: int) -> dict[str, float]:
     """Figures on the ID test set."""
-    confidence, predicted = class_probabilities(logits, num_classes).max(1)
-    return {
-        **classification_metrics(logits, labels, num_classes),
-        "classwise_ece": classwise_calibration_error(logits, labels, num_classes),
-        "adaptive_ece": adaptive_calibration_error(confidence, predicted == labels),
-        "aurc": area_under_risk_coverage(confidence, predicted == labels),
+    confidence, correct = predictions(logits, labels, num_classes)
+    figures = {
+        **classification_metrics(logits, labels, num_classes, bins),
+        "classwise_ece": classwise_calibration_error(logits, labels, num_classes, bins),
+        "adaptive_ece": adaptive_calibration_error(confidence, correct, bins),
+        "aurc": area_under_risk_coverage(confidence, correct),
     }
+    if logits.shape[1] > num_classes:
+        figures["ece_all_outputs"] = classification_metrics(logits, labels, num_classes, bins, extra="all")["ece"]
+    return figures
 
 
 def _chooses_p(score: str) -> bool:

@@ -39,7 +39,8 @@ _CURVES = (  # title, {label: column}, logarithmic, in percent
 )
 _LATER = {  # figures that older runs lack: name, note
     "classwise_ece": ("Classwise ECE", "mean over the classes of each one's calibration error"),
-    "adaptive_ece": ("Adaptive ECE", "in 15 bins of as many images each"),
+    "adaptive_ece": ("Adaptive ECE", "in bins of as many images each"),
+    "ece_all_outputs": ("ECE over K + 1", "with the output for the unknown among the predictions, where it is wrong"),
     "aurc": ("AURC", "mean share of wrong predictions among the n most confident, over all n"),
 }
 _MEMORY = {"parameter": "Weights", "gradient": "Gradients", "optimizer": "Optimizer state", "index": "Indices"}
@@ -153,6 +154,10 @@ def _headline(run: RunRecord) -> str:
     return str(run.config.get("headline", TrainConfig.headline))
 
 
+def _bins(run: RunRecord) -> int:
+    return int(run.config.get("ece_bins", TrainConfig.ece_bins))
+
+
 def _grouped(run: RunRecord) -> dict[str, list[str]]:
     """Names of the OOD sets by group, without empty groups."""
     of = {name: ood_group(run.config["dataset"], name) for name in run.results["ood"]}
@@ -169,7 +174,7 @@ def _tiles(run: RunRecord, chosen: str | None) -> list[_Fact]:
     results, sparsity = run.results, run.results["sparsity"]["actual"]
     tiles = [
         _Fact("Accuracy", _percent(results["id"]["accuracy"]), "ID test images"),
-        _Fact("ECE", _decimal(results["id"]["ece"]), "calibration error, 15 bins"),
+        _Fact("ECE", _decimal(results["id"]["ece"]), f"calibration error, {_bins(run)} bins"),
     ]
     if chosen is not None:
         for group, names in _grouped(run).items():
@@ -201,7 +206,7 @@ def _in_distribution(run: RunRecord) -> dict[str, Any]:
     values, calibration = run.results["id"], run.results.get("calibration")
     facts = [
         _Fact("Accuracy", _percent(values["accuracy"]), "share of images classified right"),
-        _Fact("ECE", _decimal(values["ece"]), "mean gap between confidence and accuracy, 15 bins of equal width"),
+        _Fact("ECE", _decimal(values["ece"]), f"mean gap between confidence and accuracy, {_bins(run)} equal bins"),
         _Fact("NLL", _decimal(values["nll"]), "negative log-likelihood of the right class, in nats"),
         _Fact("Brier score", _decimal(values["brier"]), "squared error of the probabilities, 0 to 2"),
         *(_Fact(name, _decimal(values[key]), note) for key, (name, note) in _LATER.items() if key in values),
@@ -211,10 +216,10 @@ def _in_distribution(run: RunRecord) -> dict[str, Any]:
         note = f"fitted on held-out images: ECE {after} in place of {before}"
         facts.append(_Fact("Temperature", f"{calibration['temperature']:.3f}", note))
     confidence, correct = (torch.from_numpy(run.scores[name]) for name in ("confidence", "correct"))
-    bins = calibration_bins(confidence, correct)
+    bins = calibration_bins(confidence, correct, _bins(run))
     ece = _decimal(bins.expected_calibration_error)
     pictures = [
-        _Picture("Reliability diagram", f"15 bins, ECE {ece}", plots.reliability_diagram(bins)),
+        _Picture("Reliability diagram", f"{_bins(run)} bins, ECE {ece}", plots.reliability_diagram(bins)),
         _Picture("Confidence", "of right and wrong predictions", plots.confidence_histogram(bins)),
     ]
     return {"title": f"{int(bins.count.sum()):,} test images", "facts": facts, "pictures": pictures}

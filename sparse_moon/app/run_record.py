@@ -21,7 +21,7 @@ MEMORY = ("parameter", "gradient", "optimizer", "index")
 """What the bytes in the results are counted of; of dense weights all but the last."""
 
 _IDENTITY = ("accuracy", "ece", "nll", "brier")
-_LATER = ("classwise_ece", "adaptive_ece", "aurc")  # which older runs lack
+_LATER = ("classwise_ece", "adaptive_ece", "ece_all_outputs", "aurc")  # which older or other runs lack
 _CALIBRATION = ("temperature", "ece_before", "ece_after")
 _FLOPS = ("forward_dense", "forward_sparse", "train_ratio")
 _FLOATING = (np.float16, np.float32, np.float64)

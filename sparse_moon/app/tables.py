@@ -20,9 +20,12 @@ def format_results(results: Mapping[str, Any], config: TrainConfig, *, whole: bo
             score that happens to be the best on them.
     """
     figures = results["id"]
+    bins = f"{config.ece_bins} bins, " * (config.ece_bins != TrainConfig.ece_bins)
+    over_all = ", over K + 1 {ece_all_outputs:.4f}" * ("ece_all_outputs" in figures)
     lines = [
-        "in distribution   accuracy {accuracy:.4f}   ECE {ece:.4f} (classwise {classwise_ece:.4f}, "
-        "adaptive {adaptive_ece:.4f})   NLL {nll:.4f}   Brier {brier:.4f}   AURC {aurc:.4f}".format(**figures)
+        f"in distribution   accuracy {{accuracy:.4f}}   ECE {{ece:.4f}} ({bins}classwise {{classwise_ece:.4f}}, "
+        f"adaptive {{adaptive_ece:.4f}}{over_all})   NLL {{nll:.4f}}   Brier {{brier:.4f}}   "
+        "AURC {aurc:.4f}".format(**figures)
     ]
     if "calibration" in results:
         lines.append(

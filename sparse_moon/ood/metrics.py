@@ -5,6 +5,7 @@ classes; a network trained for unknown-awareness (MOON) has ``K + 1`` outputs, t
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -153,10 +154,39 @@ def class_probabilities(logits: Tensor, num_classes: int) -> Tensor:
     return logits.double().softmax(1)[:, :num_classes]
 
 
-def classification_metrics(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+def predictions(
+    logits: Tensor, labels: Tensor, num_classes: int, extra: Literal["known", "all"] = "known"
+) -> tuple[Tensor, Tensor]:
+    """Confidence in the prediction, and whether it is right.
+
+    Args:
+        logits: (N, K) or (N, K + 1) floating.
+        labels: (N,) integer in [0, K).
+        num_classes: K.
+        extra: the prediction is the largest of the first K (``"known"``), or of all outputs (``"all"``), among which
+            the unknown one, where there is one, is never right. The softmax is over all outputs either way.
+
+    Returns:
+        (N,) float64 in [0, 1], and (N,) bool.
+
+    Raises:
+        ValueError: shapes, dtype or label range other than these, or logits that are NaN.
+    """
+    if extra not in ("known", "all"):
+        raise ValueError(f'extra must be "known" or "all", got {extra!r}')
+    logits = logits.detach()
+    known = class_probabilities(logits, num_classes)
+    labels = check_labels(known, labels)
+    confidence, prediction = (known if extra == "known" else logits.double().softmax(1)).max(1)
+    return confidence, prediction == labels
+
+
+def classification_metrics(
+    logits: Tensor, labels: Tensor, num_classes: int, bins: int = 15, extra: Literal["known", "all"] = "known"
+) -> dict[str, float]:
     """Accuracy, calibration and proper scores of a classifier with or without the unknown output.
 
-    Predictions and confidences are over the first K of the softmax over all outputs. NLL is ``-log p_label`` and the
+    Predictions and confidences are those of `predictions`. NLL is ``-log p_label`` and the
     Brier score counts the unknown output as a class that is never true, both with the softmax over all outputs: mass
     on "unknown" is paid for.
 
@@ -164,20 +194,20 @@ def classification_metrics(logits: Tensor, labels: Tensor, num_classes: int) -> 
         logits: (N, K) or (N, K + 1) floating.
         labels: (N,) integer in [0, K).
         num_classes: K.
+        bins: of the ECE, see `calibration_bins`.
+        extra: see `predictions`.
 
     Returns:
-        ``accuracy``, ``ece`` (15 bins), ``nll`` (nats) and ``brier`` (in [0, 2]).
+        ``accuracy``, ``ece``, ``nll`` (nats) and ``brier`` (in [0, 2]).
 
     Raises:
         ValueError: shapes, dtype or label range other than these, or logits that are NaN.
     """
     logits = logits.detach()
-    probabilities = class_probabilities(logits, num_classes)
-    labels = check_labels(probabilities, labels)
-    confidence, prediction = probabilities.max(1)
+    confidence, correct = predictions(logits, labels, num_classes, extra)
     return {
-        "accuracy": accuracy(probabilities, labels),
-        "ece": expected_calibration_error(confidence, prediction == labels),
+        "accuracy": correct.double().mean().item(),
+        "ece": expected_calibration_error(confidence, correct, bins),
         "nll": negative_log_likelihood(logits, labels),
         "brier": brier_score(logits.double().softmax(1), labels),
     }

@@ -22,7 +22,7 @@ def run(arguments: Namespace) -> None:
         if len(arguments.score or ()) != 1:
             raise ValueError(f"--save-detector needs one --score, got {arguments.score or 'none'}")
         _save_detector(finished, arguments.score[0], arguments.tpr, Path(arguments.save_detector))
-    asked = {"ood": arguments.ood, "data_root": arguments.data_root}
+    asked = {"ood": arguments.ood, "data_root": arguments.data_root, "ece_bins": arguments.ece_bins}
     config = replace(finished.config, **{name: value for name, value in asked.items() if value is not None})
     sets = load_ood_sets(config, finished.dataset)
     figures, _ = evaluate_model(finished.predictor, config, finished.dataset, sets, arguments.score)
