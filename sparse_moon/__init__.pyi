@@ -35,6 +35,7 @@ from .nn.summary import summary
 from .nn.tune import tune
 from .nn.what_runs import what_runs, what_would_pay
 from .random_mask import RandomMask
+from .reliability import freeze_hidden
 from .schedules import Constant, Cosine, Cubic
 from .topology import Topology
 from .weight_decay import param_groups
@@ -76,6 +77,7 @@ __all__ = [
     "averaging",
     "densify",
     "flops",
+    "freeze_hidden",
     "fuse",
     "layer_densities",
     "layer_sparsities",

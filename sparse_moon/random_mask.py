@@ -25,10 +25,11 @@ from sparse_moon.nn.inspect import tied_layers
 class RandomMask:
     """``Z ~ Bernoulli(keep)`` on every weight of the sparse layers, drawn anew by each :meth:`draw`.
 
-    While a mask is drawn, forward and backward see ``Z * values``; gradients of hidden weights are 0. ``values``
-    themselves stay whole, so topology updates rank all of them. Nothing is scaled by ``1 / keep``. Biases, norms and
-    dense layers are never masked. ``Z`` is a function of seed, layer and number of the draw
-    (:func:`sparse_moon.ops.bernoulli_mask`), so all processes draw the same, and a resumed run goes on with the same.
+    While a mask is drawn, forward and backward see ``Z * values``; gradients of hidden weights are 0, but momentum and
+    weight decay still move them: see :func:`sparse_moon.freeze_hidden`. ``values`` themselves stay whole, so topology
+    updates rank all of them. Nothing is scaled by ``1 / keep``. Biases, norms and dense layers are never masked. ``Z``
+    is a function of seed, layer and number of the draw (:func:`sparse_moon.ops.bernoulli_mask`), so all processes draw
+    the same, and a resumed run goes on with the same.
 
     Args:
         model: with sparse layers.
@@ -37,6 +38,7 @@ class RandomMask:
 
     Attributes:
         step: 0-d int64 tensor, how many masks were drawn.
+        drawn: whether a mask hides weights now.
 
     Raises:
         ValueError: a keep probability outside its range, or a model without sparse layers.
@@ -51,10 +53,12 @@ class RandomMask:
             raise ValueError("a random mask needs a model with sparse layers; call sparsify(model, ...) first")
         self.keep, self.seed = keep, seed
         self.step = torch.zeros((), dtype=torch.int64, device=self.layers[0].values.device)
+        self.drawn = False
 
     def draw(self) -> None:
         """Hide other weights from now on."""
         self.step = self.step + 1
+        self.drawn = True
         for stream, layer in enumerate(self.layers):
             hide = _Hide(self.mask(stream, layer))
             for tied in self._tied[layer]:
@@ -62,6 +66,7 @@ class RandomMask:
 
     def clear(self) -> None:
         """Hide nothing from now on."""
+        self.drawn = False
         for layers in self._tied.values():
             for layer in layers:
                 layer.transform = None

@@ -96,13 +96,20 @@ def _is_per_weight(optimizer: Optimizer, key: str, state: Any, values: nn.Parame
 
 
 def _moved(optimizer: Optimizer, key: str, state: Tensor, values: nn.Parameter, regrown: Regrown) -> Tensor:
-    moved = regrown.remap(state)
+    moved, start = regrown.remap(state), start_of(optimizer, key, values)
+    if start == 0.0:  # as new ones are
+        return moved
+    new = (regrown.source < 0).view(-1, *[1] * (moved.dim() - 1))
+    return torch.where(new, torch.as_tensor(start, dtype=moved.dtype, device=moved.device), moved)
+
+
+def start_of(optimizer: Optimizer, key: str, values: nn.Parameter) -> float:
+    """What the state of this name is before a weight's first step."""
     for (kind, name), setting in _STARTS.items():
         if isinstance(optimizer, kind) and key == name:
             group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
-            new = (regrown.source < 0).view(-1, *[1] * (moved.dim() - 1))
-            moved = torch.where(new, torch.as_tensor(group[setting], dtype=moved.dtype, device=moved.device), moved)
-    return moved
+            return float(group[setting])
+    return 0.0
 
 
 def synchronizes(optimizer: Any) -> bool:

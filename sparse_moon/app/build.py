@@ -69,6 +69,7 @@ def build_run(config: TrainConfig, data: RunData) -> Run:
         _parameter_groups(config, model, reliability), config.lr, config.momentum,
         weight_decay=config.weight_decay, nesterov=config.momentum > 0,
     )  # fmt: skip
+    reliability.attach_optimizer(optimizer)
     training = TrainingRun(
         total_steps=len(batches) * config.epochs,
         interval=config.interval,

@@ -41,7 +41,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         width: channels of the first stage (small-resnet) or of the hidden layers (mlp); passed to a model of your own.
         method: how the topology changes, see docs/topology-methods.md; your own as package.module.Class.
         reliability: training for reliability, see docs/reliability.md; your own as package.module.Class.
-        without: parts to leave out; of moon loss, tuning (w stays final_weight) or voting, of cigl mask or averaging.
+        without: parts to leave out: moon's loss, tuning (w is final_weight), voting; cigl's mask, averaging, freezing.
         sparsity: share of weights to leave out, in [0, 1).
         pattern: unstructured, vectorV (V outputs of one input) or blockB.
         allocation: erk, er or uniform.

@@ -8,6 +8,7 @@ from sparse_moon.reliability.abstention import DAC, MOON, Gamblers
 from sparse_moon.reliability.cigl import CigL
 from sparse_moon.reliability.costs import RunCost, cigl_overhead, moon_overhead
 from sparse_moon.reliability.dropout import MCDropout, WeightDropout
+from sparse_moon.reliability.frozen import freeze_hidden
 from sparse_moon.reliability.generalized_odin import GeneralizedODIN
 from sparse_moon.reliability.losses import VOS, LabelSmoothing, LogitNorm, Mixup
 from sparse_moon.reliability.method import RELIABILITY, Plain, Reliability, ReliabilityRun
@@ -32,5 +33,6 @@ __all__ = [
     "SupTickets",
     "WeightDropout",
     "cigl_overhead",
+    "freeze_hidden",
     "moon_overhead",
 ]

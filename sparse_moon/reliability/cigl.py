@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparse_moon.averaging import PredictionAverage, WeightAverage
 from sparse_moon.nn import sparse_layers
 from sparse_moon.options import CigLOptions
 from sparse_moon.reliability.costs import RunCost, cigl_overhead
+from sparse_moon.reliability.frozen import freeze_hidden
 from sparse_moon.reliability.voting import Voting
 
 
@@ -15,12 +17,13 @@ class CigL(Voting):
     """CigL (ICLR 2023): a second, random mask, and weight & mask averaging over the late epochs.
 
     Without ``"averaging"`` the predictions of the late epochs' masked networks are averaged in place of their weights.
+    Without ``"freezing"`` momentum and weight decay move the weights that are hidden.
     """
 
     name = "cigl"
     Options = CigLOptions
     options: CigLOptions
-    parts = ("mask", "averaging")
+    parts = ("mask", "averaging", "freezing")
 
     @property
     def masks(self) -> bool:
@@ -41,6 +44,10 @@ class CigL(Voting):
     @property
     def ends_with(self) -> str:
         return "several networks" if self.several else ""
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
+        if self.mask is not None and "freezing" not in self.without:
+            freeze_hidden(self.mask, optimizer)
 
     def make_average(self, model: nn.Module) -> WeightAverage | None:
         return WeightAverage(model, self.mask, rescale=self.options.rescale) if self.averages else None

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparse_moon.algorithms import Method
 from sparse_moon.averaging import TicketAverage, WeightAverage
@@ -44,9 +45,10 @@ class Reliability:
     """What a run does for reliability, asked at each of its stages. The base class does nothing.
 
     A run makes one of its settings, which it may refuse (:meth:`check`), builds the network that it asks for
-    (:attr:`unknown_output`, :attr:`keeps_dense`, :meth:`change`), and lets it :meth:`attach` to it. Each batch then
-    goes through :meth:`learning_rate`, :meth:`before_batch`, :meth:`batch` and :meth:`loss_of`, each epoch ends with
-    :meth:`metrics` and :meth:`end_epoch`, the training with :meth:`finish`. What predicts is :meth:`predictor`.
+    (:attr:`unknown_output`, :attr:`keeps_dense`, :meth:`change`), and lets it :meth:`attach` to it, and
+    :meth:`attach_optimizer` to what trains it. Each batch then goes through :meth:`learning_rate`,
+    :meth:`before_batch`, :meth:`batch` and :meth:`loss_of`, each epoch ends with :meth:`metrics` and
+    :meth:`end_epoch`, the training with :meth:`finish`. What predicts is :meth:`predictor`.
 
     A subclass that sets ``name``, at the top level of a module, is in `RELIABILITY` as soon as it is defined, and the
     command line trains with it: ``--reliability my_package.my_module.MyMethod``. Of its options, a frozen dataclass as
@@ -130,6 +132,10 @@ class Reliability:
         self.loss = self.make_loss(model).to(self.device)
         self.mask = self.make_mask(model)
         self.average = self.make_average(model)
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
+        """Before the first step of the optimizer, which trains the model and the loss; nothing by default."""
+        return
 
     def make_loss(self, model: nn.Module) -> nn.Module:
         """The loss, with state that a resumed run needs in its ``state_dict``; by default cross-entropy."""

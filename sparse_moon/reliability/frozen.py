@@ -1,0 +1,53 @@
+"""Weights that a random mask hides stay as they are in a step of the optimizer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_moon.algorithms.optimizers import inner_optimizers, start_of
+from sparse_moon.random_mask import RandomMask
+
+
+def freeze_hidden(mask: RandomMask, optimizer: Optimizer) -> None:
+    """Keep the weights that ``mask`` hides from moving: CigL's Algorithm 1 (ICLR 2023), ``W <- W - lr M Z grad``.
+
+    Their gradients are 0 anyway. With momentum, weight decay or the running means of Adam a weight moves without a
+    gradient, too, a little each step. From now on, in a step of the optimizer while a mask is drawn, hidden weights
+    keep their value and what the optimizer keeps for each of them (momentum), as though they had no part in that step;
+    what it keeps for all of a parameter, such as Adam's count of steps, goes on. For the time of a step that takes a
+    copy of the sparse weights and their state.
+
+    Args:
+        mask: see :class:`sparse_moon.RandomMask`.
+        optimizer: trains the mask's layers; of one that wraps another (accelerate) the inner steps count.
+    """
+    inner = inner_optimizers(optimizer)[-1]
+    before: list[tuple[int, Tensor, dict[str, Tensor]]] = []
+
+    def remember(*_: Any) -> None:
+        before.clear()
+        for stream, layer in enumerate(mask.layers if mask.drawn else ()):
+            states = {key: state.clone() for key, state in _per_weight(inner, layer.values).items()}
+            before.append((stream, layer.values.detach().clone(), states))
+
+    @torch.no_grad()
+    def put_back(*_: Any) -> None:
+        for stream, values, states in before:
+            layer = mask.layers[stream]
+            shown = mask.mask(stream, layer)
+            layer.values.copy_(torch.where(shown, layer.values, values))
+            for key, state in _per_weight(inner, layer.values).items():
+                old = states.get(key, state.new_tensor(start_of(inner, key, layer.values)))
+                state.copy_(torch.where(shown, state, old))
+        before.clear()
+
+    inner.register_step_pre_hook(remember)
+    inner.register_step_post_hook(put_back)
+
+
+def _per_weight(optimizer: Optimizer, values: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer keeps for each weight, by name."""
+    states = optimizer.state.get(values, {})
+    return {key: state for key, state in states.items() if isinstance(state, Tensor) and state.shape == values.shape}
