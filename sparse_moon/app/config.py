@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig(MethodOptions, ReliabilityOptions):
-    """Settings of a run, with the options of all methods. Defaults are MOON's (arXiv 2403.20047, section 4.1), or
-    smaller where the digits ask for it.
+    """Settings of a run, with the options of all methods. Defaults are MOON's (arXiv 2403.20047, Section 5 and
+    Appendix G), or smaller where the digits ask for it.
 
     Args:
         dataset: digits, mnist, cifar10, cifar100, a keras-style .npz, or a folder with train/ and test/.

@@ -8,7 +8,7 @@ from sparse_moon.reliability.costs import RunCost, moon_overhead
 from sparse_moon.reliability.method import Reliability
 from sparse_moon.reliability.voting import Voting
 
-# w in the last epoch, by dataset (arXiv 2403.20047, section 4.1).
+# w in the last epoch, by dataset (arXiv 2403.20047, Section 5 and Appendix G).
 _FINAL_WEIGHT = {"mnist": 0.01, "cifar10": 1.0, "cifar100": 2.0}
 
 
