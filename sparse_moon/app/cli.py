@@ -43,7 +43,7 @@ _GROUPS = {
     "optimisation": (
         "epochs", "batch_size", "lr", "lr_end", "lr_until", "momentum", "weight_decay", "amp", "seed", "device",
     ),
-    "output": ("headline", "ece_bins"),
+    "output": ("headline", "ece_bins", "diagnostics"),
 }  # fmt: skip
 
 # What ``compare`` combines.

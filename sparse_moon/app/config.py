@@ -37,6 +37,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         ood: out-of-distribution sets, NAME or NAME=PATH; by default those that go with the data set.
         headline: the one score that tables lead with, such as energy or knn:k=200; fixed before test sets are seen.
         ece_bins: bins of the calibration errors; some papers and codes have 10.
+        diagnostics: measure after each epoch what the papers' theory speaks of; takes more passes, see docs/theory.md.
         model: which network; your own as package.module.function.
         width: channels of the first stage (small-resnet) or of the hidden layers (mlp); passed to a model of your own.
         method: how the topology changes, see docs/topology-methods.md; your own as package.module.Class.
@@ -72,6 +73,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     ood: list[str] | None = None
     headline: Score | ScoreWithOptions = "msp"
     ece_bins: Annotated[int, AT_LEAST_1] = 15
+    diagnostics: bool = False
     model: ModelName | ImportPath = "small-resnet"
     width: Annotated[int, AT_LEAST_1] | None = None
     method: TrainingMethod | ImportPath = "rigl"

@@ -36,6 +36,12 @@ _CURVES = (  # title, {label: column}, logarithmic, in percent
     ("Learning rate", {"lr": "lr"}, False, False),
     ("Weight w of the unknown-aware loss", {"w": "w"}, False, False),
     ("Mean unknown probability u", {"mean_u": "mean_u"}, True, False),
+    ("Confidence", {"ID": "id_confidence", "hard ID": "hard_confidence", "OOD": "ood_confidence"}, False, True),
+    ("Confidence minus accuracy", {"hard ID": "hard_gap", "size, all tenths": "local_gap"}, False, True),
+    ("Variance of logits on ID", {"whole head": "dice_variance_id", "DICE": "dice_variance_id_sparse"}, True, False),
+    ("Variance of logits on OOD", {"whole head": "dice_variance_ood", "DICE": "dice_variance_ood_sparse"}, True, False),
+    ("Weights that have existed", {"explored": "exploration_rate"}, False, True),
+    ("Correlation of random mask and weights", {"Z and W": "mask_correlation"}, False, False),
 )
 _LATER = {  # figures that older runs lack: name, note
     "classwise_ece": ("Classwise ECE", "mean over the classes of each one's calibration error"),

@@ -25,7 +25,12 @@ _LATER = ("classwise_ece", "adaptive_ece", "ece_all_outputs", "aurc")  # which o
 _CALIBRATION = ("temperature", "ece_before", "ece_after")
 _FLOPS = ("forward_dense", "forward_sparse", "train_ratio")
 _FLOATING = (np.float16, np.float32, np.float64)
-_CURVES = ("epoch", "loss", "train_accuracy", "test_accuracy", "lr", "w", "mean_u")
+_CURVES = (
+    "epoch", "loss", "train_accuracy", "test_accuracy", "lr", "w", "mean_u",
+    # with --diagnostics
+    "id_confidence", "hard_confidence", "ood_confidence", "hard_gap", "local_gap", "exploration_rate",
+    "mask_correlation", "dice_variance_id", "dice_variance_id_sparse", "dice_variance_ood", "dice_variance_ood_sparse",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,7 +72,7 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool, t
     if config.headline not in scores_for(config):
         raise ValueError(f"headline must be a score that fits this run, {scores_for(config)}, got {config.headline!r}")
     make_detector(config.headline, dataset.num_classes)  # so that what is wrong with its options is said now
-    trainer = Trainer(config, dataset)
+    trainer = Trainer(config, dataset, ood_sets)
     if state is not None:
         trainer.load_state_dict(state)
     main = rank() == 0
@@ -173,6 +173,8 @@ def _results(
         "steps": _steps(trainer, time_dense),
         "environment": environment(config.device),
     }
+    if trainer.diagnostics is not None:
+        results["diagnostics"] = trainer.diagnostics.figures()
     run_folder.write_scores(folder, arrays)
     files.write_json(folder / run_folder.RESULTS, results)
     write_report(folder, run_record.RunRecord(config.to_dict(), trainer.history, results, arrays))

@@ -13,6 +13,8 @@ from tqdm import tqdm
 from sparse_moon import flops
 from sparse_moon.app.build import autocast, build_run, check_dtypes, load_network
 from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.datasets import Images
+from sparse_moon.app.diagnostics import Diagnostics
 from sparse_moon.app.run_data import RunData, plain_batches
 from sparse_moon.app.step_times import StepClock
 from sparse_moon.distributed import mean_over_processes_, world_size
@@ -23,9 +25,14 @@ _CHECK_EVERY = 20  # batches between looks at the loss: each look waits for the 
 
 
 class Trainer:
-    """A run, its loop over epochs and batches, and their common state."""
+    """A run, its loop over epochs and batches, and their common state.
 
-    def __init__(self, config: TrainConfig, dataset: RunData) -> None:
+    Args:
+        config, dataset: its settings and data.
+        ood_sets: OOD images by name, of which diagnostics are taken; nothing else looks at them.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: RunData, ood_sets: Mapping[str, Images] | None = None) -> None:
         self.run = run = build_run(config, dataset)
         self.config, self.dataset, self.batches = config, dataset, run.batches
         self.model, self.optimizer = run.model, run.optimizer
@@ -36,6 +43,7 @@ class Trainer:
         self.parallel = self._wrap()
         self.scaler = torch.amp.GradScaler(self.device.type) if config.amp == "float16" else None
         self.clock = StepClock(self.device)
+        self.diagnostics = Diagnostics(run, ood_sets or {}) if config.diagnostics else None
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         lr_end = config.lr / 15 if config.lr_end is None else config.lr_end
@@ -84,6 +92,8 @@ class Trainer:
         self.reliability.end_epoch(self.model, self.epoch)
         row["test_accuracy"] = self._test_accuracy()
         row["time_s"] = time.perf_counter() - started
+        if self.diagnostics is not None:
+            row |= self.diagnostics.figures()
         self.history.append(row)
 
     def _step(self, images: Tensor, labels: Tensor, totals: Tensor) -> bool:
@@ -101,6 +111,8 @@ class Trainer:
                 mean_over_processes_(parameter.grad)
         updated = self.method.step(self.scaler)
         self.optimizer.zero_grad()
+        if updated and self.diagnostics is not None:
+            self.diagnostics.note_update()
         if updated and world_size() > 1 and self.method.resizes:
             self.parallel = self._wrap()  # its buckets have the old sizes
         with torch.no_grad():
@@ -165,6 +177,7 @@ class Trainer:
             "method": self.method.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "random_state": torch.get_rng_state(),
+            "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -179,6 +192,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["method"])
             self.reliability.load_state_dict(state)
+            if self.diagnostics is not None:
+                self.diagnostics.load_state_dict(state["diagnostics"])
             if self.scaler is not None:
                 self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["random_state"])

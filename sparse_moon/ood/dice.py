@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_moon.ood.detector import Detector, check_share
 from sparse_moon.ood.features import check_size
@@ -103,6 +104,23 @@ class DICE(Shaping):
         other.mean, other.weight, other.bias = self.fitted(self.mean), self.fitted(self.weight), self.bias
         other.mask = other._choose(other.mean, other.weight)
         return other
+
+    def output_variance(self, outputs: Outputs) -> tuple[float, float]:
+        """Variance over samples of a logit, mean over the K, with all weights and with those that are kept.
+
+        Lemma 2 of the paper: leaving out the weights that contribute least takes the variance of their part away, and
+        twice its covariance with the rest, which may be negative.
+
+        Raises:
+            ValueError: not fitted, or features of another size.
+        """
+        weight, mask = self.fitted(self.weight).double(), self.fitted(self.mask)
+        check_size(outputs, weight.shape[1])
+        features = features_of(outputs).double()
+        whole, sparse = (
+            F.linear(features, some).var(0, correction=0).mean().item() for some in (weight, weight * mask)
+        )
+        return whole, sparse
 
     def shape(self, outputs: Outputs) -> Outputs:
         weight, bias, mask = map(self.fitted, (self.weight, self.bias, self.mask))

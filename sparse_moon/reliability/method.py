@@ -191,8 +191,8 @@ class Reliability:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; tensors, numbers, texts and containers only.
 
-        It stands in the run's state beside ``epoch``, ``history``, ``model``, ``optimizer``, ``method``, ``scaler`` and
-        ``random_state``.
+        It stands in the run's state beside ``epoch``, ``history``, ``model``, ``optimizer``, ``method``, ``scaler``,
+        ``random_state`` and ``diagnostics``.
         """
         return {
             "loss": self.loss.state_dict(),
