@@ -149,7 +149,7 @@ setup(
     package_data={
         "sparse_moon": ["py.typed", "*.pyi"],
         "sparse_moon.ops": ["tables/*.json"],
-        "sparse_moon.app": ["report.css", "report.html.jinja"],
+        "sparse_moon.app": ["report.css", "report.html.jinja", "published.yaml"],
         "sparse_moon.app.presets": ["*.yaml"],
     },
     ext_modules=[

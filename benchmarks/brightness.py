@@ -19,8 +19,8 @@ from timing import environment, write_results
 from torch import Tensor
 
 from sparse_moon.app import run_folder
-from sparse_moon.app.compare import row_label
 from sparse_moon.app.evaluate import evaluate_model, load_run
+from sparse_moon.app.experiment import row_label
 from sparse_moon.app.images import Images
 from sparse_moon.app.run_data import load_ood_sets
 

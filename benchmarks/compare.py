@@ -34,8 +34,9 @@ from timing import environment, write_results
 
 from sparse_moon import files
 from sparse_moon.app import run_folder
-from sparse_moon.app.compare import row_label, write_table
+from sparse_moon.app.comparison import write_table
 from sparse_moon.app.config import TrainConfig, parse_label
+from sparse_moon.app.experiment import row_label
 from sparse_moon.app.run_data import load_dataset
 from sparse_moon.app.trainer import Trainer
 from sparse_moon.memory import keep_freed_memory

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from sparse_moon import files
-from sparse_moon.app import compare, run_folder
+from sparse_moon.app import comparison, run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import fit_detector, load_run
 from sparse_moon.app.train import train
@@ -156,7 +156,7 @@ def kills(count: int, names: list[str], work: Path, rng: random.Random) -> dict[
 def readers(folder: Path) -> dict[Path, Callable[[], Any]]:
     """What is read of each file of a run, of a detector and of a comparison."""
     run = load_run(folder)
-    detector, table = folder.parent / "detector.pt", folder.parent / compare.TABLE
+    detector, table = folder.parent / "detector.pt", folder.parent / comparison.TABLE
     save_detector(detector, fit_detector("knn", run.predictor, run.config, run.dataset))
     files.write_json(table, {"near": [], "rows": [{"label": "a", "figures": {"accuracy": {"mean": 0.5, "std": None}}}]})
     epochs = run.config.epochs

@@ -6,22 +6,22 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from small_runs import CONFIG, write_run
 from sparse_moon import files
-from sparse_moon.app import compare, run_folder
+from sparse_moon.app import compare, comparison, run_folder
 from sparse_moon.app.cli import main
-from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.experiment import run_name
 from sparse_moon.app.train import train
 
 QUICK = [
     "--model", "mlp", "--width", "32", "--epochs", "2", "--batch-size", "128", "--interval", "5", "--lr", "0.2",
     "--ood", "noise", "letters",
 ]  # fmt: skip
-CONFIG = TrainConfig(model="mlp", width=32, epochs=2, ood=["noise", "letters", "photos"], reliability="none")
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,9 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     printed = capsys.readouterr()
     assert "FAILED with code 2" in printed.out and "checkpoint.pt is damaged" in printed.out
     assert "1 runs failed: rigl-moon-without-tuning-voting-0.9-seed0" in printed.err
-    assert (out / "rigl-none-0.9-seed0" / run_folder.REPORT).exists() and (out / compare.PLOT).exists()
+    assert (out / "rigl-none-0.9-seed0" / run_folder.REPORT).exists() and (out / comparison.PLOT).exists()
     assert json.loads((out / "rigl-none-0.9-seed0" / run_folder.CONFIG).read_text())["width"] == 32
-    assert [row["label"] for row in json.loads((out / compare.TABLE).read_text())["rows"]] == ["rigl none 0.9"]
+    assert [row["label"] for row in json.loads((out / comparison.TABLE).read_text())["rows"]] == ["rigl none 0.9"]
 
     (broken / run_folder.CHECKPOINT).unlink()  # as if it had been killed before its first epoch ended
     started = []
@@ -61,10 +61,6 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     assert "| rigl moon:-tuning-voting 0.9 | 1 |" in printed
     assert json.loads((broken / run_folder.CONFIG).read_text())["without"] == ["tuning", "voting"]
 
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", *QUICK, "--out", str(out), "--reliability", "none", "--lr", "0.1"])
-    assert stop.value.code == 2 and "has lr 0.2, not 0.1" in capsys.readouterr().err
-
     before = json.loads((out / "rigl-none-0.9-seed0" / run_folder.RESULTS).read_text())
     monkeypatch.setattr(compare, "_start", lambda folder: pytest.fail("trained"))
     main(["compare", "--out", str(out), "--evaluate", "--ood", "photos", "noise", "--score", "energy", "knn"])
@@ -72,7 +68,7 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     assert after["ood"]["photos"].keys() == {"energy", "knn"} and after["time_s"] == before["time_s"]
     assert after["ood"]["letters"] == before["ood"]["letters"] and after["ood"]["noise"] == before["ood"]["noise"]
     assert "photos" in (out / "rigl-none-0.9-seed0" / run_folder.REPORT).read_text()
-    (row,) = [r for r in json.loads((out / compare.TABLE).read_text())["rows"] if r["label"] == "rigl none 0.9"]
+    (row,) = [r for r in json.loads((out / comparison.TABLE).read_text())["rows"] if r["label"] == "rigl none 0.9"]
     far = [after["ood"][name]["energy"]["auroc"] for name in ("noise", "photos")]
     assert row["figures"]["auroc/far/energy"]["mean"] == pytest.approx(statistics.mean(far))
 
@@ -80,7 +76,7 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
 def test_a_configuration_of_train_holds_for_all_runs(tmp_path, capsys, monkeypatch):
     started = []
     monkeypatch.setattr(compare, "run_all", lambda configs, folder, jobs: (started.extend(configs), [])[1])
-    monkeypatch.setattr(compare, "write_table", lambda folder: {"near": [], "rows": []})
+    monkeypatch.setattr(comparison, "write_table", lambda folder: {"near": [], "rows": []})
     main(["compare", "--config", "moon-mnist", "--method", "rigl", "set", "--epochs", "15", "--out", str(tmp_path)])
     assert [(c.method, c.reliability, c.sparsity, c.seed) for c in started] == [
         ("rigl", "moon", 0.95, 0), ("set", "moon", 0.95, 0),
@@ -104,7 +100,7 @@ def test_a_configuration_of_train_holds_for_all_runs(tmp_path, capsys, monkeypat
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and locks")
 def test_sigterm_ends_the_runs_and_a_run_has_one_writer(tmp_path):
     config = settings(epochs=1000)
-    folder = tmp_path / compare.run_name(config)
+    folder = tmp_path / run_name(config)
     compare._prepare(folder, config)
     command = [sys.executable, "-m", "sparse_moon", "compare", *QUICK[:4], "--epochs", "1000", *QUICK[6:],
                "--out", str(tmp_path), "--reliability", "none"]  # fmt: skip
@@ -136,7 +132,7 @@ def started_processes(monkeypatch, code):
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_killed_and_damaged_runs_leave_the_others_alone(tmp_path, capsys, monkeypatch):
     configs = [settings(seed=seed) for seed in range(4)]
-    damaged, *folders = [tmp_path / compare.run_name(config) for config in configs]
+    damaged, *folders = [tmp_path / run_name(config) for config in configs]
     compare._prepare(damaged, configs[0])
     for name in (run_folder.RESULTS, run_folder.CHECKPOINT):
         (damaged / name).write_bytes(b"damaged")
@@ -184,7 +180,7 @@ def _wait(condition):
 
 def test_a_run_whose_checkpoint_was_removed_counts(tmp_path):
     write_run(tmp_path, CONFIG, accuracy=0.9, near=0.5, far=(0.5, 0.5), seconds=[1.0])
-    path = tmp_path / compare.run_name(CONFIG)
+    path = tmp_path / run_name(CONFIG)
     (path / run_folder.CHECKPOINT).unlink()
     assert compare._finished(path)
     (path / run_folder.RESULTS).unlink()
@@ -193,24 +189,6 @@ def test_a_run_whose_checkpoint_was_removed_counts(tmp_path):
 
 def settings(**changes):
     return replace(CONFIG, batch_size=128, interval=5, lr=0.2, ood=["noise", "letters"], **changes)
-
-
-def write_run(folder, config, *, accuracy, near, far, seconds):
-    """A finished run of made-up figures."""
-    path = folder / compare.run_name(config)
-    path.mkdir(parents=True)
-    old = {key: value for key, value in asdict(config).items() if key != "holdout"}  # written before it was a setting
-    files.write_json(path / run_folder.CONFIG, old)
-    run_folder.write_metrics(path, [{"epoch": i + 1, "time_s": t} for i, t in enumerate(seconds)])
-    metrics = {"noise": far[0], "photos": far[1], "letters": near}
-    results = {
-        "id": {"accuracy": accuracy, "ece": 0.1, "nll": 0.5},
-        "ood": {name: {"msp": {"auroc": a, "fpr95": 1 - a}} for name, a in metrics.items()},
-        "flops": {"forward_dense": 100.0, "forward_sparse": 10.0, "passes": 2, "train_ratio": 0.2},
-        "time_s": sum(seconds),
-    }
-    files.write_json(path / run_folder.RESULTS, results)
-    run_folder.write_checkpoint(path, {"model": {}, "config": {}, "epoch": 2, "finished": True})
 
 
 def test_the_table_by_hand(tmp_path):
@@ -223,8 +201,8 @@ def test_the_table_by_hand(tmp_path):
     unfinished.mkdir()
     files.write_json(unfinished / run_folder.CONFIG, {})
 
-    table = compare.write_table(tmp_path)
-    assert table == files.read_json(tmp_path / compare.TABLE) and table["near"] == ["letters"]
+    table = comparison.write_table(tmp_path)
+    assert table == files.read_json(tmp_path / comparison.TABLE) and table["near"] == ["letters"]
     rows = {row["label"]: row for row in table["rows"]}
     assert list(rows) == ["rigl moon:-voting 0.9", "rigl none 0.9", "rigl moon:-voting 0.95"]
     none = rows["rigl none 0.9"]["figures"]
@@ -238,12 +216,12 @@ def test_the_table_by_hand(tmp_path):
     assert moon_row["accuracy"] == {"mean": 0.95, "std": None}
     assert moon_row["relative_epoch_time"]["mean"] == pytest.approx(6 / 3)  # medians of the epochs: 2 and 4
     assert "relative_epoch_time" not in rows["rigl moon:-voting 0.95"]["figures"]
-    text = (tmp_path / compare.MARKDOWN).read_text()
+    text = (tmp_path / comparison.MARKDOWN).read_text()
     assert "| rigl none 0.9 | 2 | 85.00 ± 7.07 | 0.1000 ± 0.0000 |" in text
     assert "## FPR95, near OOD\n\n| run | msp |\n| --- | --- |\n| rigl moon:-voting 0.9 | 40.00 |" in text
-    assert (tmp_path / compare.PLOT).read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / comparison.PLOT).read_bytes()[:4] == b"\x89PNG"
 
-    rows = compare.write_table(tmp_path, {"rigl moon:-voting 0.95": 1.02})["rows"]
+    rows = comparison.write_table(tmp_path, {"rigl moon:-voting 0.95": 1.02})["rows"]
     measured = [row["figures"].get("relative_epoch_time") for row in rows]
     assert measured == [None, None, {"mean": 1.02, "std": None}]
 
@@ -252,9 +230,9 @@ def test_other_settings_that_differ_are_named(tmp_path):
     for pattern in ("unstructured", "block8"):
         config = replace(CONFIG, pattern=pattern, method="set")
         write_run(tmp_path / pattern, config, accuracy=0.8, near=0.7, far=(0.8, 1.0), seconds=[1.0])
-        os.rename(tmp_path / pattern / compare.run_name(config), tmp_path / f"run-{pattern}")
+        os.rename(tmp_path / pattern / run_name(config), tmp_path / f"run-{pattern}")
         os.rmdir(tmp_path / pattern)
-    labels = [row["label"] for row in compare.write_table(tmp_path)["rows"]]
+    labels = [row["label"] for row in comparison.write_table(tmp_path)["rows"]]
     assert labels == ["set none 0.9 pattern=block8", "set none 0.9 pattern=unstructured"]
 
 
@@ -277,11 +255,11 @@ def test_wrong_arguments(tmp_path, capsys):
 def test_dense_runs_are_not_repeated_for_each_sparsity(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(compare, "run_all", lambda configs, folder, jobs: (asked.extend(configs), ["none"])[1])
-    monkeypatch.setattr(compare, "write_table", lambda folder: {"rows": [], "near": []})
+    monkeypatch.setattr(comparison, "write_table", lambda folder: {"rows": [], "near": []})
     with pytest.raises(SystemExit):
         main(["compare", "--out", str(tmp_path), "--method", "dense", "set", "--sparsity", "0.9", "0.95", "--seed", "3",
               "4", "--reliability", "moon:-loss", "--keep", "0.8"])  # fmt: skip
-    names = {compare.run_name(config) for config in asked}
+    names = {run_name(config) for config in asked}
     assert names == {"dense-moon-without-loss-seed3", "dense-moon-without-loss-seed4"} | {
         f"set-moon-without-loss-{s}-seed{seed}" for s in (0.9, 0.95) for seed in (3, 4)
     }

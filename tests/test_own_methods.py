@@ -10,7 +10,7 @@ import torch
 from small_own import own_files, refused
 from sparse_moon import files
 from sparse_moon.algorithms import ALGORITHMS, RigL
-from sparse_moon.app import compare, run_folder
+from sparse_moon.app import comparison, run_folder
 from sparse_moon.app.cli import main
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import load_run
@@ -237,7 +237,7 @@ def test_compare_trains_them_beside_ours(own, capsys):
         "compare", *QUICK, "--method", "set", OWN["method"], "--reliability", "none", OWN["reliability"],
         f"{OWN['reliability']}:-penalty", "--left-alone", "0.75", "--out", str(runs),
     ])  # fmt: skip
-    table = json.loads((runs / compare.TABLE).read_text())
+    table = json.loads((runs / comparison.TABLE).read_text())
     labels = {row["label"].split(" own=")[0] for row in table["rows"]}
     ours = {f"{method} {reliability} 0.9" for method in ("set", OWN["method"]) for reliability in
             ("none", OWN["reliability"], f"{OWN['reliability']}:-penalty")}  # fmt: skip

@@ -1,54 +1,31 @@
-"""Many runs side by side: train every combination, each in a folder of its own, and tabulate what came of them."""
+"""Many runs side by side: train every combination, each in a folder of its own, and evaluate them again."""
 
-import json
-import math
 import os
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparse_moon import files
-from sparse_moon.app import plots, run_folder
+from sparse_moon.app import datasets, run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import evaluate_model, load_run
-from sparse_moon.app.ood_groups import GROUPS, ood_group
+from sparse_moon.app.experiment import experiment, run_key, run_name, unlike_name, varying_settings
 from sparse_moon.app.own import options_to_import
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_ood_sets
 from sparse_moon.app.run_record import RunRecord, read_record
 
-TABLE, MARKDOWN, PLOT, LOG = "table.json", "table.md", "plot.png", "log.txt"
-
-# Settings that do not make two runs different experiments.
-_PLACE = ("seed", "device", "data_root", "download", "ood", "headline")
-# Settings with columns of their own.
-_SHOWN = ("method", "reliability", "without", "sparsity")
-# What a run's time is compared with: its method and label.
-_REFERENCE = "rigl none"
-
-
-def run_name(config: TrainConfig) -> str:
-    """Name of a run's folder: ``rigl-moon-without-tuning-0.95-seed0``."""
-    without = f"-without-{'-'.join(config.without)}" if config.without else ""
-    sparsity = f"-{config.sparsity:g}" if config.method_class.sparse else ""
-    return f"{config.method}-{config.reliability}{without}{sparsity}-seed{config.seed}"
-
-
-def row_label(config: TrainConfig, varying: Iterable[str] = ()) -> str:
-    """Name of a run's row in the table, with the settings in ``varying``: ``rigl moon:-tuning 0.95 pattern=block8``."""
-    sparsity = [f"{config.sparsity:g}"] if config.method_class.sparse else []
-    others = [f"{key}={getattr(config, key)}" for key in varying]
-    return " ".join([config.method, config.label, *sparsity, *others])
+LOG = "log.txt"
 
 
 @contextmanager
@@ -94,7 +71,12 @@ class _Processes:
 
 @_exit_on_sigterm()
 def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> list[str]:
-    """Train each run in ``folder / run_name``; skip finished ones, resume interrupted ones.
+    """Train each run in a folder of its own in ``folder``; skip finished ones, resume interrupted ones.
+
+    A run that is there is known by its settings, whatever its folder is called, so that commands which differ in any
+    setting fill one ``folder``, and the same one again trains nothing twice. A new run's folder is called after the
+    settings in which the runs differ, with a checksum of all where another run has that name. OOD sets that a finished
+    run lacks, because it was asked for without them, are evaluated.
 
     Each is a process of its own, ``jobs`` at a time; what it prints goes to ``log.txt`` in its folder. One that fails
     is reported and leaves the others alone, also where it is killed, which would break a pool of processes as a whole.
@@ -103,11 +85,9 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> l
         Names of the runs that failed.
 
     Raises:
-        ValueError: a folder of such a name that holds a run with other settings.
+        ValueError: settings in ``folder`` that cannot be read.
     """
-    runs = {run_name(config): config for config in configs}
-    for name, config in runs.items():
-        _prepare(folder / name, config)
+    runs = _place(list(configs), folder)
     failed: list[str] = []
     pool, processes = ThreadPoolExecutor(jobs), _Processes()
     try:
@@ -121,7 +101,71 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> l
         pool.shutdown(wait=False, cancel_futures=True)
         processes.end()
         pool.shutdown()
+    for name in [name for name in runs if name not in failed]:
+        try:
+            _add_ood_sets(folder / name, runs[name])
+        except (OSError, ValueError) as error:
+            print(f"{name}: FAILED to evaluate it on other OOD sets: {error}", flush=True)
+            failed.append(name)
     return failed
+
+
+def _place(configs: Sequence[TrainConfig], folder: Path) -> dict[str, TrainConfig]:
+    """By the name of its folder each run, of which there is one with these settings now."""
+    there = {path.name: _settings_in(path) for path in sorted(folder.glob("[!.]*/"))}
+    found = {name: settings for name, settings in there.items() if settings is not None}
+    known = {run_key(settings): name for name, settings in found.items()}
+    asked = [config.to_dict() for config in configs]
+    varying = varying_settings(map(experiment, [*found.values(), *asked]))
+    placed: dict[str, TrainConfig] = {}
+    for config, settings in zip(configs, asked, strict=True):
+        key = run_key(settings)
+        if key not in known:
+            known[key] = _new_folder(folder, config, varying)
+        placed.setdefault(known[key], config)
+    return placed
+
+
+def _settings_in(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in this folder, or None where there is none."""
+    path = folder / run_folder.CONFIG
+    if path.exists():
+        settings = files.read_json(path)
+    elif (folder / run_folder.CHECKPOINT).exists():
+        settings = run_folder.read_checkpoint(folder)["config"]
+    else:
+        return None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: expected an object, got {repr(settings)[:60]}")
+    return settings
+
+
+def _new_folder(folder: Path, config: TrainConfig, varying: Sequence[str]) -> str:
+    """Make one for this run; returns its name."""
+    names = (run_name(config, varying), unlike_name(config, varying))
+    for name in names:
+        if _prepare(folder / name, config):
+            return name
+        settings = _settings_in(folder / name)  # of the same run, where another process has made it since
+        if settings is not None and run_key(settings) == run_key(config.to_dict()):
+            return name
+    raise ValueError(f"{' and '.join(names)} in {folder} hold something else: choose another --out")
+
+
+def _prepare(folder: Path, config: TrainConfig) -> bool:
+    """Make the folder of a run with its settings, both at once; returns whether nothing else was in its place."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True, exist_ok=True)  # a killed process may have left it
+    try:
+        files.write_json(temporary / run_folder.CONFIG, config.to_dict())
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        return False
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return True
 
 
 def _train(folder: Path, processes: _Processes) -> tuple[bool, str]:
@@ -135,24 +179,6 @@ def _train(folder: Path, processes: _Processes) -> tuple[bool, str]:
         return False, f"FAILED with code {code}: {_reason(folder)}"
     except (OSError, ValueError) as error:  # such as damaged files
         return False, f"FAILED: {error}"
-
-
-def _prepare(folder: Path, config: TrainConfig) -> None:
-    """Write the settings of a run that is to be started; those of one that is there must be the same."""
-    path = folder / run_folder.CONFIG
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, asdict(config))
-        return
-    saved, asked = (_experiment(c) for c in (TrainConfig.from_dict(files.read_json(path)), config))
-    for key, value in asked.items():
-        if saved[key] != value:
-            raise ValueError(f"the run in {folder} has {key} {saved[key]!r}, not {value!r}: choose another --out")
-
-
-def _experiment(config: TrainConfig) -> dict[str, Any]:
-    settings = {key: value for key, value in asdict(config).items() if key not in _PLACE}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def _finished(folder: Path) -> bool:
@@ -193,17 +219,37 @@ def evaluate_again(
     Raises:
         ValueError: no finished run, or as :func:`sparse_moon.app.evaluate.evaluate_model`.
     """
-    for path in _run_folders(folder):
-        with run_folder.only_writer(path):
-            run = load_run(path, device=device)
-            config = run.config if ood is None else replace(run.config, ood=ood)
-            sets = load_ood_sets(config, run.dataset)
-            new, arrays = evaluate_model(run.predictor, config, run.dataset, sets, scores)
-            record = _with_evaluation(read_record(path), new, arrays)
-            run_folder.write_scores(path, record.scores)
-            files.write_json(path / run_folder.RESULTS, record.results)
-            write_report(path, record)
-        print(f"{path.name}: evaluated on {', '.join(new['ood'])}", flush=True)
+    for path in finished_runs(folder):
+        _evaluate(path, {} if ood is None else {"ood": ood}, scores, device)
+
+
+def _evaluate(path: Path, changes: Mapping[str, Any], scores: Sequence[str] | None, device: str | None) -> None:
+    """Evaluate a finished run with these changes of its settings."""
+    with run_folder.only_writer(path):
+        run = load_run(path, device=device)
+        config = replace(run.config, **changes)
+        new, arrays = evaluate_model(run.predictor, config, run.dataset, load_ood_sets(config, run.dataset), scores)
+        record = _with_evaluation(read_record(path), new, arrays)
+        run_folder.write_scores(path, record.scores)
+        files.write_json(path / run_folder.RESULTS, record.results)
+        write_report(path, record)
+    print(f"{path.name}: evaluated on {', '.join(new['ood'])}", flush=True)
+
+
+def _add_ood_sets(path: Path, config: TrainConfig) -> None:
+    """Evaluate a finished run on those OOD sets of ``config`` that it lacks, where it was made for others."""
+    saved = files.read_json(path / run_folder.CONFIG).get("ood")
+    if saved == config.ood:
+        return
+    asked = datasets.default_ood(config.dataset) if config.ood is None else config.ood
+    kept = {spec.partition("=")[0]: spec for spec in saved or ()}
+    for spec in asked:
+        if kept.get(name := spec.partition("=")[0], spec) != spec:
+            raise ValueError(f"it has the OOD set {kept[name]}, got {spec}: give that another name")
+    found = files.read_json(path / run_folder.RESULTS)["ood"]
+    if missing := [spec for spec in asked if spec.partition("=")[0] not in found]:
+        changes = {"ood": missing, "data_root": config.data_root, "download": config.download}
+        _evaluate(path, changes, None, config.device)
 
 
 def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RunRecord:
@@ -214,166 +260,13 @@ def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[
     return replace(record, results={**record.results, **new, "ood": ood}, scores={**record.scores, **arrays})
 
 
-def _run_folders(folder: Path) -> list[Path]:
+def finished_runs(folder: Path) -> list[Path]:
+    """The folders of the finished runs in ``folder``.
+
+    Raises:
+        ValueError: there is none.
+    """
     found = [path.parent for path in sorted(folder.glob(f"*/{run_folder.RESULTS}")) if _finished(path.parent)]
     if not found:
         raise ValueError(f"{folder} holds no finished run")
     return found
-
-
-@dataclass(frozen=True)
-class _Run:
-    config: TrainConfig
-    settings: dict[str, Any]  # those that make runs different experiments
-    results: dict[str, Any]
-    epoch_s: float
-
-
-def write_table(folder: Path, relative_times: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Write table.json, table.md and plot.png of all finished runs in ``folder``.
-
-    Runs that differ in nothing but the seed make a row.
-
-    Args:
-        relative_times: time over that of RigL alone by label of the row (``rigl moon:-tuning 0.95``), in place of what
-            the runs took themselves, which depends on what else their machine did.
-
-    Returns:
-        What ``table.json`` holds: ``near``, ``far`` and ``ungrouped``, the names of the OOD sets by group;
-        ``headline``, the score of the first run's settings; ``rows``, each with ``label``, ``sparse`` (whether its
-        networks are), ``settings``, ``runs`` and ``figures`` ``{name: {"mean", "std"}}``; std is that of a sample, None
-        for a single run. Shares are in [0, 1].
-
-    Raises:
-        ValueError: no finished run.
-    """
-    groups: dict[str, list[_Run]] = {}
-    for path in _run_folders(folder):
-        config = TrainConfig.from_dict(files.read_json(path / run_folder.CONFIG))
-        results = files.read_json(path / run_folder.RESULTS)
-        try:
-            epochs = [row["time_s"] for row in run_folder.read_metrics(path, results.get("epochs"))]
-            run = _Run(config, _experiment(config), results, statistics.median(epochs))
-            _figures(run)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the results in {path} are incomplete: {error!r}") from None
-        groups.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
-    members = list(groups.values())
-    varying = [
-        key for key in members[0][0].settings
-        if key not in _SHOWN and len({json.dumps(group[0].settings[key]) for group in members}) > 1
-    ]  # fmt: skip
-    reference_s = {_kin(group[0]): _seconds(group) for group in members if _is_reference(group[0].config)}
-    rows: list[dict[str, Any]] = []
-    for group in members:
-        config, settings = group[0].config, group[0].settings
-        gathered: dict[str, list[float]] = {}
-        for run in group:
-            for name, value in _figures(run).items():
-                gathered.setdefault(name, []).append(value)
-        row_figures = {name: _mean_and_std(values) for name, values in gathered.items()}
-        shown = {key: settings[key] for key in (*_SHOWN, *varying)}
-        label = row_label(config, varying)
-        if relative_times is not None:
-            if label in relative_times:
-                row_figures["relative_epoch_time"] = {"mean": relative_times[label], "std": None}
-        elif reference := reference_s.get(_kin(group[0])):
-            row_figures["relative_epoch_time"] = _mean_and_std([run.epoch_s / reference for run in group])
-        rows.append({"label": label, "sparse": config.method_class.sparse, "settings": shown, "runs": len(group),
-                     "epoch_s": _seconds(group), "figures": row_figures})  # fmt: skip
-    rows.sort(key=lambda row: (row["settings"]["sparsity"], row["settings"]["method"], row["label"]))
-    headline = members[0][0].config.headline
-    table: dict[str, Any] = {**_groups(members[0][0]), "headline": headline, "rows": rows}
-    files.write_json(folder / TABLE, table)
-    files.write_text(folder / MARKDOWN, format_markdown(table))
-    with files.replacing(folder / PLOT) as temporary:
-        plots.comparison(rows, [headline]).savefig(temporary, dpi=150)
-    return table
-
-
-def _kin(run: _Run) -> str:
-    """The settings that a run has in common with the reference for its time."""
-    own = ("method", "reliability", "without")
-    return json.dumps({key: value for key, value in run.settings.items() if key not in own})
-
-
-def _is_reference(config: TrainConfig) -> bool:
-    return f"{config.method} {config.label}" == _REFERENCE
-
-
-def _seconds(group: Iterable[_Run]) -> float:
-    return statistics.mean(run.epoch_s for run in group)
-
-
-def _groups(run: _Run) -> dict[str, list[str]]:
-    """Names of the OOD sets by group."""
-    by_group: dict[str, list[str]] = {group: [] for group in GROUPS}
-    for name in run.results["ood"]:
-        by_group[ood_group(run.config.dataset, name)].append(name)
-    return by_group
-
-
-def _figures(run: _Run) -> dict[str, float]:
-    """A run's figures by name; AUROC and FPR95 as means over the OOD sets of each group."""
-    results, by_group = run.results, _groups(run)
-    found = {key: results["id"][key] for key in ("accuracy", "ece", "nll")}
-    if "calibration" in results:
-        found["ece_scaled"] = results["calibration"]["ece_after"]
-    counts = results["flops"]
-    found["forward_flops"] = counts.get("passes", 1) * counts["forward_sparse"] / counts["forward_dense"]
-    found["training_flops"] = counts["train_ratio"]
-    scores = dict.fromkeys(score for by_score in results["ood"].values() for score in by_score)
-    for score in scores:
-        for kind, names in by_group.items():
-            sets = [results["ood"][name][score] for name in names if score in results["ood"][name]]
-            for metric in ("auroc", "fpr95") if sets else ():
-                found[f"{metric}/{kind}/{score}"] = statistics.mean(metrics[metric] for metrics in sets)
-    return found
-
-
-def _mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-
-
-def format_markdown(table: Mapping[str, Any]) -> str:
-    """The table as Markdown: first what every run has and the headline score, then AUROC and FPR95 by score."""
-    rows, headline = table["rows"], table.get("headline", TrainConfig.headline)
-    columns = [
-        ("accuracy", "accuracy %", 100.0, 2), ("ece", "ECE", 1.0, 4), ("ece_scaled", "ECE after temperature", 1.0, 4),
-        ("nll", "NLL", 1.0, 4), ("forward_flops", "forward FLOPs / dense", 1.0, 3),
-        ("training_flops", "training FLOPs / dense", 1.0, 3),
-        ("relative_epoch_time", f"time an epoch / {_REFERENCE}", 1.0, 3),
-        *((f"auroc/{group}/{headline}", f"AUROC % {group}, {headline}", 100.0, 2) for group in GROUPS),
-    ]  # fmt: skip
-    columns = [column for column in columns if any(column[0] in row["figures"] for row in rows)]
-    lines = ["# Comparison", "", "Mean ± standard deviation over the seeds.", ""]
-    lines += _markdown(["run", "seeds", *(heading for _, heading, _, _ in columns)], [
-        [row["label"], str(row["runs"]), *(_cell(row, name, scale, digits) for name, _, scale, digits in columns)]
-        for row in rows
-    ])  # fmt: skip
-    sets = "; ".join(f"{group}: {', '.join(table.get(group, ())) or 'none'}" for group in GROUPS)
-    lines += ["", f"OOD sets, {sets}. AUROC and FPR95 (ID positive) in %, means over the sets of a group.",
-              f"The score of the first table, {headline}, is the settings' `headline`, not the best here."]  # fmt: skip
-    scores = dict.fromkeys(name.split("/", 2)[2] for row in rows for name in row["figures"] if name.startswith("auroc"))
-    for kind in GROUPS:
-        for metric, heading in (("auroc", "AUROC"), ("fpr95", "FPR95")):
-            if any(f"{metric}/{kind}/{score}" in row["figures"] for row in rows for score in scores):
-                lines += ["", f"## {heading}, {kind} OOD", ""]
-                lines += _markdown(["run", *scores], [
-                    [row["label"], *(_cell(row, f"{metric}/{kind}/{score}", 100.0, 2) for score in scores)]
-                    for row in rows
-                ])  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def _cell(row: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
-    value = row["figures"].get(name)
-    if value is None or not math.isfinite(value["mean"]):
-        return ""
-    spread = "" if value["std"] is None else f" ± {scale * value['std']:.{digits}f}"
-    return f"{scale * value['mean']:.{digits}f}{spread}"

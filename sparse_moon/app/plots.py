@@ -199,7 +199,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figu
     """Accuracy, ECE and near and far AUROC of ``scores``: over the sparsity where there are several, or a line a row.
 
     Args:
-        rows: of ``table.json``, see :func:`sparse_moon.app.compare.write_table`.
+        rows: of ``table.json``, see :func:`sparse_moon.app.comparison.write_table`.
     """
     columns = [[("accuracy", "accuracy"), ("ece", "ECE")]]
     for score in scores:

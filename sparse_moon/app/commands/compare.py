@@ -7,8 +7,9 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from sparse_moon.app import compare
+from sparse_moon.app import compare, comparison
 from sparse_moon.app.commands import settings
+from sparse_moon.app.comparison_text import format_summary
 from sparse_moon.app.config import TrainConfig, parse_label
 
 
@@ -24,9 +25,9 @@ def run(arguments: Namespace) -> None:
         if arguments.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")
         failed = compare.run_all(_combinations(arguments), folder, jobs=arguments.jobs)
-    table = compare.write_table(folder)
-    print(compare.format_markdown(table).partition("\n## ")[0])
-    print(f"AUROC and FPR95 by score: {folder / compare.MARKDOWN}")
+    table = comparison.write_table(folder)
+    print(format_summary(table))
+    print(f"AUROC and FPR95 by score: {folder / comparison.MARKDOWN}")
     if failed:
         print(f"sparse-moon compare: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)

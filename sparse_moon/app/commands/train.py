@@ -10,8 +10,8 @@ from jsonargparse import Namespace
 from sparse_moon import files
 from sparse_moon.app import run_folder
 from sparse_moon.app.commands import settings
-from sparse_moon.app.compare import run_name
 from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.experiment import run_name
 from sparse_moon.app.tables import format_kernels, format_results
 from sparse_moon.app.train import train
 from sparse_moon.distributed import rank

@@ -1,0 +1,202 @@
+"""Comparisons over any setting: names, tables by axis, published figures and paired differences."""
+
+import statistics
+from dataclasses import replace
+from importlib.resources import files as resources
+
+import pytest
+import yaml
+from scipy import stats
+
+from small_runs import CONFIG, write_run
+from sparse_moon import files
+from sparse_moon.app import comparison, run_folder
+from sparse_moon.app.cli import main, presets
+from sparse_moon.app.comparison_text import format_markdown
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.experiment import experiment, run_key, run_name, unlike_name, varying_settings
+from sparse_moon.app.published import published_figures
+
+QUICK = [
+    "--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256", "--interval", "2", "--ood", "noise",
+]  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:.* never updates the topology:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def results(folder):
+    """Of each run in a folder, what its results hold."""
+    return {path.parent.name: path.read_bytes() for path in folder.glob(f"*/{run_folder.RESULTS}")}
+
+
+def test_a_folder_in_the_way_is_left_alone_and_a_run_is_found_by_its_settings(tmp_path, capsys):
+    other = tmp_path / "rigl-none-0.9-seed0"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    command = ["compare", *QUICK, "--out", str(tmp_path), "--reliability", "none", "--quiet"]
+    main(command)
+    (name,) = results(tmp_path)
+    assert name.startswith("rigl-none-0.9-seed0-") and [path.name for path in other.iterdir()] == ["notes.txt"]
+    (tmp_path / name).rename(tmp_path / "called otherwise")
+    main(command)
+    assert results(tmp_path).keys() == {"called otherwise"} and not list(tmp_path.glob(".*"))
+    (tmp_path / "copy").mkdir()
+    for path in (tmp_path / "called otherwise").iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="hold the same run: remove one of them"):
+        comparison.write_table(tmp_path)
+
+
+OTHER = {
+    "dataset": "mnist", "image_size": 16, "model": "mlp", "width": 8, "method": "set", "reliability": "dac",
+    "without": ("voting",), "sparsity": 0.5, "pattern": "block8", "allocation": "er", "exclude": ("fc",), "fuse": False,
+    "epochs": 30, "batch_size": 32, "lr": 0.1, "lr_end": 0.01, "lr_until": 0.5, "momentum": 0.8, "weight_decay": 0.0,
+    "interval": 10, "drop_fraction": 0.2, "stop": 0.6, "amp": "bfloat16", "seed": 1, "holdout": 0.1,
+    "final_weight": 3.0, "warmup_epochs": 2, "vote_from": 0.9,
+}  # fmt: skip
+
+
+def test_any_setting_that_differs_makes_another_run():
+    config = TrainConfig()
+    tried = {*OTHER, "recompute"}  # which the CPU's kernels must be there for
+    assert experiment(config.to_dict()).keys() == tried - {"seed"}
+    known = {run_key(config.to_dict()), run_name(config)}
+    for name, value in OTHER.items():
+        other = replace(config, **{name: value})
+        assert run_key(other.to_dict()) not in known, name
+        known.add(run_key(other.to_dict()))
+        varying = varying_settings([experiment(config.to_dict()), experiment(other.to_dict())])
+        assert run_name(other, varying) != run_name(config, varying), name
+        assert unlike_name(other) != unlike_name(config)
+    for name, value in {"device": "cpu:0", "data_root": "x", "download": True, "ood": ["noise"]}.items():
+        assert run_key(replace(config, **{name: value}).to_dict()) == run_key(config.to_dict())
+
+
+def test_settings_that_a_run_does_not_have_make_no_difference():
+    none = TrainConfig(reliability="none")
+    assert run_key(replace(none, final_weight=2.0, keep=0.5).to_dict()) == run_key(none.to_dict())
+    dense = replace(none, method="dense", sparsity=0.0)
+    assert run_key(replace(dense, pattern="block8", sparsity=0.5).to_dict()) == run_key(dense.to_dict())
+    older = {key: value for key, value in none.to_dict().items() if key != "holdout"}
+    assert run_key(older) == run_key(none.to_dict()) == run_key({**older, "lr_until": 0.8, "seed": 0})
+    assert run_key({**older, "interval": 50.0}) == run_key(older)
+    assert run_key({**older, "method": "of_another.module.Method"}) != run_key(older)
+
+
+def test_tables_by_axis(tmp_path):
+    moon = replace(CONFIG, reliability="moon", sparsity=0.95)
+    for i, weight in enumerate((10.0, 0.5, 2.0)):
+        one = replace(moon, final_weight=weight)
+        write_run(tmp_path, one, accuracy=0.8 + i / 100, near=0.7, far=(0.8, 1.0), seconds=[1.0], name=f"run{i}")
+    write_run(tmp_path, replace(CONFIG, sparsity=0.95), accuracy=0.6, near=0.7, far=(0.8, 1.0), seconds=[1.0])
+    write_run(tmp_path, CONFIG, accuracy=0.7, near=0.7, far=(0.8, 1.0), seconds=[1.0])
+    table = comparison.write_table(tmp_path)
+    assert table["axes"] == {"sparsity": [0.9, 0.95], "final_weight": [0.5, 2, 10]}
+    assert [row["label"] for row in table["rows"]] == [
+        "rigl none 0.9", "rigl moon 0.95 final_weight=0.5", "rigl moon 0.95 final_weight=2",
+        "rigl moon 0.95 final_weight=10", "rigl none 0.95",
+    ]  # fmt: skip
+    text = (tmp_path / comparison.MARKDOWN).read_text()
+    assert text == format_markdown(files.read_json(tmp_path / comparison.TABLE))
+    by_weight = "## accuracy % by final_weight\n\n| final_weight | 0.5 | 2 | 10 |\n| --- | --- | --- | --- |\n"
+    assert f"{by_weight}| rigl moon 0.95 | 81.00 | 82.00 | 80.00 |\n" in text
+    by_sparsity = "## accuracy % by sparsity\n\n| sparsity | 0.9 | 0.95 |\n| --- | --- | --- |\n"
+    assert f"{by_sparsity}| rigl none | 70.00 | 60.00 |\n\n" in text
+    # one row holds the time of its kin: the run without a reliability method, whose final weight is nobody's
+    assert table["rows"][1]["figures"]["relative_epoch_time"]["mean"] == 1.0
+
+
+def test_paired_differences_by_hand(tmp_path):
+    moon = replace(CONFIG, reliability="moon")
+    accuracy = {"none": [0.90, 0.80, 0.70, 0.5], "moon": [0.92, 0.81, 0.75], "moon:-voting": [0.5]}
+    for label, config in (("none", CONFIG), ("moon", moon), ("moon:-voting", replace(moon, without=("voting",)))):
+        for seed, value in enumerate(accuracy[label]):
+            near = 0.7 + 0.01 * (seed == 2 and label == "moon")
+            one = replace(config, seed=seed)
+            write_run(tmp_path, one, accuracy=value, near=near, far=(0.5, 0.5), seconds=[1.0])
+    table = comparison.write_table(tmp_path)
+    (pair,) = table["paired"]  # of one seed there is no interval
+    assert (pair["axis"], pair["label"], pair["other"]) == ("reliability", "rigl moon 0.9", "rigl none 0.9")
+    assert pair["seeds"] == [0, 1, 2]
+    differences = [0.02, 0.01, 0.05]
+    expected = stats.t.interval(0.95, 2, statistics.mean(differences), stats.sem(differences))
+    figure = pair["figures"]["accuracy"]
+    assert figure == {key: pytest.approx(value) for key, value in zip(
+        ("mean", "low", "high"), (statistics.mean(differences), *expected), strict=True)}  # fmt: skip
+    assert figure["high"] - figure["mean"] == pytest.approx(4.302653 * statistics.stdev(differences) / 3**0.5)
+    assert pair["figures"]["auroc/far/msp"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert "training_flops" not in pair["figures"]
+    text = (tmp_path / comparison.MARKDOWN).read_text()
+    assert "| reliability | rigl moon 0.9 | rigl none 0.9 | 3 | +2.67 [-2.50, +7.84] |" in text
+
+
+def test_pairs_differ_on_one_axis_and_compare_the_same_ood_sets(tmp_path):
+    configs = [
+        replace(CONFIG, method=method, reliability=name, **options, seed=seed)
+        for method in ("rigl", "set")
+        for name, options in (("none", {}), ("moon", {"final_weight": 0.5}), ("moon", {"final_weight": 2.0}))
+        for seed in (0, 1)
+    ]
+    for i, config in enumerate(configs):
+        write_run(tmp_path, config, accuracy=0.5, near=0.7, far=(0.4, 0.8), seconds=[1.0], name=str(i))
+    path = tmp_path / "0" / run_folder.RESULTS
+    content = files.read_json(path)
+    del content["ood"]["photos"]  # the easier of two
+    files.write_json(path, content)
+    pairs = comparison.write_table(tmp_path)["paired"]
+    found = {(pair["axis"], pair["label"], pair["other"]) for pair in pairs}
+    weights = [f"final_weight={w}" for w in (0.5, 2)]
+    assert found == {
+        *(("reliability", f"{m} moon 0.9 {w}", f"{m} none 0.9") for m in ("rigl", "set") for w in weights),
+        *(("final_weight", f"{m} moon 0.9 {weights[1]}", f"{m} moon 0.9 {weights[0]}") for m in ("rigl", "set")),
+        ("method", "set none 0.9", "rigl none 0.9"),
+        *(("method", f"set moon 0.9 {w}", f"rigl moon 0.9 {w}") for w in weights),
+    }
+    assert all(pair["figures"]["auroc/far/msp"]["mean"] == pytest.approx(0.0) for pair in pairs)
+
+
+def test_published_figures_stand_beside_measured_ones(tmp_path):
+    config = TrainConfig.from_dict(yaml.safe_load(presets()["moon-cifar10"].read_text()))
+    assert config.sparsity == 0.95
+    cifar = {"near_set": "cifar100"}
+    for seed in (0, 1):
+        one = replace(config, seed=seed, epochs=20)
+        write_run(tmp_path, one, accuracy=0.9, near=0.88, far=(0.9, 0.9), seconds=[1.0], **cifar)
+    half = replace(config, final_weight=0.5)
+    write_run(tmp_path, half, accuracy=0.9, near=0.87, far=(0.9, 0.9), seconds=[1.0], **cifar, name="half")
+    other = replace(config, final_weight=0.7)
+    write_run(tmp_path, other, accuracy=0.9, near=0.87, far=(0.9, 0.9), seconds=[1.0], **cifar, name="other")
+    rows = {row["label"]: row for row in comparison.write_table(tmp_path)["rows"]}
+    label = "rigl moon 0.95 final_weight={} epochs={}"
+    values = {one["figure"]: one for one in rows[label.format(1, 20)]["published"]}
+    assert values["auroc/near/msp"]["value"] == 0.8871 and "auroc/far/knn" in values
+    assert values["auroc/near/msp"]["other"][0] == "epochs 20 (paper 100)"
+    (ablation,) = rows[label.format(0.5, 100)]["published"]
+    assert ablation["value"] == 0.8666 and ablation["source"] == "MOON (arXiv 2403.20047), Table 12"
+    assert rows[label.format(0.7, 100)]["published"] == []
+    text = (tmp_path / comparison.MARKDOWN).read_text()
+    assert "| run | figure | published | measured | source | settings that differ from the paper's preset |" in text
+    source = "| MOON (arXiv 2403.20047) | epochs 20 (paper 100)"
+    for group, published, measured in (("near", "88.71", "88.00 ± 0.00"), ("far", "91.62", "90.00 ± 0.00")):
+        assert f"AUROC % {group}, msp | {published} | {measured} {source}" in text
+    assert "AUROC % near, knn" not in text  # was not measured
+    assert "printed as 87.66, but its columns average 86.66" in text
+
+
+def test_published_figures_fit_presets_and_are_shares():
+    content = yaml.safe_load((resources("sparse_moon.app") / "published.yaml").read_text(encoding="utf-8"))
+    found = 0
+    for group in content:
+        preset = yaml.safe_load(presets()[group["preset"]].read_text())
+        for row in group["rows"]:
+            config = TrainConfig.from_dict({**preset, **row["changes"]})
+            ood = [spec.partition("=")[0] for spec in config.ood or ()]
+            ours = [one for one in published_figures(experiment(config.to_dict()), ood) if not one["other"]]
+            assert {(one["figure"], one["value"]) for one in ours} == set(row["figures"].items())
+            assert all(0 < value < 1 for value in row["figures"].values())
+            found += len(ours)
+    assert found > 40
