@@ -1,5 +1,6 @@
 """Comparisons over any setting: names, tables by axis, published figures and paired differences."""
 
+import json
 import statistics
 from dataclasses import replace
 from importlib.resources import files as resources
@@ -16,6 +17,7 @@ from sparse_moon.app.comparison_text import format_markdown
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.experiment import experiment, run_key, run_name, unlike_name, varying_settings
 from sparse_moon.app.published import published_figures
+from sparse_moon.app.sweep import parse_sweeps
 
 QUICK = [
     "--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256", "--interval", "2", "--ood", "noise",
@@ -31,6 +33,48 @@ def _one_thread(monkeypatch):
 def results(folder):
     """Of each run in a folder, what its results hold."""
     return {path.parent.name: path.read_bytes() for path in folder.glob(f"*/{run_folder.RESULTS}")}
+
+
+def test_commands_that_differ_in_any_option_fill_one_folder(tmp_path, capsys):
+    """Each adds its own runs and no other's, and the same one again trains nothing."""
+    out = tmp_path / "all"
+    base = ["compare", *QUICK, "--out", str(out), "--reliability", "none", "moon", "--jobs", "2", "--quiet"]
+    commands = [
+        (base, {"rigl-none-0.9-seed0", "rigl-moon-0.9-seed0"}),
+        # none has no final weight: its run is there
+        ([*base, "--sweep", "final_weight=0.5,2"],
+         {f"rigl-moon-0.9-final_weight={w}-seed0" for w in (0.5, 2)}),
+        ([*base, "--final-weight", "0.5", "--lr", "0.05"],
+         {"rigl-none-0.9-lr=0.05-seed0", "rigl-moon-0.9-final_weight=0.5-lr=0.05-seed0"}),
+        (["compare", *QUICK, "--out", str(out), "--reliability", "none", "--quiet", "--sweep", "pattern=block8",
+          "--sweep", "exclude=[fc],[]"], None),
+    ]  # fmt: skip
+    seen = set()
+    for command, new in commands:
+        main(command)
+        assert new is None or results(out).keys() - seen == new
+        assert len(results(out)) == len(seen) + 2
+        seen = results(out).keys()
+    before = results(out)
+    for command, _ in commands:
+        main([word for word in command if word != "--quiet"])
+        assert "accuracy 0" not in capsys.readouterr().out.partition("# Comparison")[0]
+    assert results(out) == before
+    rows = files.read_json(out / comparison.TABLE)["rows"]
+    assert len(rows) == len(before) == len({row["label"] for row in rows}) == 8
+    settings = [files.read_json(out / name / run_folder.CONFIG) for name in before]
+    assert len({run_key(one) for one in settings}) == 8
+
+    # other OOD sets are no other run, but a finished one is evaluated on them
+    main([*base, "--ood", "noise", "letters"])
+    after = results(out)
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"rigl-none-0.9-seed0", "rigl-moon-0.9-seed0"}
+    for name in changed:
+        old, new = json.loads(before[name])["ood"], json.loads(after[name])["ood"]
+        assert new.keys() == {"noise", "letters"} and new["noise"] == old["noise"]
+    assert "These rows have other OOD sets" in (out / comparison.MARKDOWN).read_text()
 
 
 def test_a_folder_in_the_way_is_left_alone_and_a_run_is_found_by_its_settings(tmp_path, capsys):
@@ -56,7 +100,7 @@ OTHER = {
     "without": ("voting",), "sparsity": 0.5, "pattern": "block8", "allocation": "er", "exclude": ("fc",), "fuse": False,
     "epochs": 30, "batch_size": 32, "lr": 0.1, "lr_end": 0.01, "lr_until": 0.5, "momentum": 0.8, "weight_decay": 0.0,
     "interval": 10, "drop_fraction": 0.2, "stop": 0.6, "amp": "bfloat16", "seed": 1, "holdout": 0.1,
-    "final_weight": 3.0, "warmup_epochs": 2, "vote_from": 0.9,
+    "final_weight": 3.0, "warmup_epochs": 2, "vote_from": 0.9, "ece_bins": 10, "diagnostics": True,
 }  # fmt: skip
 
 
@@ -85,6 +129,44 @@ def test_settings_that_a_run_does_not_have_make_no_difference():
     assert run_key(older) == run_key(none.to_dict()) == run_key({**older, "lr_until": 0.8, "seed": 0})
     assert run_key({**older, "interval": 50.0}) == run_key(older)
     assert run_key({**older, "method": "of_another.module.Method"}) != run_key(older)
+
+
+def test_values_of_a_sweep_have_the_types_of_their_options():
+    assert parse_sweeps(["final-weight=0.1,1,null", "exclude=[fc,conv1],[]", "fuse=true,false"], {}) == {
+        "final_weight": [0.1, 1.0, None], "exclude": [("fc", "conv1"), ()], "fuse": [True, False],
+    }  # fmt: skip
+    assert parse_sweeps(["model=mlp,my_package.nets.net", "lr=1e-3"], {}) == {
+        "model": ["mlp", "my_package.nets.net"], "lr": [0.001],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("final_wieght=1,2", "--sweep final_wieght: train has no such option; did you mean --final-weight?"),
+        ("xyzzy=1", "--sweep xyzzy: train has no such option, see sparse-moon train --help"),
+        ("lr=0.1,fast", "--sweep: --lr must be a number, got fast"),
+        ("epochs=1.5", "--sweep: --epochs must be an integer, got 1.5"),
+        ("model=mlp,resnet19", "--model must be one of mlp, "),
+        ("model=mlp,resnet19", "got resnet19; did you mean resnet18?"),
+        ("fuse=maybe", "--fuse must be true or false, got maybe"),
+        ("keep=0.5,2", "--keep must be in (0, 1], got 2.0"),
+        ("lr", "--sweep must be NAME=VALUE,VALUE, got 'lr'"),
+        ("lr=", "--sweep lr: expected values, got none"),
+        ("lr=0.1,0.10", "--sweep lr: 0.1 stands there twice"),
+        ("sparsity=0.9,0.95", "--sweep sparsity: give its values to --sparsity"),
+        ("without=loss", "--sweep without: give its values to --reliability (moon:-tuning)"),
+        ("device=cpu,cuda", "--sweep device: runs that differ in device alone are the same experiment"),
+        ("lr=0.1 --sweep lr=0.2", "--sweep lr: give all its values at once, as in lr=1,2"),
+        ("out=a,b", "--sweep out: train has no such option"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_sweep_are_said_before_anything_runs(tmp_path, capsys, sweep, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *QUICK, "--out", str(tmp_path / "out"), "--sweep", *sweep.split()])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and message in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_by_axis(tmp_path):

@@ -30,6 +30,7 @@ from sparse_moon.app.config import TrainConfig, own_options
 from sparse_moon.app.messages import error_message, listing, one_line, parse_message, suggestion
 from sparse_moon.app.names import ModelName, Score
 from sparse_moon.app.own import NAMES, import_modules, typed_paths
+from sparse_moon.app.sweep import parse_sweeps
 from sparse_moon.options import MethodOptions, ReliabilityOptions, TrainingMethod
 from sparse_moon.settings import OR_IMPORT_PATH, ImportPath, helps, is_import_path
 
@@ -72,10 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _ending_at_once(program):
             import_modules(typed_paths(given, ("method", "reliability")))  # whose options are parsed, too
             arguments = _parser(program, given).parse_args(_with_presets(given))
+            if arguments.command == "compare":
+                arguments.compare.sweep = parse_sweeps(arguments.compare.sweep or (), _own_options(given))
             run = import_module(f"sparse_moon.app.commands.{arguments.command}").run
         options = arguments[arguments.command]
+        models = [options.get("model"), *(options.get("sweep") or {}).get("model", ())]
         scores = (score.partition(":")[0] for score in options.get("score") or ())
-        import_modules(filter(is_import_path, [options.get("model"), *scores]))
+        import_modules(filter(is_import_path, [*models, *scores]))
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing if options.get("quiet") else sys.stdout):
             run(options)
             sys.stdout.flush()
@@ -180,7 +184,7 @@ def _parser(program: str, argv: Sequence[str] = ()) -> _Parser:
     )
     parser.program = program
     commands = parser.add_subcommands(dest="command")
-    own = own_options(typed_paths(argv, ["method"]), typed_paths(argv, ["reliability"]))
+    own = _own_options(argv)
     make: dict[str, Callable[[str], _Parser]] = {
         "train": partial(_train_parser, own=own), "compare": partial(_compare_parser, own=own), "eval": _eval_parser,
         "flops": partial(_flops_parser, own=own), "export": _export_parser,
@@ -191,6 +195,11 @@ def _parser(program: str, argv: Sequence[str] = ()) -> _Parser:
         one.add_argument("--traceback", action="store_true", help="where an error came from, for a report of a bug")
         commands.add_subcommand(name, one, help=summary)
     return parser
+
+
+def _own_options(argv: Sequence[str]) -> dict[str, type]:
+    """The options of methods of the user's own on a command line."""
+    return own_options(typed_paths(argv, ["method"]), typed_paths(argv, ["reliability"]))
 
 
 def _train_parser(description: str, own: Mapping[str, type]) -> _Parser:
@@ -223,6 +232,13 @@ def _compare_parser(description: str, own: Mapping[str, type]) -> _Parser:
         kind = {"sparsity": float, "seed": int}.get(name, str)
         default = [getattr(TrainConfig, name)]
         combined.add_argument(f"--{name}", type=kind, nargs="+", default=default, help=text)
+    combined.add_argument(
+        "--sweep",
+        action="append",
+        type=str,
+        metavar="NAME=VALUE,VALUE",
+        help="values of another option, as final_weight=0.1,1,4 or model=mlp,resnet18; may be given again for another",
+    )
     output = _add_settings(parser, own, leave_out={*_COMBINED, "without"})
     output.add_argument("--out", type=str, required=True, help="folder of the runs and of the table")
     output.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process")

@@ -34,12 +34,13 @@ def run(arguments: Namespace) -> None:
 
 
 def _combinations(arguments: Namespace) -> list[TrainConfig]:
-    configs = []
+    configs, sweeps = [], arguments.sweep
     for method, label in product(arguments.method, arguments.reliability):
         name, without = parse_label(label)
-        for sparsity, seed in product(arguments.sparsity, arguments.seed):
+        for sparsity, *values, seed in product(arguments.sparsity, *sweeps.values(), arguments.seed):
             one = {"method": method, "reliability": name, "without": without, "sparsity": sparsity, "seed": seed}
-            config = settings({**vars(arguments), **one})
+            swept = dict(zip(sweeps, values, strict=True))
+            config = settings({**vars(arguments), **one, **swept})
             # so that dense runs are not repeated
             configs.append(config if config.method_class.sparse else replace(config, sparsity=0.0))
     return configs
