@@ -27,9 +27,10 @@ class _ChannelStatistics:
     def add(self, input: Tensor) -> None:
         """Take in the input of a batch norm, (N, C, ...)."""
         count = input.numel() // input.shape[1]
-        var, mean = torch.var_mean(
-            input.to(self.mean.dtype), [dim for dim in range(input.dim()) if dim != 1], correction=0
-        )
+        input, dims = input.to(self.mean.dtype), [dim for dim in range(input.dim()) if dim != 1]
+        # in two passes: torch.var_mean takes 15 times as long on the CPU, more than the network's forward pass
+        kept = input.mean(dims, keepdim=True)
+        var, mean = (input - kept).square_().mean(dims), kept.flatten()
         total, shift = self.count + count, mean - self.mean
         self.mean += shift * (count / total)
         self.deviations += var * count + shift.square() * (self.count * count / total)
