@@ -11,7 +11,8 @@ scores and pages do not.
     python benchmarks/compare.py mnist DATA --times     # on an idle machine: times.json, the times of a training step
 
 Those are taken in turns in one process, topology updates included, and stand in the table in place of the runs' own,
-which depend on what else ran.
+which depend on what else ran. They leave out what comes after steps, MOON's and CigL's averages and batch-norm pass:
+moon_cost.py measures that.
 
 DATA holds mnist.npz and cifar10.npz with the arrays x_train, y_train, x_test and y_test, and the OOD sets named below,
 with the images in x or x_test.
