@@ -8,6 +8,10 @@ Trains what benchmarks/results/mnist lacks and writes the table there. Interrupt
 settings, metrics and results belong to the repository, with the machine and the versions that made them; checkpoints,
 scores and pages do not.
 
+    python benchmarks/compare.py mnist DATA --grid moon --seed 0 1 2 3 4 5 6 7     # benchmarks/results/mnist-moon
+
+Whether MOON does more than averaging, at 95 %: RigL, RigL with voting, MOON with three final weights, Deep Gamblers.
+
     python benchmarks/compare.py mnist DATA --times     # on an idle machine: times.json, the times of a training step
 
 Those are taken in turns in one process, topology updates included, and stand in the table in place of the runs' own,
@@ -52,33 +56,47 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 DATASETS = {
     "mnist": [
-        "--final-weight", "0.01",
         "--ood", "notmnist=notmnist_test.npz", "fashion_mnist=fashion_mnist_test.npz", "kmnist=kmnist_test.npz",
         "dtd=ood/dtd.npz", "cifar10=cifar10.npz", "tinyimagenet=ood/tinyimagenet.npz", "scenes=ood/scenes.npz",
     ],
     "cifar10": [
-        "--final-weight", "1",
         "--ood", "cifar100=ood/cifar100.npz", "tinyimagenet=ood/tinyimagenet.npz",
         "mnist=mnist.npz", "svhn=ood/svhn.npz", "dtd=ood/dtd.npz", "scenes=ood/scenes.npz",
     ],
 }  # fmt: skip
-GRIDS = [
+FINAL_WEIGHTS = {"mnist": 0.01, "cifar10": 1.0}
+METHODS = [
     {"method": ["rigl", "set"], "reliability": ["none", "moon", "cigl"], "sparsity": ["0.99"]},
     {"method": ["rigl", "set"], "reliability": ["none", "moon", "cigl"], "sparsity": ["0.95"]},
     {"method": ["rigl"], "reliability": ["moon:-loss", "moon:-tuning", "moon:-voting"], "sparsity": ["0.99"]},
 ]
 
 
+def grids(name: str, dataset: str) -> list[dict[str, Any]]:
+    """Options of the commands that train a grid."""
+    if name == "methods":
+        return [{**grid, "final_weight": FINAL_WEIGHTS[dataset]} for grid in METHODS]
+    common = {"method": ["rigl"], "sparsity": ["0.95"]}
+    return [
+        {**common, "reliability": ["none", "moon:-loss", "gamblers"]},
+        {**common, "reliability": ["moon"], "sweep": "final_weight=0.01,1,4"},
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=list(DATASETS))
     parser.add_argument("data", type=Path, help="folder of the data")
+    parser.add_argument("--grid", choices=["methods", "moon"], default="methods")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; their times are then not comparable")
-    parser.add_argument("--out", type=Path, help="folder of the runs, default benchmarks/results/DATASET")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the runs, default benchmarks/results/DATASET or DATASET-moon"
+    )
     parser.add_argument("--times", action="store_true", help="train nothing, time training steps")
     arguments = parser.parse_args()
-    out = (arguments.out or RESULTS / arguments.dataset).resolve()
+    folder = arguments.dataset if arguments.grid == "methods" else f"{arguments.dataset}-{arguments.grid}"
+    out = (arguments.out or RESULTS / folder).resolve()
     out.mkdir(parents=True, exist_ok=True)
     if arguments.times:
         write_results(out / TIMES, times(arguments.dataset, arguments.data))
@@ -90,7 +108,7 @@ def main() -> None:
         "--dataset", arguments.dataset, "--data-root", ".", *options(COMMON), *DATASETS[arguments.dataset],
     ]  # fmt: skip
     for seed in arguments.seed:
-        for grid in GRIDS:
+        for grid in grids(arguments.grid, arguments.dataset):
             before = environment(torch.device("cpu"))
             # from the folder of the data, so that no run's settings hold a path of this machine
             try:
@@ -153,7 +171,7 @@ def times(dataset: str, data: Path) -> dict[str, object]:
 def configs(dataset: str) -> list[TrainConfig]:
     """The runs' settings, of one seed."""
     found = []
-    for grid in GRIDS:
+    for grid in METHODS:
         for method, label, sparsity in product(grid["method"], grid["reliability"], grid["sparsity"]):
             reliability, without = parse_label(label)
             found.append(TrainConfig(
