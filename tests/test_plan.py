@@ -236,6 +236,30 @@ def test_a_plan_keeps_few_shapes():
     assert len(plan.inputs) <= 64 and len(plan.decisions) <= 256
 
 
+@pytest.mark.skipif(native is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("sparsity", [0.1, 0.95], ids=["dense", "kernel"])
+def test_what_runs_a_convolution_is_decided_once_for_each_layout(monkeypatch, sparsity):
+    import sparse_moon.ops.cpu as cpu
+
+    asked = []
+    real = cpu.kernel_pays
+    monkeypatch.setattr(cpu, "kernel_pays", lambda work, density: asked.append(work) or real(work, density))
+    layer = sm.SparseConv2d(64, 64, 1, sparsity=sparsity)
+    x = torch.randn(8, 64, 16, 16)
+    results = {}
+    for layout in 2 * (torch.contiguous_format, torch.channels_last):
+        images = x.contiguous(memory_format=layout).requires_grad_()
+        y = layer(images)
+        assert y.is_contiguous(memory_format=layout)
+        y.square().sum().backward()
+        results.setdefault(layout, []).append((y.detach(), images.grad))
+    assert len(asked) == len(set(asked)) == 4  # forward and both gradients, in either layout
+    for once, again in results.values():
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    for a, b in zip(*(first for first, _ in results.values()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_values_that_are_cut_between_the_passes_are_an_error(kind):
     layer = sm.SparseLinear(12, 16, sparsity=0.5) if kind == "linear" else sm.SparseConv2d(12, 16, 1, sparsity=0.5)

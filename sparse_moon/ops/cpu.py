@@ -34,15 +34,18 @@ class Decision(NamedTuple):
     weight: Any
     """As the extension takes it, without values."""
     size: Any
-    """Of the pass, as the extension takes it."""
+    """Of the pass, as the extension takes it, or what a dense product wants to know."""
     blanks: tuple[Tensor, ...]
     """Of the shapes of results, see :func:`blank`."""
     generation: int
     """Of choices."""
 
 
-def decided(plan: Plan, key: Hashable, first: Tensor, values: Tensor, third: Tensor | None) -> Decision | None:
-    """What was decided for these operands, where all are contiguous and in float32; else None."""
+def decided(
+    plan: Plan, key: Hashable, first: Tensor, values: Tensor, third: Tensor | None,
+    layout: torch.memory_format = torch.contiguous_format, third_layout: torch.memory_format = torch.contiguous_format,
+) -> Decision | None:  # fmt: skip
+    """What was decided for these operands, where all are in float32 and without gaps in these layouts; else None."""
     decision: Decision | None = plan.decisions.get(key)
     if (
         decision is not None
@@ -50,16 +53,16 @@ def decided(plan: Plan, key: Hashable, first: Tensor, values: Tensor, third: Ten
         and not choice.open_blocks()
         and first.dtype is torch.float32
         and values.dtype is torch.float32
-        and first.is_contiguous()
+        and first.is_contiguous(memory_format=layout)
         and values.is_contiguous()
-        and (third is None or (third.dtype is torch.float32 and third.is_contiguous()))
+        and (third is None or (third.dtype is torch.float32 and third.is_contiguous(memory_format=third_layout)))
     ):
         return decision
     return None
 
 
 def decide(plan: Plan, key: Hashable, size: Any, *blanks: Tensor, keep: bool, sparse: int = 1) -> Decision:
-    """A decision; kept for calls to come where that is asked for, by operands that are contiguous and in float32."""
+    """A decision; kept for calls to come where that is asked for, by operands that :func:`decided` takes."""
     decision = Decision(sparse, matrix(plan, None)[0], size, blanks, choice.generation)
     if keep and choice.is_settled():
         plan.note_decision(key, decision)

@@ -75,27 +75,27 @@ def _all_float32(*operands: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in operands)
 
 
-def _plain(dtype: torch.dtype, *layouts: torch.memory_format) -> bool:
-    """Whether decisions are kept for such activations."""
-    return dtype is torch.float32 and set(layouts) == {torch.contiguous_format}
-
-
 _dense_grads = with_bias_grad(dense.grads, bias_grad)
 _separate_grads = with_bias_grad(separate_grads, bias_grad)
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
     given = input, values, bias, probe, plan
-    dtype, key, layout = input.dtype, ("forward", input.shape), torch.contiguous_format
-    decision = decided(plan, key, input, values, bias)
+    dtype, layout = input.dtype, memory_format(input)
+    key = "forward", input.shape, layout
+    decision = decided(plan, key, input, values, bias, layout)
     if decision is None:
-        layout = memory_format(input)
         shapes = shapes_of(input.shape, geometry_of(plan), layout)
-        if not kernel_takes(shapes.works["forward"], plan, input, values, bias):
-            return _dense_forward(shapes, layout, input, values, bias, probe, plan)
+        sparse = kernel_takes(shapes.works["forward"], plan, input, values, bias)
         check_entries(values, plan.index[1])
-        decision = decide(plan, key, shapes.convolution, blank(shapes.output, layout), keep=_plain(dtype, layout))
-        input, values, bias = packed(input, layout), packed(values), None if bias is None else packed(bias)
+        size = shapes.convolution if sparse else shapes
+        decision = decide(
+            plan, key, size, blank(shapes.output, layout), sparse=sparse, keep=_all_float32(input, values, bias)
+        )
+        if sparse:
+            input, values, bias = packed(input, layout), packed(values), None if bias is None else packed(bias)
+    if not decision.sparse:
+        return _dense_forward(decision.size, layout, input, values, bias, probe, plan)
     output = torch.empty_like(decision.blanks[0])
     try:
         kernels.sparse_conv2d(
@@ -176,19 +176,22 @@ def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Te
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
     given = grad, input, values, plan, with_bias
-    dtype, key = grad.dtype, ("grads", input.shape)
-    grad_layout = layout = torch.contiguous_format
-    decision = decided(plan, key, grad, values, input)
+    dtype, grad_layout, layout = grad.dtype, memory_format(grad), memory_format(input)
+    key = "grads", input.shape, grad_layout, layout
+    decision = decided(plan, key, grad, values, input, grad_layout, layout)
     if decision is None:
-        grad_layout, layout = memory_format(grad), memory_format(input)
         shapes = shapes_of(input.shape, geometry_of(plan), layout)
-        if not kernel_takes(shapes.works["grads"], plan, grad, input, values):
-            by_winograd = shapes.winograd and _all_float32(grad, input, values)
-            return (_separate_grads if by_winograd else _dense_grads)(*given)
+        sparse = kernel_takes(shapes.works["grads"], plan, grad, input, values)
+        float32 = _all_float32(grad, input, values)
         check_entries(values, plan.index[1])
+        size = shapes.convolution if sparse else _separate_grads if shapes.winograd and float32 else _dense_grads
         blanks = blank(input.shape, grad_layout), blank(plan.bias_shape)
-        decision = decide(plan, key, shapes.convolution, *blanks, keep=_plain(dtype, grad_layout, layout))
-        grad, input, values = packed(grad, grad_layout), packed(input, layout), packed(values)
+        decision = decide(plan, key, size, *blanks, sparse=sparse, keep=float32)
+        if sparse:
+            grad, input, values = packed(grad, grad_layout), packed(input, layout), packed(values)
+    if not decision.sparse:
+        results: tuple[Tensor, ...] = decision.size(*given)
+        return results
     d_input, d_values = torch.empty_like(decision.blanks[0]), torch.empty_like(values)
     d_bias = torch.empty_like(decision.blanks[1]) if with_bias else None
     try:
