@@ -31,7 +31,6 @@ PRIVATE = {
     ("tests/test_compare.py", "sparse_moon.app.compare._prepare"): _RUNS,
     ("tests/test_compare.py", "sparse_moon.app.compare._start"): _RUNS,
     ("tests/test_data.py", "sparse_moon.app.datasets._FOLDER_STATISTICS_IMAGES"): "a folder of 20,000 images is large",
-    ("tests/test_data.py", "sparse_moon.app.datasets._TORCHVISION"): "nothing is to be downloaded",
     ("tests/test_snippets.py", "sparse_moon.app.cli._parser"): "commands in documents are parsed, not run",
     ("tests/test_snippets.py", "sparse_moon.app.cli._with_presets"): "commands in documents are parsed, not run",
 }

@@ -2,7 +2,6 @@
 
 import io
 import os
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from small_data_roots import save_mnist
 from small_image_sets import Tree, arrays, everything, save, save_tree
-from sparse_moon.app import datasets
-from sparse_moon.app.datasets import DataSet, Images, load, load_ood
+from sparse_moon.app import datasets, torchvision_sets
+from sparse_moon.app.datasets import DataSet, Images, load
+from sparse_moon.app.ood_sets import load_ood
 
 
 def labels_of(images: Images) -> list[int]:
@@ -221,17 +222,6 @@ def test_named_npz(tmp_path: Path) -> None:
     assert labels_of(dataset.test) == list(range(10))
 
 
-def save_mnist(root: Path, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> None:
-    """MNIST's own files: big-endian magic number, extents, bytes."""
-    folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    for part, x, y in (("train", x_train, y_train), ("t10k", x_test, y_test)):
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *x.shape) + x.tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2i", 0x801, len(y)) + y.astype(np.uint8).tobytes()
-        )
-
-
 def test_torchvision_files(tmp_path: Path, digits: DataSet) -> None:
     content = arrays()
     save_mnist(tmp_path, **content)
@@ -271,8 +261,8 @@ def test_torchvision_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d
             self.data = np.full((7, 3, 8, 8), 30, np.uint8)
             self.labels = np.zeros(7, int)
 
-    monkeypatch.setitem(datasets._TORCHVISION, "cifar100", Cifar)
-    monkeypatch.setattr(datasets.datasets, "SVHN", Svhn)
+    monkeypatch.setitem(torchvision_sets.TORCHVISION, "cifar100", Cifar)
+    monkeypatch.setattr(torchvision_sets.datasets, "SVHN", Svhn)
     dataset = load("cifar100", tmp_path, download=download)
     assert asked == [(tmp_path, True, download), (tmp_path, False, download)]
     assert (dataset.train.shape, dataset.num_classes) == ((3, 4, 4), 3)

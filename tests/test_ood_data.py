@@ -8,7 +8,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from small_image_sets import arrays, everything, rgb, save, save_tree
-from sparse_moon.app.datasets import DataSet, default_ood, load, load_ood
+from sparse_moon.app.datasets import DataSet, load
+from sparse_moon.app.ood_sets import default_ood, load_ood
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,76 @@
-"""Which out-of-distribution (OOD) sets are near the in-distribution (ID) set, and which are far from it."""
+"""Names of image sets in all their spellings, and which out-of-distribution (OOD) sets are near which ID set or far."""
 
+import re
 from pathlib import Path
+
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "mnist": (),
+    "fashionmnist": ("fmnist",),
+    "kmnist": ("kuzushiji-mnist",),
+    "notmnist": ("notmnist-small",),
+    "emnist-letters": ("emnist",),
+    "cifar10": (),
+    "cifar100": (),
+    "imagenet": ("imagenet-1k", "imagenet2012", "ilsvrc2012"),
+    "svhn": (),
+    "textures": ("texture", "dtd"),
+    "places365": ("place365", "val-256"),
+    "tinyimagenet": ("tin", "tiny-imagenet-200"),
+    "lsun-crop": ("lsun", "lsun-c"),
+    "lsun-resize": ("lsun-r",),
+    "isun": (),
+    "sun": (),
+    "places": (),
+    "inaturalist": (),
+    "openimage-o": (),
+    "imagenet-o": (),
+    "ssb-hard": (),
+    "ninco": (),
+    "species": ("species-sub",),
+}
+"""Image sets by name, each with its other names; case, ``-``, ``_`` and spaces make no difference.
+
+They are those of OpenOOD's folders and lists, of torchvision's folders and of DICE's. ``places`` and ``sun`` are the
+10,000 images that do not overlap with ImageNet (Huang and Li 2021), ``places365`` is the validation set.
+"""
+
+
+def plain(name: str) -> str:
+    """A name without what makes no difference between two spellings."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+_NAMES = {plain(spelling): name for name, others in SPELLINGS.items() for spelling in (name, *others)}
+
+
+def canonical(name: str) -> str:
+    """The name in `SPELLINGS` that ``name`` is a spelling of: ``textures`` for ``DTD``; one that is not known stays."""
+    return _NAMES.get(plain(name), name)
+
+
+_DRAWN = ("noise", "photos")
+_SMALL = ("svhn", "textures", "places365", "lsun-crop", "lsun-resize", "isun", "scenes")
+_GREY = ("mnist", "fashionmnist", "kmnist", "notmnist", "emnist-letters", "letters")
 
 NEAR_OOD: dict[str, tuple[str, ...]] = {
     "digits": ("digits-8-9", "letters"),
-    "mnist": ("letters", "notmnist", "fashion_mnist", "kmnist"),
+    "mnist": _GREY[1:],
     "cifar10": ("cifar100", "tinyimagenet"),
     "cifar100": ("cifar10", "tinyimagenet"),
+    "imagenet": ("species", "inaturalist", "openimage-o", "imagenet-o", "ssb-hard", "ninco"),
 }
-"""By ID set the names of the OOD sets close to it in content, as the literature groups them."""
+"""By ID set the names of the OOD sets close to it in content, as OpenOOD 1.0 and MOON group them.
 
-_FAR = ("noise", "photos", "svhn", "dtd", "textures", "scenes", "places365", "lsun")
+Those of MNIST beyond notMNIST and Fashion-MNIST are grouped here. OpenOOD 1.5 counts iNaturalist and OpenImage-O as
+far from ImageNet.
+"""
+
 FAR_OOD: dict[str, tuple[str, ...]] = {
-    "digits": _FAR,
-    "mnist": (*_FAR, "cifar10", "cifar100", "tinyimagenet"),
-    "cifar10": (*_FAR, "letters", "mnist", "fashion_mnist", "kmnist", "notmnist"),
-    "cifar100": (*_FAR, "letters", "mnist", "fashion_mnist", "kmnist", "notmnist"),
+    "digits": (*_DRAWN, *_SMALL),
+    "mnist": (*_DRAWN, *_SMALL, "cifar10", "cifar100", "tinyimagenet"),
+    "cifar10": (*_DRAWN, *_SMALL, *_GREY),
+    "cifar100": (*_DRAWN, *_SMALL, *_GREY),
+    "imagenet": (*_DRAWN, "textures", "mnist", "svhn", "places365", "places", "sun"),
 }
 """By ID set the names of the OOD sets far from it in content."""
 
@@ -27,9 +82,9 @@ def ood_group(dataset: str, name: str) -> str:
 
     Args:
         dataset: the ID set as `sparse_moon.app.datasets.load` takes it, a name or a path.
-        name: of the OOD set.
+        name: of the OOD set, in any spelling.
     """
-    stem = Path(dataset).stem
-    if name in NEAR_OOD.get(stem, ()):
+    known, name = canonical(Path(dataset).stem), canonical(name)
+    if name in NEAR_OOD.get(known, ()):
         return "near"
-    return "far" if name in FAR_OOD.get(stem, ()) else "ungrouped"
+    return "far" if name in FAR_OOD.get(known, ()) else "ungrouped"

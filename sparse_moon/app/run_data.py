@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sparse_moon.app import datasets
 from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.ood_groups import canonical
+from sparse_moon.app.ood_sets import default_ood, load_ood
 
 _HOLDOUT_STREAM = 1  # apart from the orders of the epochs, which are hashed from (seed, epoch) as well
 
@@ -73,22 +75,35 @@ def load_ood_sets(config: TrainConfig, dataset: datasets.DataSet) -> dict[str, d
     """The run's out-of-distribution sets by name, in the shape of its data.
 
     Raises:
-        ValueError: a set that cannot be read, two of one name, or a name that cannot stand in the results.
+        ValueError: a set that cannot be read, two of one name, in any of its spellings, or a name that cannot stand in
+            the results.
+        FileNotFoundError: sets that are not there, all of them named.
     """
     root = None if config.data_root is None else Path(config.data_root)
-    specs = datasets.default_ood(config.dataset) if config.ood is None else config.ood
+    specs = default_ood(config.dataset) if config.ood is None else config.ood
     names = [spec.partition("=")[0] for spec in specs]
+    known = [canonical(name) for name in names]
     for i, name in enumerate(names):
         if name == "id":
             raise ValueError("an OOD set cannot be called 'id', which stands for the in-distribution set")
         if not name.isprintable():
             raise ValueError(f"the name of an OOD set must be printable text, got {name!r}")
-        if name in names[:i]:
-            raise ValueError(f"two OOD sets are called {name!r}")
+        if known[i] in known[:i]:
+            other = names[known.index(known[i])]
+            raise ValueError(f"two OOD sets are called {name!r}" + f" and {other!r}" * (other != name))
     sets: dict[str, datasets.Images] = {}
+    missing: list[str] = []
     for spec in specs:
-        name, images = datasets.load_ood(spec, dataset, root, seed=config.seed, download=config.download)
-        sets[name] = images
+        try:
+            name, images = load_ood(spec, dataset, root, seed=config.seed, download=config.download)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+        else:
+            sets[name] = images
+    if len(missing) > 1:
+        raise FileNotFoundError(f"{len(missing)} OOD sets are missing: {'; '.join(missing)}")
+    if missing:
+        raise FileNotFoundError(missing[0])
     return sets
 
 
