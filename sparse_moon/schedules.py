@@ -105,6 +105,11 @@ class Step:
         if not 0 <= self.warmup <= last or self.warmup == math.inf:
             raise ValueError(f"Step: warmup must be in [0, {last}], up to the first milestone, got {self.warmup}")
 
+    @property
+    def end(self) -> float:
+        """The value after the last milestone."""
+        return self(self.milestones[-1] if self.milestones else self.warmup)
+
     def __call__(self, step: int) -> float:
         step = max(step, 0)
         if step < self.warmup:

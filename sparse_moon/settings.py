@@ -87,14 +87,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         return
     for part in parts:
         if get_origin(part) in (list, tuple):
-            fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        elif isinstance(value, bool):
-            fits = part is bool
+            fits = isinstance(value, list | tuple) and all(_is_a(item, get_args(part)[0]) for item in value)
         else:
-            fits = isinstance(value, int | float if part is float else get_origin(part) or part)
+            fits = _is_a(value, part)
         if fits:
             return
-    kinds = " or ".join(expected.get(part, "a list of texts") for part in parts)
+    kinds = " or ".join(expected.get(part) or f"a list of {_ITEMS[get_args(part)[0]]}" for part in parts)
     raise ValueError(f"{name} must be {kinds}, got {value!r}")
 
 
@@ -107,6 +105,15 @@ def _has_form(kind: Any, value: object) -> bool:
     except ValueError:
         return False
     return True
+
+
+_ITEMS = {str: "texts", float: "numbers"}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
 
 
 def helps(settings: type) -> dict[str, str]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import sparse_moon as sm
+from sparse_moon.app.build import learning_rate
+from sparse_moon.app.config import TrainConfig
 from sparse_moon.schedules import Constant, Cosine, Cubic, Linear, Step
 
 
@@ -79,3 +81,37 @@ def test_public_names_are_not_those_of_layers_functions_and_optimizers():
     assert not taken & set(sm.__all__)
     assert not hasattr(sm, "Linear") and not hasattr(sm, "Step")
     assert sm.Cosine is sm.schedules.Cosine and sm.schedules.Linear is Linear
+
+
+def test_end_of_steps():
+    assert Step(0.4, (3, 5), gamma=0.5).end == 0.1
+    assert Step(0.4, (), warmup=3).end == Step(0.4, ()).end == 0.4
+
+
+@pytest.mark.parametrize("milestones", [(0.5, 0.75, 0.9), [0.5, 0.75, 0.9]])
+def test_steps_of_a_run(milestones):
+    config = TrainConfig(lr=0.1, lr_milestones=milestones, lr_warmup=0.05)
+    assert learning_rate(config, 1000) == Step(0.1, (500, 750, 900), 0.1, 50)
+    # steps of a training that is shorter than they are many come one after another, some after its end
+    assert learning_rate(config, 2) == Step(0.1, (1, 2, 3))
+    assert learning_rate(config, 3) == Step(0.1, (2, 3, 4))
+    assert learning_rate(TrainConfig(lr=0.3), 1000) == Cosine(0.3, 0.02, 800)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_milestones": (0.5, 0.5)}, r"lr_milestones must ascend in \(0, 1\), got \[0.5, 0.5\]"),
+        ({"lr_milestones": (0.0, 0.5)}, "lr_milestones must ascend"),
+        ({"lr_milestones": (0.5, 1.0)}, "lr_milestones must ascend"),
+        ({"lr_milestones": (NAN,)}, "lr_milestones must ascend"),
+        ({"lr_milestones": ("x",)}, "lr_milestones must be a list of numbers, got"),
+        ({"lr_milestones": (0.5,), "lr_warmup": 0.6}, "lr_warmup must be at most 0.5, the first milestone, got 0.6"),
+        ({"lr_milestones": (0.5,), "lr_end": 0.1}, "lr_end is for the cosine: with lr_milestones lr_gamma says it"),
+        ({"lr_warmup": 0.1}, "lr_warmup is for lr_milestones, the cosine has none, got 0.1"),
+        ({"lr_milestones": (0.5,), "lr_gamma": 0.0}, "lr_gamma must be positive, got 0.0"),
+    ],
+)
+def test_impossible_steps_of_a_run_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)

@@ -19,6 +19,7 @@ from sparse_moon.nn.fusion import fuse, install
 from sparse_moon.ood import CosineHead, classifier_head
 from sparse_moon.ops.native import native
 from sparse_moon.reliability import Reliability
+from sparse_moon.schedules import Cosine, Step
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -82,6 +83,18 @@ def build_run(config: TrainConfig, data: RunData) -> Run:
     kind = config.method_class
     method = kind(model, optimizer, **kind.arguments(config.method_options, training))
     return Run(config, data, batches, model, optimizer, method, reliability)
+
+
+def learning_rate(config: TrainConfig, total_steps: int) -> Cosine | Step:
+    """The run's schedule; where the training is short, its steps come one batch after another."""
+    if not config.lr_milestones:
+        end = config.lr / 15 if config.lr_end is None else config.lr_end
+        return Cosine(config.lr, end, max(round(config.lr_until * total_steps), 1))
+    milestones: list[int] = []
+    for share in config.lr_milestones:
+        milestones.append(max(round(share * total_steps), milestones[-1] + 1 if milestones else 1))
+    warmup = min(round(config.lr_warmup * total_steps), milestones[0])
+    return Step(config.lr, milestones, config.lr_gamma, warmup)
 
 
 def _parameter_groups(config: TrainConfig, model: nn.Module, reliability: Reliability) -> Any:

@@ -42,7 +42,8 @@ _GROUPS = {
     "options of single topology methods": tuple(option.name for option in fields(MethodOptions)),
     "reliability": ("reliability", "without", *(option.name for option in fields(ReliabilityOptions))),
     "optimisation": (
-        "epochs", "batch_size", "lr", "lr_end", "lr_until", "momentum", "weight_decay", "amp", "seed", "device",
+        "epochs", "batch_size", "lr", "lr_end", "lr_until", "lr_milestones", "lr_gamma", "lr_warmup", "momentum",
+        "weight_decay", "amp", "seed", "device",
     ),
     "output": ("headline", "ece_bins", "diagnostics"),
 }  # fmt: skip
@@ -343,6 +344,8 @@ def _add_options(group: Any, settings: type, names: Collection[str]) -> None:
         flag = "--" + name.replace("_", "-")
         if name in ("ood", "exclude", "without"):
             group.add_argument(flag, type=str, nargs="+", help=text[name])
+        elif name == "lr_milestones":
+            group.add_argument(flag, type=float, nargs="+", help=text[name])
         elif hints[name] is bool:
             on = getattr(settings, name)  # by default, so that there is --no-NAME
             group.add_argument(flag, action=BooleanOptionalAction if on else "store_true", default=on, help=text[name])

@@ -11,6 +11,7 @@ from sparse_moon.options import MethodOptions, ReliabilityMethod, ReliabilityOpt
 from sparse_moon.settings import (
     AT_LEAST_0,
     AT_LEAST_1,
+    POSITIVE,
     SHARE,
     SHARE_BELOW_ONE,
     ImportPath,
@@ -54,6 +55,9 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         lr: learning rate at the start; it falls along half a cosine to lr_end at lr_until and then stays.
         lr_end: final learning rate; by default lr / 15.
         lr_until: share of the training after which the learning rate is constant.
+        lr_milestones: shares of the training at which the learning rate takes a step, in place of the cosine.
+        lr_gamma: what each step multiplies the learning rate by.
+        lr_warmup: share of the training in which the learning rate rises to lr in a straight line, before steps.
         momentum: Nesterov momentum of SGD.
         weight_decay: L2 penalty on all parameters; with top-kast its own penalty on the sparse weights.
         interval: batches from topology update to topology update.
@@ -90,6 +94,9 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     lr: float = 0.12
     lr_end: Annotated[float, AT_LEAST_0] | None = None
     lr_until: Annotated[float, SHARE] = 0.8
+    lr_milestones: tuple[float, ...] = ()
+    lr_gamma: Annotated[float, POSITIVE] = 0.1
+    lr_warmup: Annotated[float, SHARE] = 0.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     interval: Annotated[int, AT_LEAST_1] = 50
@@ -114,6 +121,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
                 f"need lr > 0, momentum in [0, 1) and weight_decay >= 0, "
                 f"got {self.lr}, {self.momentum}, {self.weight_decay}"
             )
+        self._check_steps()
         if self.recompute and not self.fuse:
             raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")
         if unknown := sorted(set(self.own) - set(own_options([self.method], [self.reliability]))):
@@ -121,6 +129,18 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         self.make_reliability()
         self.method_class.check_options(self.method_options, self.sparsity)
         _check_device(self.device)
+
+    def _check_steps(self) -> None:
+        """Raise ``ValueError`` for steps of the learning rate that are not in order, or that something contradicts."""
+        shares = self.lr_milestones
+        if not all(0 <= a < b < 1 for a, b in zip((0.0, *shares), shares, strict=False)):
+            raise ValueError(f"lr_milestones must ascend in (0, 1), got {list(shares)}")
+        if shares and self.lr_warmup > shares[0]:
+            raise ValueError(f"lr_warmup must be at most {shares[0]}, the first milestone, got {self.lr_warmup}")
+        if shares and self.lr_end is not None:
+            raise ValueError(f"lr_end is for the cosine: with lr_milestones lr_gamma says it, got {self.lr_end}")
+        if self.lr_warmup and not shares:
+            raise ValueError(f"lr_warmup is for lr_milestones, the cosine has none, got {self.lr_warmup}")
 
     @property
     def method_class(self) -> "type[Method]":
@@ -162,7 +182,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         unknown = set(content) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}")
-        tuples = {name: content.get(name) or () for name in ("exclude", "without")}
+        tuples = {name: content.get(name) or () for name in ("exclude", "without", "lr_milestones")}
         return cls(**{**content, **{k: tuple(v) if isinstance(v, list) else v for k, v in tuples.items()}})
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sparse_moon import flops
-from sparse_moon.app.build import autocast, build_run, check_dtypes, load_network
+from sparse_moon.app.build import autocast, build_run, check_dtypes, learning_rate, load_network
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.datasets import Images
 from sparse_moon.app.diagnostics import Diagnostics
@@ -19,7 +19,6 @@ from sparse_moon.app.run_data import RunData, plain_batches
 from sparse_moon.app.step_times import StepClock
 from sparse_moon.distributed import mean_over_processes_, world_size
 from sparse_moon.nn import overall_sparsity, refresh_batch_norm
-from sparse_moon.schedules import Cosine
 
 _CHECK_EVERY = 20  # batches between looks at the loss: each look waits for the device
 
@@ -46,8 +45,7 @@ class Trainer:
         self.diagnostics = Diagnostics(run, ood_sets or {}) if config.diagnostics else None
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
-        lr_end = config.lr / 15 if config.lr_end is None else config.lr_end
-        self.lr = Cosine(config.lr, lr_end, max(round(config.lr_until * self.total_steps), 1))
+        self.lr = learning_rate(config, self.total_steps)
 
     def _wrap(self) -> nn.Module:
         return DistributedDataParallel(self.model) if world_size() > 1 else self.model

@@ -14,7 +14,7 @@ from sparse_moon.ood import Detector, classifier_head
 from sparse_moon.random_mask import RandomMask
 from sparse_moon.registry import Registry
 from sparse_moon.reliability.costs import RunCost
-from sparse_moon.schedules import Cosine
+from sparse_moon.schedules import Cosine, Step
 from sparse_moon.settings import NoOptions
 
 RELIABILITY: "Registry[Reliability]" = Registry("reliability method", "sparse_moon.reliability", "Reliability")
@@ -149,7 +149,7 @@ class Reliability:
         """The average of weights that the model becomes in the end; by default none."""
         return None
 
-    def learning_rate(self, schedule: Cosine, step: int, steps_per_epoch: int) -> float:
+    def learning_rate(self, schedule: Cosine | Step, step: int, steps_per_epoch: int) -> float:
         """That of batch number ``step``; ``schedule`` is the run's."""
         return schedule(step)
 

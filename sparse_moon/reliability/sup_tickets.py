@@ -8,7 +8,7 @@ from sparse_moon.algorithms import ALGORITHMS
 from sparse_moon.averaging import TicketAverage
 from sparse_moon.options import SupTicketsOptions
 from sparse_moon.reliability.voting import Voting
-from sparse_moon.schedules import Cosine
+from sparse_moon.schedules import Cosine, Step
 
 _TICKET_RATE = 5.0  # a cycle starts at this multiple of the final learning rate
 
@@ -60,7 +60,7 @@ class SupTickets(Voting):
     def make_average(self, model: nn.Module) -> TicketAverage:
         return TicketAverage(model)
 
-    def learning_rate(self, schedule: Cosine, step: int, steps_per_epoch: int) -> float:
+    def learning_rate(self, schedule: Cosine | Step, step: int, steps_per_epoch: int) -> float:
         """Cycles over the late epochs in place of the schedule's end."""
         starts = [(self.first_vote - 1) * steps_per_epoch, *(epoch * steps_per_epoch for epoch in self.ticket_epochs)]
         if step < starts[0]:
