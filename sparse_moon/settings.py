@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, ge
 
 from jsonargparse.typing import restricted_string_type
 
+_LIBRARY_MODEL = r"^(timm|torchvision):[\w.-]+$"
 _PATH = r"^[^\W\d]\w*(\.[^\W\d]\w*)+$"
 
 if TYPE_CHECKING:
@@ -23,6 +24,15 @@ else:
     ImportPath = restricted_string_type("ImportPath", _PATH)
     """Where something of the user's own is: ``package.module.name``."""
 
+if TYPE_CHECKING:
+    LibraryModel = str
+else:
+    LibraryModel = restricted_string_type("LibraryModel", _LIBRARY_MODEL)
+    """A network of timm or torchvision: ``timm:NAME``, ``torchvision:NAME``."""
+
+OR_LIBRARY = ", timm:NAME, torchvision:NAME"
+"""What messages add to a list of names that a `LibraryModel` may take the place of."""
+
 OR_IMPORT_PATH = " or your own as package.module.name"
 """What messages add to a list of names that an `ImportPath` may take the place of."""
 
@@ -30,6 +40,11 @@ OR_IMPORT_PATH = " or your own as package.module.name"
 def is_import_path(value: object) -> bool:
     """Whether ``value`` has the form of an `ImportPath`."""
     return isinstance(value, str) and re.match(_PATH, value) is not None
+
+
+def is_library_model(value: object) -> bool:
+    """Whether ``value`` has the form of a `LibraryModel`."""
+    return isinstance(value, str) and re.match(_LIBRARY_MODEL, value) is not None
 
 
 class Bound(NamedTuple):
@@ -81,9 +96,9 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     names = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     if names:
-        own = ImportPath in parts
+        others = OR_LIBRARY * (LibraryModel in parts) + OR_IMPORT_PATH * (ImportPath in parts)
         if value not in names and not any(_has_form(part, value) for part in parts):
-            raise ValueError(f"{name} must be one of {', '.join(names)}{OR_IMPORT_PATH * own}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(names)}{others}, got {value!r}")
         return
     for part in parts:
         if get_origin(part) in (list, tuple):

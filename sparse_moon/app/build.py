@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sparse_moon.algorithms import Method, TrainingRun
 from sparse_moon.app import datasets, models
 from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.pretrained import load_weights
 from sparse_moon.app.run_data import RunData
 from sparse_moon.distributed import rank, world_size
 from sparse_moon.nn import layer_densities, sparse_layers, sparsify
@@ -61,7 +63,8 @@ def build_run(config: TrainConfig, data: RunData) -> Run:
         augment=data.augment, device=config.device, rank=rank(), world_size=world_size(),
         drop_last=len(data.train) >= config.batch_size,  # batch norm cannot train on a rest of one image
     )  # fmt: skip
-    model = build_model(config, data).to(config.device)
+    weights = None if config.weights is None else Path(config.weights)
+    model = build_model(config, data, weights).to(config.device)
     if config.recompute and config.device != "cpu":
         warnings.warn(f"recompute does nothing on {config.device}: batch norms are fused on the CPU only", stacklevel=2)
     reliability = config.make_reliability()
@@ -112,10 +115,16 @@ def _parameter_groups(config: TrainConfig, model: nn.Module, reliability: Reliab
     return [{"params": others}, {"params": without, "weight_decay": 0.0}]
 
 
-def build_model(config: TrainConfig, data: datasets.DataSet) -> nn.Module:
-    """The run's network at its start, with a random topology unless the method trains a dense one."""
+def build_model(config: TrainConfig, data: datasets.DataSet, weights: Path | None = None) -> nn.Module:
+    """The run's network at its start, with a random topology unless the method trains a dense one.
+
+    Args:
+        weights: file of a dense network's weights to start from, see `sparse_moon.app.pretrained`.
+    """
     reliability, method = config.make_reliability(), config.method_class
     model = _dense_model(config, data)
+    if weights is not None:
+        load_weights(model, weights)
     if method.sparse:
         densities = _densities(config, model)
         sparsify(

@@ -32,12 +32,12 @@ from sparse_moon.app.names import ModelName, Score
 from sparse_moon.app.own import NAMES, import_modules, typed_paths
 from sparse_moon.app.sweep import parse_sweeps
 from sparse_moon.options import MethodOptions, ReliabilityOptions, TrainingMethod
-from sparse_moon.settings import OR_IMPORT_PATH, ImportPath, helps, is_import_path
+from sparse_moon.settings import OR_IMPORT_PATH, ImportPath, LibraryModel, helps, is_import_path
 
 # Headings of train's options in its help; the fields of TrainConfig below each.
 _GROUPS = {
     "data": ("dataset", "data_root", "download", "image_size", "holdout", "ood"),
-    "model": ("model", "width", "fuse", "recompute"),
+    "model": ("model", "width", "weights", "fuse", "recompute"),
     "sparsity": ("method", "sparsity", "pattern", "allocation", "exclude", "interval", "drop_fraction", "stop"),
     "options of single topology methods": tuple(option.name for option in fields(MethodOptions)),
     "reliability": ("reliability", "without", *(option.name for option in fields(ReliabilityOptions))),
@@ -277,7 +277,7 @@ def _eval_parser(description: str) -> _Parser:
 def _flops_parser(description: str, own: Mapping[str, type]) -> _Parser:
     parser = _Parser(allow_abbrev=False, description=description)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", type=ModelName | ImportPath, default="resnet50", help="which network")
+    model.add_argument("--model", type=ModelName | LibraryModel | ImportPath, default="resnet50", help="which network")
     model.add_argument("--width", type=int | None, default=None, help="its width, where it has one")
     model.add_argument("--input", type=str, default="3,224,224", help="channels, height and width of an image")
     model.add_argument("--classes", type=int, default=1000, help="number of classes")

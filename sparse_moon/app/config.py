@@ -15,6 +15,7 @@ from sparse_moon.settings import (
     SHARE,
     SHARE_BELOW_ONE,
     ImportPath,
+    LibraryModel,
     check_settings,
     is_import_path,
     options_of,
@@ -39,8 +40,9 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         headline: the one score that tables lead with, such as energy or knn:k=200; fixed before test sets are seen.
         ece_bins: bins of the calibration errors; some papers and codes have 10.
         diagnostics: measure after each epoch what the papers' theory speaks of; takes more passes, see docs/theory.md.
-        model: which network; your own as package.module.function.
-        width: channels of the first stage (small-resnet) or of the hidden layers (mlp); passed to a model of your own.
+        model: which network; one of a library as timm:NAME or torchvision:NAME, your own as package.module.function.
+        width: channels of the first stage or of the hidden layers (mlp); growth rate (densenet101); for your own, too.
+        weights: file of a trained dense network's state dict (torch.save) to start from.
         method: how the topology changes, see docs/topology-methods.md; your own as package.module.Class.
         reliability: training for reliability, see docs/reliability.md; your own as package.module.Class.
         without: parts to leave out: moon's loss, tuning (w is final_weight), voting; cigl's mask, averaging, freezing.
@@ -50,7 +52,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         exclude: layers to keep dense, by name with * and ?.
         fuse: batch norm, activation and residual addition are one operation on the CPU, in dense networks too.
         recompute: compute what a sparse convolution reads again in the backward pass (less memory, on the CPU).
-        epochs: passes over the training data.
+        epochs: passes over the training data; with weights 0, too.
         batch_size: images a batch, over all processes.
         lr: learning rate at the start; it falls along half a cosine to lr_end at lr_until and then stays.
         lr_end: final learning rate; by default lr / 15.
@@ -78,8 +80,9 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     headline: Score | ScoreWithOptions = "msp"
     ece_bins: Annotated[int, AT_LEAST_1] = 15
     diagnostics: bool = False
-    model: ModelName | ImportPath = "small-resnet"
+    model: ModelName | LibraryModel | ImportPath = "small-resnet"
     width: Annotated[int, AT_LEAST_1] | None = None
+    weights: str | None = None
     method: TrainingMethod | ImportPath = "rigl"
     reliability: ReliabilityMethod | ImportPath = "moon"
     without: tuple[str, ...] = ()
@@ -89,7 +92,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     exclude: tuple[str, ...] = ()
     fuse: bool = True
     recompute: bool = False
-    epochs: Annotated[int, AT_LEAST_1] = 40
+    epochs: Annotated[int, AT_LEAST_0] = 40
     batch_size: Annotated[int, AT_LEAST_1] = 64
     lr: float = 0.12
     lr_end: Annotated[float, AT_LEAST_0] | None = None
@@ -121,6 +124,8 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
                 f"need lr > 0, momentum in [0, 1) and weight_decay >= 0, "
                 f"got {self.lr}, {self.momentum}, {self.weight_decay}"
             )
+        if not self.epochs and self.weights is None:
+            raise ValueError("epochs must be at least 1 unless weights says what to start from, got 0")
         self._check_steps()
         if self.recompute and not self.fuse:
             raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from sparse_moon.app.commands import COMMANDS
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.settings import OR_IMPORT_PATH
+from sparse_moon.settings import OR_IMPORT_PATH, OR_LIBRARY
 
 _LONGEST_MESSAGE = 1000
 
@@ -73,7 +73,7 @@ def parse_message(message: str, known: Sequence[str]) -> str:
         kinds = [_KINDS[kind] for kind in re.findall(r"Expected an? <class '(\w+)'>", rest) if kind in _KINDS]
         if value and (choices := re.search(r"typing\.Literal\[(.*?)\]", rest)):
             names = re.findall(r"'(.*?)'", choices[1])
-            own = OR_IMPORT_PATH * ("ImportPath" in rest)
+            own = OR_LIBRARY * ("LibraryModel" in rest) + OR_IMPORT_PATH * ("ImportPath" in rest)
             return f"{option} must be one of {listing(names)}{own}, got {value[1]}{suggestion(value[1], names)}"
         if value and kinds:
             return f"{option} must be {' or '.join(kinds)}, got {value[1]}"

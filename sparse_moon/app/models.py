@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from sparse_moon.app.library_models import build_of_library
 from sparse_moon.app.own import imported
+from sparse_moon.settings import is_library_model
 
 # Up to this side, in pixels, a ResNet has CIFAR's stem, above it ImageNet's.
 _LARGEST_SMALL_IMAGE = 64
@@ -40,9 +42,13 @@ def build(name: str, num_outputs: int, *, in_channels: int, image_size: int, wid
 
             - ``mlp``: two hidden layers of ``width`` units.
             - ``small-resnet``: 3 stages of two basic blocks (ResNet-14); for images of 8 to 32 pixels.
-            - ``resnet18``, ``resnet50``: He et al. 2016, up to 64 pixels as used for CIFAR, with a 3x3 stem and no max
-              pooling; for larger images torchvision's, with a 7x7 stem (RGB and width 64 only).
+            - ``resnet18``, ``resnet50``, ``resnet101``: He et al. 2016, up to 64 pixels as used for CIFAR, with a 3x3
+              stem and no max pooling; for larger images torchvision's, with a 7x7 stem (RGB and width 64 only).
             - ``wrn-22-2``: pre-activation wide ResNet (Zagoruyko and Komodakis 2016), depth 22, widening factor 2.
+            - ``densenet101``: DenseNet-BC of depth 100 and growth rate ``width``, 12 (Huang et al. 2017), three blocks
+              of 16 layers, for images of 32 pixels; DICE calls it DenseNet-101. Its tensors have the names that they
+              have in DICE's code.
+            - ``torchvision:NAME``, ``timm:NAME``: of these libraries, with weights drawn at random; without ``width``.
             - ``package.module.make``: what ``make(num_outputs=..., in_channels=..., image_size=...)`` returns, called
               with ``width=...``, too, if one is given. Its module must have been imported.
 
@@ -55,6 +61,11 @@ def build(name: str, num_outputs: int, *, in_channels: int, image_size: int, wid
     Raises:
         ValueError: an unknown name, or sizes that do not fit the network.
     """
+    if is_library_model(name):
+        if width is not None:
+            raise ValueError(f"{name} has the width of its name, got width {width}")
+        network = build_of_library(name, num_outputs, in_channels, image_size)
+        return _checked(network, name, num_outputs, in_channels, image_size)
     if "." in name:
         return _own(name, num_outputs, in_channels, image_size, width)
     if name not in MODELS:
@@ -71,7 +82,7 @@ def build(name: str, num_outputs: int, *, in_channels: int, image_size: int, wid
 
 
 def _own(path: str, num_outputs: int, in_channels: int, image_size: int, width: int | None) -> nn.Module:
-    """The user's network at an import path, once it was seen to give the logits that are expected."""
+    """The user's network at an import path."""
     make = imported(path)
     sizes = {"num_outputs": num_outputs, "in_channels": in_channels, "image_size": image_size}
     if width is not None:
@@ -84,12 +95,20 @@ def _own(path: str, num_outputs: int, in_channels: int, image_size: int, width: 
     network = make(**sizes)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{path} must return an nn.Module, got {type(network).__name__}")
+    return _checked(network, path, num_outputs, in_channels, image_size)
+
+
+def _checked(network: nn.Module, name: str, num_outputs: int, in_channels: int, image_size: int) -> nn.Module:
+    """The network, once it was seen to give the logits that are expected."""
     images = torch.zeros(1, in_channels, image_size, image_size)
-    with torch.no_grad():
-        logits = network.eval()(images)
+    try:
+        with torch.no_grad():
+            logits = network.eval()(images)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name} does not take images {tuple(images.shape)}: {error}") from error
     if not isinstance(logits, Tensor) or logits.shape != (1, num_outputs):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{path}: expected logits (1, {num_outputs}) for images {tuple(images.shape)}, got {got}")
+        raise ValueError(f"{name}: expected logits (1, {num_outputs}) for images {tuple(images.shape)}, got {got}")
     return network.train()
 
 
@@ -195,6 +214,70 @@ class WideResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class _DenseLayer(nn.Module):
+    """x beside conv2(relu(bn2(conv1(relu(bn1(x)))))), of ``growth`` channels."""
+
+    def __init__(self, in_channels: int, growth: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, 4 * growth, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return torch.cat([x, new], 1)
+
+
+class _DenseBlock(nn.Module):
+    def __init__(self, layers: int, in_channels: int, growth: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(*(_DenseLayer(in_channels + i * growth, growth) for i in range(layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class _Transition(nn.Module):
+    """The mean over 2 x 2 pixels of conv1(relu(bn1(x))), which has half the channels."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, in_channels // 2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2)
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC for small images (Huang et al. 2017): three dense blocks, between them half the channels and pixels.
+
+    Args:
+        depth: 6 n + 4 with n layers of two convolutions a block.
+        growth: channels that a layer adds; the stem has twice as many.
+    """
+
+    def __init__(self, depth: int, growth: int, num_outputs: int, in_channels: int) -> None:
+        super().__init__()
+        layers, channels = (depth - 4) // 6, 2 * growth
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.block1 = _DenseBlock(layers, channels, growth)
+        self.trans1 = _Transition(channels := channels + layers * growth)
+        self.block2 = _DenseBlock(layers, channels := channels // 2, growth)
+        self.trans2 = _Transition(channels := channels + layers * growth)
+        self.block3 = _DenseBlock(layers, channels := channels // 2, growth)
+        self.bn1 = nn.BatchNorm2d(channels := channels + layers * growth)
+        self.fc = nn.Linear(channels, num_outputs)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_outputs) of images (B, C, H, W)."""
+        x = self.trans1(self.block1(self.conv1(x)))
+        x = self.block3(self.trans2(self.block2(x)))
+        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+
+
 def _initialise(network: nn.Module) -> None:
     """He initialisation of the convolutions by their fan-out, as torchvision has it; the rest keeps torch's default."""
     for module in network.modules():
@@ -218,6 +301,16 @@ def _resnet50(num_outputs: int, in_channels: int, image_size: int, width: int) -
     return ResNet(Bottleneck, (3, 4, 6, 3), num_outputs, in_channels, width)
 
 
+def _resnet101(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+    if image_size > _LARGEST_SMALL_IMAGE:
+        return _torchvision(torchvision.models.resnet101, num_outputs, in_channels, width)
+    return ResNet(Bottleneck, (3, 4, 23, 3), num_outputs, in_channels, width)
+
+
+def _densenet101(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+    return DenseNet(100, width, num_outputs, in_channels)
+
+
 def _torchvision(network: Callable[..., nn.Module], num_outputs: int, in_channels: int, width: int) -> nn.Module:
     if (in_channels, width) != (3, 64):
         raise ValueError(
@@ -236,6 +329,8 @@ MODELS: dict[str, Model] = {
     "small-resnet": Model(_small_resnet, width=16, smallest_image=4),
     "resnet18": Model(_resnet18, width=64, smallest_image=8),
     "resnet50": Model(_resnet50, width=64, smallest_image=8),
+    "resnet101": Model(_resnet101, width=64, smallest_image=8),
     "wrn-22-2": Model(_wrn_22_2, width=16, smallest_image=4),
+    "densenet101": Model(_densenet101, width=12, smallest_image=4),
 }
 """The networks that `build` knows."""

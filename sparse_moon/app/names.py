@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import restricted_string_type
 
-ModelName = Literal["mlp", "small-resnet", "resnet18", "resnet50", "wrn-22-2"]
+ModelName = Literal["mlp", "small-resnet", "resnet18", "resnet50", "resnet101", "wrn-22-2", "densenet101"]
 
 Score = Literal[
     "msp", "maxlogit", "energy", "odin", "knn", "unknown", "klm", "mahalanobis", "dice", "react", "vim", "ash",

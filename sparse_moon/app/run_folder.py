@@ -123,7 +123,7 @@ def read_metrics(folder: Path, epochs: int | None = None) -> list[dict[str, Any]
             raise ValueError(f"{where} is damaged: expected an object, got {repr(row)[:60]}")
         row, value = check_checksum(row, where, value)
         rows.append(row)
-    if not rows:
+    if not rows and epochs != 0:
         raise ValueError(f"{path} holds no epochs")
     if epochs is not None and len(rows) != epochs:
         raise ValueError(f"{path} is damaged: expected {epochs} epochs, got {len(rows)}")

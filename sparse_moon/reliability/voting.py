@@ -19,6 +19,8 @@ class Voting(Reliability):
     def check(self) -> None:
         super().check()
         run = self.run
+        if run.epochs < 1:
+            raise ValueError(f"{self.name} averages over epochs: epochs must be at least 1, got {run.epochs}")
         if self.averages and run.method.updates and run.stop > self.first_vote / run.epochs:
             raise ValueError(
                 f"stop {run.stop} leaves the topology changing at the end of epoch {self.first_vote} of "
