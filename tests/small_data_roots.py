@@ -9,6 +9,8 @@ from PIL import Image
 
 from sparse_moon.app.data_root import LISTS
 
+CLASSES = 4
+
 
 def save_idx(folder: Path, part: str, x: np.ndarray, y: np.ndarray) -> None:
     """MNIST's own files: big-endian magic number, extents, bytes."""
@@ -40,3 +42,32 @@ def save_list(root: Path, dataset: str, part: str, names: Sequence[str], labels:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels, strict=True)))
     return path
+
+
+def save_data_root(root: Path) -> None:
+    """All sets that presets name, each in a layout in which its authors or its users have it."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(256, size=(24, 28, 28), dtype=np.uint8), np.arange(24) % CLASSES
+    save_mnist(root, x, y, x[:12], y[:12])
+    for part in ("train", "t10k"):
+        save_idx(root / "FashionMNIST" / "raw", part, x[:4], y[:4])
+    classic, large = root / "images_classic", root / "images_largescale"
+    for name in ("cifar10", "cifar100"):
+        for part, count in (("train", 6), ("test", 3)):
+            names = [f"{name}/{part}/class{label}/{i}.png" for label in range(CLASSES) for i in range(count)]
+            save_images(classic, names)
+            save_list(root, name, f"{part}_{name}", names, [label for label in range(CLASSES) for _ in range(count)])
+    images = [f"{i}.png" for i in range(4)]
+    # OpenOOD's, with lists for CIFAR-10 alone
+    for name, spelled in (("tin", "tin/test/n01"), ("svhn", "svhn/test/1"), ("notmnist", "notmnist/test/A")):
+        save_images(classic / spelled, images)
+        save_list(root, "cifar10", f"test_{name}", [f"{spelled}/{image}" for image in images[1:]], [-1] * 3)
+    for name in ("species_sub", "inaturalist", "openimage_o", "imagenet_o"):
+        save_images(large / name / "images", [f"{i}.jpg" for i in range(4)], size=(90, 80))
+    # torchvision's and DICE's
+    folders = ("dtd/dtd/images/banded", "val_256", "LSUN/test", "LSUN_resize/LSUN_resize", "iSUN/iSUN_patches")
+    for folder in (*folders, "SUN/images", "Places/images"):
+        save_images(root / folder, images, size=40)
+    for part, count in (("train", 6), ("val", 3)):
+        files = [f"n0{label}/{i}.JPEG" for label in range(CLASSES) for i in range(count)]
+        save_images(root / "ILSVRC-2012" / part, files, size=(100, 90))
