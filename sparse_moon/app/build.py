@@ -60,7 +60,8 @@ def build_run(config: TrainConfig, data: RunData) -> Run:
     torch.manual_seed(config.seed)
     batches = datasets.Batches(
         data.train, data.mean, data.std, config.batch_size, shuffle_seed=config.seed,
-        augment=data.augment, device=config.device, rank=rank(), world_size=world_size(),
+        augment=data.augment, resized_crops=config.crops == "resized",
+        device=config.device, rank=rank(), world_size=world_size(),
         drop_last=len(data.train) >= config.batch_size,  # batch norm cannot train on a rest of one image
     )  # fmt: skip
     weights = None if config.weights is None else Path(config.weights)

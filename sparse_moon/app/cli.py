@@ -36,7 +36,7 @@ from sparse_moon.settings import OR_IMPORT_PATH, ImportPath, LibraryModel, helps
 
 # Headings of train's options in its help; the fields of TrainConfig below each.
 _GROUPS = {
-    "data": ("dataset", "data_root", "download", "image_size", "holdout", "ood"),
+    "data": ("dataset", "data_root", "download", "image_size", "resize", "crops", "workers", "holdout", "ood"),
     "model": ("model", "width", "weights", "fuse", "recompute"),
     "sparsity": ("method", "sparsity", "pattern", "allocation", "exclude", "interval", "drop_fraction", "stop"),
     "options of single topology methods": tuple(option.name for option in fields(MethodOptions)),

@@ -35,7 +35,10 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         dataset: digits, mnist, cifar10, cifar100, a keras-style .npz, or a folder with train/ and test/.
         data_root: folder that holds the named data sets.
         download: fetch a missing named data set into data_root.
-        image_size: side to resize an image folder to.
+        image_size: side of the square that images become: their middle, resized.
+        resize: length of the shorter side before the middle is cut out; by default what cuts least. ImageNet's is 256.
+        crops: of colour images in training, mirrored as well; padded by 4 pixels, or resized parts as for ImageNet.
+        workers: processes that decode image files, for each process that trains; 0 are threads.
         ood: out-of-distribution sets, NAME or NAME=PATH; by default those that go with the data set.
         headline: the one score that tables lead with, such as energy or knn:k=200; fixed before test sets are seen.
         ece_bins: bins of the calibration errors; some papers and codes have 10.
@@ -76,6 +79,9 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     data_root: str | None = None
     download: bool = False
     image_size: Annotated[int, AT_LEAST_1] | None = None
+    resize: Annotated[int, AT_LEAST_1] | None = None
+    crops: Literal["padded", "resized"] = "padded"
+    workers: Annotated[int, AT_LEAST_0] = 0
     ood: list[str] | None = None
     headline: Score | ScoreWithOptions = "msp"
     ece_bins: Annotated[int, AT_LEAST_1] = 15

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +57,15 @@ class DataSet:
     augment: bool
 
 
+class _View(NamedTuple):
+    """How images are read, as the arguments of `load` say."""
+
+    image_size: int | None
+    resize: int | None
+    max_pixels: int
+    workers: int
+
+
 _KERAS_KEYS = ("x_train", "y_train", "x_test", "y_test")
 _FROM_TORCHVISION = ("mnist", "cifar10", "cifar100")
 _NAMES = (*_FROM_TORCHVISION, "imagenet")
@@ -74,7 +84,9 @@ def load(
     *,
     download: bool = False,
     image_size: int | None = None,
+    resize: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    workers: int = 0,
 ) -> DataSet:
     """In-distribution data by name or path.
 
@@ -99,7 +111,9 @@ def load(
         download: whether a named set that is missing is downloaded.
         image_size: images become (C, image_size, image_size), see `convert`; by default they stay as they are and
             must be square and of one size.
+        resize: length of their shorter side before the middle ``image_size`` of them is cut out, see `convert`.
         max_pixels: width times height of the largest image file that is read.
+        workers: processes that decode image files, see `FolderImages`.
 
     Raises:
         FileNotFoundError: the data is not there.
@@ -107,34 +121,37 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"expected image_size >= 1, got {image_size}")
+    if resize is not None and (image_size is None or resize < image_size):
+        raise ValueError(f"resize needs an image_size that is at most as long, got {resize} and {image_size}")
+    view = _View(image_size, resize, max_pixels, workers)
     _check_text("the data set", dataset)
     path = Path(dataset)
     if dataset == "digits":
-        return _digits(image_size)
+        return _digits(view)
     if dataset in _NAMES:
-        return _named(dataset, Path(root or "data"), download, image_size, max_pixels)
+        return _named(dataset, Path(root or "data"), download, view)
     if path.is_dir():
-        return _from_folder(path.name or path.resolve().name, path, image_size, max_pixels)
+        return _from_folder(path.name or path.resolve().name, path, view)
     if path.suffix.lower() == ".npz":
-        return _from_arrays(path.stem, str(path), read_npz(path, _KERAS_KEYS), image_size)
+        return _from_arrays(path.stem, str(path), read_npz(path, _KERAS_KEYS), view)
     raise FileNotFoundError(
         f"no data set {dataset!r}: expected one of {', '.join(['digits', *_NAMES])}, a .npz file or a folder"
     )
 
 
-def _named(name: str, root: Path, download: bool, image_size: int | None, max_pixels: int) -> DataSet:
+def _named(name: str, root: Path, download: bool, view: _View) -> DataSet:
     if archive := find_archive(root, name):
-        return _from_arrays(name, str(archive), read_npz(archive, _KERAS_KEYS), image_size)
+        return _from_arrays(name, str(archive), read_npz(archive, _KERAS_KEYS), view)
     lists = [find_list(root, name, part, name) for part in ("train", "test")]
     if lists[0] and lists[1]:
         where, parts = str(lists[0].path.parent), [(one.files, one.labels) for one in lists if one]
         classes = _check_labels(lists[0].labels, lists[1].labels, where)
-        return _from_files(name, where, parts, _class_names(name, classes), image_size, max_pixels)
+        return _from_files(name, where, parts, _class_names(name, classes), view)
     if name in _FROM_TORCHVISION:
         arrays = [array for train in (True, False) for array in read(name, root, train, download)]
-        return _from_arrays(name, str(root), arrays, image_size)
+        return _from_arrays(name, str(root), arrays, view)
     if folder := find_folder_of_parts(root, name, ("train", "val")):
-        return _from_folder(name, folder, image_size, max_pixels)
+        return _from_folder(name, folder, view)
     raise FileNotFoundError(
         f"{name} was not found: looked for {root / name}.npz, for OpenOOD's lists under {root}, and for folders train "
         f"and val in {root} or in a folder of the name there"
@@ -148,15 +165,15 @@ def digits_by_class() -> list[np.ndarray]:
     return [pixels[digits.target == label] for label in range(10)]
 
 
-def _digits(image_size: int | None) -> DataSet:
+def _digits(view: _View) -> DataSet:
     arrays: list[np.ndarray] = []
     for test in (False, True):
         chosen = [p[np.arange(len(p)) % 5 // 4 == test] for p in digits_by_class()[:8]]
         arrays += [np.concatenate(chosen), np.repeat(np.arange(8), [len(p) for p in chosen])]
-    return _from_arrays("digits", "digits", arrays, image_size)
+    return _from_arrays("digits", "digits", arrays, view)
 
 
-def _from_arrays(name: str, where: str, arrays: Sequence[np.ndarray], image_size: int | None) -> DataSet:
+def _from_arrays(name: str, where: str, arrays: Sequence[np.ndarray], view: _View) -> DataSet:
     """A data set of x_train, y_train, x_test, y_test, checked."""
     x_train, x_test = pixels(arrays[0], f"{where}: x_train"), pixels(arrays[2], f"{where}: x_test")
     if x_train.shape[1:] != x_test.shape[1:]:
@@ -165,8 +182,8 @@ def _from_arrays(name: str, where: str, arrays: Sequence[np.ndarray], image_size
     y_test = labels(arrays[3], len(x_test), f"{where}: y_test")
     classes = _check_labels(y_train, y_test, where)
     channels, height, width = x_train.shape[1:]
-    shape = _square((channels, height, width), image_size, where)
-    train, test = TensorImages(x_train, y_train, shape), TensorImages(x_test, y_test, shape)
+    shape = _square((channels, height, width), view.image_size, where)
+    train, test = (TensorImages(x, y, shape, view.resize) for x, y in ((x_train, y_train), (x_test, y_test)))
     return _data_set(name, train, test, _class_names(name, classes))
 
 
@@ -193,7 +210,7 @@ def _class_names(name: str, classes: int) -> tuple[str, ...]:
     return names if len(names) == classes else tuple(map(str, range(classes)))
 
 
-def _from_folder(name: str, path: Path, image_size: int | None, max_pixels: int) -> DataSet:
+def _from_folder(name: str, path: Path, view: _View) -> DataSet:
     held_out = next((part for part in ("test", "val") if (path / part).is_dir()), None)
     if held_out is None or not (path / "train").is_dir():
         raise ValueError(
@@ -211,7 +228,7 @@ def _from_folder(name: str, path: Path, image_size: int | None, max_pixels: int)
     for folder in classes:
         _check_text("a class folder", folder)
     parts = [_class_folders(path / part, classes) for part in ("train", held_out)]
-    return _from_files(name, str(path), parts, tuple(classes), image_size, max_pixels)
+    return _from_files(name, str(path), parts, tuple(classes), view)
 
 
 def _from_files(
@@ -219,17 +236,19 @@ def _from_files(
     where: str,
     parts: Sequence[tuple[Sequence[Path], Tensor]],
     class_names: tuple[str, ...],
-    image_size: int | None,
-    max_pixels: int,
+    view: _View,
 ) -> DataSet:
     """A data set of the files and labels of both parts."""
-    found = [check_images(files, decode=part > 0, max_pixels=max_pixels) for part, (files, _) in enumerate(parts)]
+    found = [check_images(files, decode=part > 0, max_pixels=view.max_pixels) for part, (files, _) in enumerate(parts)]
     sizes, modes = ({*values} for values in zip(*found[0], *found[1], strict=True))
-    if image_size is None and len(sizes) > 1:
+    if view.image_size is None and len(sizes) > 1:
         raise ValueError(f"{where}: images of several sizes, {sizes}: pass image_size to resize them")
     width, height = sizes.pop()
-    shape = _square((1 if modes == {"L"} else 3, height, width), image_size, where)
-    train, test = (FolderImages(files, shape, labels, max_pixels) for files, labels in parts)
+    shape = _square((1 if modes == {"L"} else 3, height, width), view.image_size, where)
+    train, test = (
+        FolderImages(files, shape, labels, view.max_pixels, resize=view.resize, workers=view.workers)
+        for files, labels in parts
+    )
     every = -(-len(train) // _FOLDER_STATISTICS_IMAGES)
     return _data_set(name, train, test, class_names, every)
 

@@ -3,8 +3,9 @@
 Shape letters: B batch, N images, C channels (1 grey or 3 RGB), H W plane.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from itertools import chain, pairwise
@@ -15,6 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import resized_crop
 
 from sparse_moon.app.image_files import MAX_PIXELS, read_image
 
@@ -22,13 +25,22 @@ Shape = tuple[int, int, int]
 """(C, H, W)"""
 
 _PADDING = 4
+# Of random crops: shares of the area, width over height.
+_AREAS, _ASPECTS = (0.08, 1.0), (3 / 4, 4 / 3)
+_Pick = tuple[int, int | None]  # index and, for a random part, seed of an image
 
 
 class Images(ABC):
-    """A source of N uint8 images of one ``shape`` (C, H, W), with ``labels`` int64 (N,) or None."""
+    """A source of N uint8 images of one ``shape`` (C, H, W), with ``labels`` int64 (N,) or None.
+
+    ``resize`` is the length that the shorter side of an image gets before the middle H x W are cut out of it, by
+    default the one that cuts least. ``workers`` is how many processes decode image files; 0 are threads of this one.
+    """
 
     shape: Shape
     labels: Tensor | None
+    resize: int | None = None
+    workers: int = 0
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -36,6 +48,17 @@ class Images(ABC):
     @abstractmethod
     def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
         """For each int64 (B,) of indices in ``order``, B >= 1, the images: uint8 (B, C, H, W) on the CPU."""
+
+    def random_crops(self, order: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """For each int64 (B,) of indices and of seeds in ``order`` a part of each image, resized to ``shape``.
+
+        The part follows from the seed: 8 to 100 % of the image's area, 3:4 to 4:3 (Szegedy et al. 2015, as torchvision
+        has it). ``resize`` does not count.
+
+        Raises:
+            ValueError: this source has no crops.
+        """
+        raise ValueError(f"{type(self).__name__} makes no random crops")
 
     def batch(self, indices: Tensor) -> Tensor:
         """The images of the int64 ``indices`` (B,), B >= 1: uint8 (B, C, H, W) on the CPU."""
@@ -48,10 +71,12 @@ class TensorImages(Images):
     Args:
         pixels: uint8 (N, c, h, w), c 1 or 3.
         labels: int64 (N,).
-        shape: what a batch is converted to, see `convert`; by default the pixels' own.
+        shape, resize: what a batch is converted to, see `convert`; by default the pixels' own.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor | None = None, shape: Shape | None = None) -> None:
+    def __init__(
+        self, pixels: Tensor, labels: Tensor | None = None, shape: Shape | None = None, resize: int | None = None
+    ) -> None:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             raise ValueError(f"expected uint8 (N, 1 or 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != pixels.shape[:1]):
@@ -60,13 +85,25 @@ class TensorImages(Images):
         self.pixels = pixels
         self.labels = labels
         self.shape = shape or (channels, height, width)
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
         for indices in order:
-            yield convert(self.pixels[indices], self.shape)
+            yield convert(self.pixels[indices], self.shape, self.resize)
+
+    def random_crops(self, order: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        channels, *size = self.shape
+        height, width = self.pixels.shape[2:]
+        for indices, seeds in order:
+            images = convert(self.pixels[indices], (channels, height, width))
+            parts = (_random_part(width, height, seed) for seed in seeds.tolist())
+            yield torch.stack([
+                resized_crop(image, top, left, h, w, size, antialias=True)
+                for image, (left, top, w, h) in zip(images, parts, strict=True)
+            ])  # fmt: skip
 
 
 class FolderImages(Images):
@@ -74,50 +111,109 @@ class FolderImages(Images):
 
     Args:
         paths: N image files, see `sparse_moon.app.image_files`.
-        shape: (C, H, W) that every image is converted to, as by `convert`.
+        shape, resize: what every image is converted to, as by `convert`.
         labels: int64 (N,).
         max_pixels: width times height of the largest image that is decoded.
+        workers: processes that decode, a batch each; 0 are threads of this one.
 
     Raises:
         ValueError: when a file is used that cannot be decoded, with its path.
     """
 
     def __init__(
-        self, paths: Sequence[Path], shape: Shape, labels: Tensor | None = None, max_pixels: int = MAX_PIXELS
+        self,
+        paths: Sequence[Path],
+        shape: Shape,
+        labels: Tensor | None = None,
+        max_pixels: int = MAX_PIXELS,
+        *,
+        resize: int | None = None,
+        workers: int = 0,
     ) -> None:
         self.paths = paths
         self.max_pixels = max_pixels
         self.labels = labels
         self.shape = shape
+        self.resize = resize
+        self.workers = workers
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
-        # Threads are enough, as Pillow releases the interpreter lock while it decodes. Walking over pairs of batches
-        # starts the next one before the caller computes with this one.
+        return self._stream([(i, None) for i in indices.tolist()] for indices in order)
+
+    def random_crops(self, order: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        return self._stream([*zip(indices.tolist(), seeds.tolist(), strict=True)] for indices, seeds in order)
+
+    def _stream(self, order: Iterable[Sequence[_Pick]]) -> Iterator[Tensor]:
+        if self.workers:
+            # The loader's own seed would be drawn from torch's generator, which the training draws from, too.
+            yield from DataLoader(
+                _Batched(self.decode), sampler=order, batch_size=None, num_workers=self.workers,
+                generator=torch.Generator(),
+            )  # fmt: skip
+            return
+        # Pillow releases the interpreter lock while it decodes. Walking over pairs of batches starts the next one
+        # before the caller computes with this one.
         with ThreadPoolExecutor() as pool:
-            decoding = (pool.map(self._decode, indices.tolist()) for indices in order)
+            decoding = (pool.map(self.decode, picks) for picks in order)
             for images, _ in pairwise(chain(decoding, [()])):
                 yield torch.stack([*images])
 
-    def _decode(self, index: int) -> Tensor:
+    def decode(self, pick: _Pick) -> Tensor:
+        """The image of an index, uint8 (C, H, W), or the part of it that a seed draws."""
+        index, seed = pick
         channels, height, width = self.shape
         pixels = read_image(self.paths[index], "L" if channels == 1 else "RGB", self.max_pixels)
-        if pixels.size != (width, height):
+        if seed is not None:
+            left, top, w, h = _random_part(*pixels.size, seed)
+            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+        elif self.resize is not None:
+            scale = min(pixels.size) / self.resize
+            x, y = ((side - cut * scale) / 2 for side, cut in zip(pixels.size, (width, height), strict=True))
+            box = (x, y, x + width * scale, y + height * scale)
+            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        elif pixels.size != (width, height):
             pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(pixels)).view(height, width, channels).permute(2, 0, 1)
 
 
-def convert(images: Tensor, shape: Shape) -> Tensor:
+class _Batched(Dataset[Tensor]):
+    """What a worker's process makes of the indices of a batch."""
+
+    def __init__(self, decode: Callable[[_Pick], Tensor]) -> None:
+        self.decode = decode
+
+    def __getitem__(self, picks: Sequence[_Pick]) -> Tensor:
+        return torch.stack([self.decode(pick) for pick in picks])
+
+
+def _random_part(width: int, height: int, seed: int) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the part of an image that ``seed`` draws."""
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        area = width * height * rng.uniform(*_AREAS)
+        aspect = math.exp(rng.uniform(math.log(_ASPECTS[0]), math.log(_ASPECTS[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    # of a long image, the largest middle part of an aspect in the range
+    w, h = min(width, round(height * _ASPECTS[1])), min(height, round(width / _ASPECTS[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def convert(images: Tensor, shape: Shape, resize: int | None = None) -> Tensor:
     """Images of another kind and size.
 
     Grey is made from RGB as luma (ITU-R BT.601), RGB from grey by repeating it. The largest middle part that has the
-    aspect of ``shape`` is resized to it, bilinear and antialiased.
+    aspect of ``shape`` is resized to it, bilinear and antialiased; or with ``resize`` what of it is the middle once the
+    shorter side is as long as that.
 
     Args:
         images: uint8 (B, c, h, w), c 1 or 3.
         shape: (C, H, W).
+        resize: at least H and W.
 
     Returns:
         uint8 (B, C, H, W).
@@ -128,8 +224,8 @@ def convert(images: Tensor, shape: Shape) -> Tensor:
         red, green, blue = images.int().unbind(1)
         images = ((19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16).to(torch.uint8).unsqueeze(1)
     h, w = images.shape[2:]
-    if (h, w) != (height, width):
-        scale = min(h / height, w / width)
+    if (h, w) != (height, width) or resize is not None:
+        scale = min(h / height, w / width) if resize is None else min(h, w) / resize
         crop_h, crop_w = max(1, round(height * scale)), max(1, round(width * scale))
         top, left = (h - crop_h) // 2, (w - crop_w) // 2
         images = images[:, :, top : top + crop_h, left : left + crop_w]
@@ -150,6 +246,7 @@ class Batches:
         batch_size: of all processes together.
         shuffle_seed: seed of the order and the augmentation, >= 0; None leaves the order of the source.
         augment: crop at random after padding with 4 pixels of black, and mirror with probability 1/2.
+        resized_crops: crop by `Images.random_crops` instead.
         device: where batches are put; they travel as uint8.
         drop_last: leave out the last batch if it is not full.
         rank, world_size: of every batch this process takes the ``rank``-th of ``world_size`` slices.
@@ -166,6 +263,7 @@ class Batches:
     _: KW_ONLY
     shuffle_seed: int | None = None
     augment: bool = False
+    resized_crops: bool = False
     device: torch.device | str = "cpu"
     drop_last: bool = False
     rank: int = 0
@@ -213,11 +311,23 @@ class Batches:
             # Hashed, since neighbouring sums or products of seed and epoch would repeat each other's epochs.
             generator.manual_seed(int(np.random.SeedSequence((self.shuffle_seed, epoch)).generate_state(1)[0]))
             order = order[torch.randperm(len(order), generator=generator)]
+        seeds = mirrors = torch.empty(0)
+        if self.augment and self.resized_crops:
+            seeds = torch.randint(2**62, (len(order),), generator=generator)
+            mirrors = torch.randint(2, (len(order),), generator=generator).bool()
         mean, std = (channel.to(self.device).view(-1, 1, 1) for channel in (self.mean, self.std))
         slices = [self._slice(indices) for indices in order.split(self.batch_size)[: len(self)]]
-        for step, (mine, pixels) in enumerate(zip(slices, self.images.stream(slices), strict=True)):
+        if len(seeds):
+            crops = zip(slices, (self._slice(s) for s in seeds.split(self.batch_size)), strict=False)
+            source = self.images.random_crops(crops)
+        else:
+            source = self.images.stream(slices)
+        for step, (mine, pixels) in enumerate(zip(slices, source, strict=True)):
             x = pixels.to(self.device)
-            if self.augment:
+            if len(seeds):
+                mirrored = self._slice(mirrors[step * self.batch_size :][: self.batch_size]).to(self.device)
+                x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+            elif self.augment:
                 count = min(self.batch_size, len(order) - step * self.batch_size)
                 corners = torch.randint(2 * _PADDING + 1, (count, 2), generator=generator)
                 mirrored = torch.randint(2, (count,), generator=generator).bool()

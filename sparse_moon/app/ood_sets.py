@@ -85,7 +85,7 @@ def load_ood(
                 f"digits-8-9 are classes held out of digits, the in-distribution set is {like.name} "
                 f"with {like.num_classes} classes"
             )
-        return name, TensorImages(pixels(np.concatenate(digits_by_class()[8:]), name), shape=shape)
+        return name, _in_memory(np.concatenate(digits_by_class()[8:]), name, like)
     if name in SPELLINGS:
         return name, _named(name, like, Path(root or "data"), download, max_pixels)
     known = ", ".join(["digits-8-9", *GENERATED, *SPELLINGS])
@@ -100,7 +100,7 @@ def _named(name: str, like: DataSet, root: Path, download: bool, max_pixels: int
     if folder := find_folder(root, name):
         return _at(folder, like, max_pixels)
     if name in READ:
-        return TensorImages(pixels(read(name, root, False, download)[0], name), shape=like.train.shape)
+        return _in_memory(read(name, root, False, download)[0], name, like)
     if download and name in DOWNLOADED:
         download_files(name, root)
         if folder := find_folder(root, name):
@@ -121,9 +121,14 @@ def _at(path: Path, like: DataSet, max_pixels: int) -> Images:
             raise ValueError(f"{path}: no images, expected files that end in one of {', '.join(ENDINGS)}")
         return _from_files(files, like, max_pixels)
     (array,) = read_npz(path, ("x",), ("x_test",))
-    return TensorImages(pixels(array, str(path)), shape=like.train.shape)
+    return _in_memory(array, str(path), like)
 
 
 def _from_files(files: Sequence[Path], like: DataSet, max_pixels: int) -> Images:
     check_images(files, decode=True, max_pixels=max_pixels)
-    return FolderImages(files, like.train.shape, max_pixels=max_pixels)
+    train = like.train
+    return FolderImages(files, train.shape, max_pixels=max_pixels, resize=train.resize, workers=train.workers)
+
+
+def _in_memory(array: np.ndarray, where: str, like: DataSet) -> Images:
+    return TensorImages(pixels(array, where), shape=like.train.shape, resize=like.train.resize)

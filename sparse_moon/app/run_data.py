@@ -33,6 +33,7 @@ class _Part(datasets.Images):
 
     def __init__(self, images: datasets.Images, indices: Tensor) -> None:
         self.images, self.indices, self.shape = images, indices, images.shape
+        self.resize, self.workers = images.resize, images.workers
         self.labels = None if images.labels is None else images.labels[indices]
 
     def __len__(self) -> int:
@@ -40,6 +41,9 @@ class _Part(datasets.Images):
 
     def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
         return self.images.stream(self.indices[indices] for indices in order)
+
+    def random_crops(self, order: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        return self.images.random_crops((self.indices[indices], seeds) for indices, seeds in order)
 
 
 def load_dataset(config: TrainConfig) -> RunData:
@@ -50,7 +54,10 @@ def load_dataset(config: TrainConfig) -> RunData:
         FileNotFoundError: it is not there.
     """
     root = None if config.data_root is None else Path(config.data_root)
-    whole = datasets.load(config.dataset, root, download=config.download, image_size=config.image_size)
+    whole = datasets.load(
+        config.dataset, root, download=config.download, image_size=config.image_size, resize=config.resize,
+        workers=config.workers,
+    )  # fmt: skip
     content = {field.name: getattr(whole, field.name) for field in fields(datasets.DataSet)}
     if not config.holdout:
         return RunData(**content)

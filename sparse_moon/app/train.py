@@ -102,7 +102,7 @@ def _check_settings(config: TrainConfig, saved: TrainConfig) -> None:
     """A run goes on with the settings that it began with; where it computes and finds its data may change."""
     for field in fields(TrainConfig):
         asked, kept = getattr(config, field.name), getattr(saved, field.name)
-        if asked != kept and field.name not in ("device", "data_root", "download", "ood", "headline"):
+        if asked != kept and field.name not in ("device", "data_root", "download", "workers", "ood", "headline"):
             raise ValueError(f"the checkpoint does not fit this run: it has {field.name} {kept!r}, not {asked!r}")
 
 
