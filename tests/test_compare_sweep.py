@@ -101,6 +101,8 @@ OTHER = {
     "epochs": 30, "batch_size": 32, "lr": 0.1, "lr_end": 0.01, "lr_until": 0.5, "momentum": 0.8, "weight_decay": 0.0,
     "interval": 10, "drop_fraction": 0.2, "stop": 0.6, "amp": "bfloat16", "seed": 1, "holdout": 0.1,
     "final_weight": 3.0, "warmup_epochs": 2, "vote_from": 0.9, "ece_bins": 10, "diagnostics": True,
+    "resize": 20, "crops": "resized", "weights": "network.pt", "lr_milestones": (0.5, 0.75), "lr_gamma": 0.2,
+    "lr_warmup": 0.1,
 }  # fmt: skip
 
 
@@ -110,13 +112,14 @@ def test_any_setting_that_differs_makes_another_run():
     assert experiment(config.to_dict()).keys() == tried - {"seed"}
     known = {run_key(config.to_dict()), run_name(config)}
     for name, value in OTHER.items():
-        other = replace(config, **{name: value})
+        needed = {"lr_milestones": (0.4,)} if name == "lr_warmup" else {}
+        other = replace(config, **needed, **{name: value})
         assert run_key(other.to_dict()) not in known, name
         known.add(run_key(other.to_dict()))
         varying = varying_settings([experiment(config.to_dict()), experiment(other.to_dict())])
         assert run_name(other, varying) != run_name(config, varying), name
         assert unlike_name(other) != unlike_name(config)
-    for name, value in {"device": "cpu:0", "data_root": "x", "download": True, "ood": ["noise"]}.items():
+    for name, value in {"device": "cpu:0", "data_root": "x", "download": True, "workers": 2, "ood": ["noise"]}.items():
         assert run_key(replace(config, **{name: value}).to_dict()) == run_key(config.to_dict())
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from sparse_moon import files
-from sparse_moon.app import datasets, run_folder
+from sparse_moon.app import run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import evaluate_model, load_run
 from sparse_moon.app.experiment import experiment, run_key, run_name, unlike_name, varying_settings
+from sparse_moon.app.ood_sets import default_ood
 from sparse_moon.app.own import options_to_import
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_ood_sets
@@ -241,7 +242,7 @@ def _add_ood_sets(path: Path, config: TrainConfig) -> None:
     saved = files.read_json(path / run_folder.CONFIG).get("ood")
     if saved == config.ood:
         return
-    asked = datasets.default_ood(config.dataset) if config.ood is None else config.ood
+    asked = default_ood(config.dataset) if config.ood is None else config.ood
     kept = {spec.partition("=")[0]: spec for spec in saved or ()}
     for spec in asked:
         if kept.get(name := spec.partition("=")[0], spec) != spec:

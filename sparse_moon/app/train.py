@@ -20,6 +20,7 @@ from sparse_moon.app.build import autocast, final_densities
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.environment import environment
 from sparse_moon.app.evaluate import evaluate_model, scores_for
+from sparse_moon.app.experiment import PLACE
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_dataset, load_ood_sets
 from sparse_moon.app.step_times import beside_dense
@@ -102,7 +103,7 @@ def _check_settings(config: TrainConfig, saved: TrainConfig) -> None:
     """A run goes on with the settings that it began with; where it computes and finds its data may change."""
     for field in fields(TrainConfig):
         asked, kept = getattr(config, field.name), getattr(saved, field.name)
-        if asked != kept and field.name not in ("device", "data_root", "download", "workers", "ood", "headline"):
+        if asked != kept and field.name not in PLACE:
             raise ValueError(f"the checkpoint does not fit this run: it has {field.name} {kept!r}, not {asked!r}")
 
 
