@@ -15,6 +15,7 @@ from . import (
 from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from .allocation import allocate
 from .averaging import EMA, PredictionAverage, StochasticPasses, TicketAverage, WeightAverage
+from .formats.saving import load, save
 from .losses import AbstainingLoss, GamblersLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
 from .nn import (
     SparseConv2d,
@@ -83,6 +84,7 @@ __all__ = [
     "layer_sparsities",
     "linear_conv2d_sparsity",
     "live_outputs",
+    "load",
     "losses",
     "memory",
     "mixup",
@@ -93,6 +95,7 @@ __all__ = [
     "param_groups",
     "refresh_batch_norm",
     "reliability",
+    "save",
     "schedules",
     "sparse_layers",
     "sparsify",

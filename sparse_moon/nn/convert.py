@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
@@ -108,32 +108,55 @@ def sparsify(
         check_sparsity(start_sparsity)
         start = plan.allocate(start_sparsity)
 
-    done: dict[str, SparseLayer] = {}
-    made: dict[Dense, SparseLayer] = {}
-    for module in plan.places:
-        owner = plan.owners[weight_of(module)]
-        if plan.densities[owner] >= 1.0:
-            continue
-        kind: Any = SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
-        if owner in done:  # tied to a layer converted before
-            sparse = kind.from_dense(module, mask=done[owner].mask(), pattern=pattern)
-            sparse.values, sparse.topology = done[owner].values, done[owner].topology
-        else:
-            sparse = kind.from_dense(module, sparsity=1.0 - start[owner], pattern=pattern, selection=selection)
-            done[owner] = sparse
-        _move_hooks(module, sparse)
-        made[module] = sparse
+    def make(owner: str, layer: Dense) -> SparseLayer:
+        return sparse_kind(layer).from_dense(layer, sparsity=1.0 - start[owner], pattern=pattern, selection=selection)
+
+    places = {layer: names for layer, names in plan.places.items() if plan.densities[plan.owners[weight_of(layer)]] < 1}
+    model, done = replace_layers(model, places, make)
     for layer, reason in plan.dense_because.items():
         layer.dense_because = reason  # type: ignore[assignment]  # for summary
-    for module, sparse in made.items():
-        for name in plan.places[module]:
-            model = _replace(model, name, sparse)
-    notes = plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + _empty(done)
+    notes = plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + without_weights(done)
     if fuse is True or (fuse == "auto" and native is not None):
         untraced = fusion.install(model, recompute)
         notes += untraced if fuse is True else []
     _say(notes)
     return model
+
+
+def sparse_kind(layer: Dense) -> Any:
+    """The class that takes the place of a layer."""
+    return SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
+
+
+def replace_layers(
+    model: nn.Module, places: Mapping[Dense, list[str]], make: Callable[[str, Dense], SparseLayer]
+) -> tuple[nn.Module, dict[str, SparseLayer]]:
+    """Put sparse layers in the places of dense ones, with their hooks; layers that share a weight still do.
+
+    Args:
+        places: the layers, each with all its names.
+        make: from name and layer the sparse one; called once for each weight, before anything is replaced.
+
+    Returns:
+        The model (or, where it is itself such a layer, its replacement), and what was made by the first name.
+    """
+    firsts: dict[nn.Parameter, SparseLayer] = {}
+    done: dict[str, SparseLayer] = {}
+    made: dict[Dense, SparseLayer] = {}
+    for layer, names in places.items():
+        weight = weight_of(layer)
+        if weight in firsts:  # tied to a layer converted before
+            first = firsts[weight]
+            sparse = sparse_kind(layer).from_dense(layer, mask=first.mask(), pattern=first.topology.block)
+            sparse.values, sparse.topology = first.values, first.topology
+        else:
+            sparse = firsts[weight] = done[names[0]] = make(names[0], layer)
+        made[layer] = sparse
+    for layer, sparse in made.items():
+        _move_hooks(layer, sparse)
+        for name in places[layer]:
+            model = _replace(model, name, sparse)
+    return model, done
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -220,7 +243,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return model
 
 
-def _empty(layers: Mapping[str, SparseLayer]) -> list[str]:
+def without_weights(layers: Mapping[str, SparseLayer]) -> list[str]:
     """What to say about layers, or outputs of them, that have no weight."""
     without: list[str] = []
     dead: dict[str, tuple[int, int]] = {}

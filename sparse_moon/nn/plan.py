@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -61,7 +61,7 @@ class Plan:
         kept = {weight.key for module in excluded for weight in weights(module)}
         inner = (module for outer in excluded for module in outer.modules() if module._parameters)
         because: dict[nn.Module, str] = dict.fromkeys(inner, "excluded")
-        places = _convertible(model, kept)
+        places = convertible(model, kept)
         sparse = {
             layer.values: layer
             for layer in model.modules()
@@ -161,7 +161,7 @@ def _excluded(model: nn.Module, exclude: Iterable[Exclude] | Exclude) -> list[nn
     return list(dict.fromkeys(found))
 
 
-def _convertible(model: nn.Module, kept: set[frozenset[int]]) -> dict[Dense, list[str]]:
+def convertible(model: nn.Module, kept: Collection[frozenset[int]] = ()) -> dict[Dense, list[str]]:
     """Layers that may become sparse, each with all its names, in definition order."""
     users: dict[nn.Parameter, set[type]] = {}
     for module in model.modules():
