@@ -15,6 +15,7 @@ from . import (
 from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from .allocation import allocate
 from .averaging import EMA, PredictionAverage, StochasticPasses, TicketAverage, WeightAverage
+from .formats.masks import from_masks
 from .formats.saving import load, save
 from .losses import AbstainingLoss, GamblersLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
 from .nn import (
@@ -79,6 +80,7 @@ __all__ = [
     "densify",
     "flops",
     "freeze_hidden",
+    "from_masks",
     "fuse",
     "layer_densities",
     "layer_sparsities",
