@@ -126,7 +126,7 @@ def test_commands_are_taken(command):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_exist(page, capsys):
     known = set()
-    for command in ([], ["train"], ["compare"], ["eval"], ["flops"], ["export"]):
+    for command in ([], ["train"], ["compare"], ["eval"], ["flops"], ["export"], ["doctor"]):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))

@@ -1,4 +1,4 @@
-"""The command line: ``sparse-moon train | compare | eval | flops | export``.
+"""The command line: ``sparse-moon train | compare | eval | flops | export | doctor``.
 
 Here is what parses it, which must not take seconds to say what is wrong; ``sparse_moon.app.commands`` does the work.
 """
@@ -189,6 +189,7 @@ def _parser(program: str, argv: Sequence[str] = ()) -> _Parser:
     make: dict[str, Callable[[str], _Parser]] = {
         "train": partial(_train_parser, own=own), "compare": partial(_compare_parser, own=own), "eval": _eval_parser,
         "flops": partial(_flops_parser, own=own), "export": _export_parser,
+        "doctor": _doctor_parser,
     }  # fmt: skip
     for name, summary in COMMANDS.items():
         one = make[name](summary[0].upper() + summary[1:] + ".")
@@ -312,6 +313,12 @@ def _export_parser(description: str) -> _Parser:
     parser.add_argument("run", type=str, help="run folder")
     _add_imports(parser)
     parser.add_argument("--dense", type=str, required=True, help="file to write (.pt)")
+    return parser
+
+
+def _doctor_parser(description: str) -> _Parser:
+    parser = _Parser(allow_abbrev=False, description=description)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 

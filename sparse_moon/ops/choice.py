@@ -241,21 +241,26 @@ def table_name(device: str) -> str:
     return f"crossover_cpu_{'avx512' if native.isa() == 'avx512' else 'avx2'}_{native.vendor()}.json"
 
 
-@cache
-def table(device: str) -> list[tuple[Work, float]]:
-    """The products that were measured on this kind of device and their crossovers; empty where nothing was.
+def stored_table(device: str) -> str | None:
+    """File of the crossovers that hold on this kind of device; None where nothing was measured.
 
-    For a CPU whose maker none was measured of, those of another one with the same vectors.
+    For a CPU whose maker none was measured of, that of another one with the same vectors.
     """
-    folder, name = files("sparse_moon.ops").joinpath("tables"), table_name(device)
-    stored = sorted(path.name for path in folder.iterdir())
+    name = table_name(device)
+    stored = sorted(path.name for path in files("sparse_moon.ops").joinpath("tables").iterdir())
     if name not in stored and device == "cpu":
         isa = name.rpartition("_")[0]
         name = next((other for other in stored if other.startswith(f"{isa}_")), name)
-    if name not in stored:
+    return name if name in stored else None
+
+
+@cache
+def table(device: str) -> list[tuple[Work, float]]:
+    """The products that were measured on this kind of device and their crossovers; empty where nothing was."""
+    name = stored_table(device)
+    if name is None:
         return []
-    path = folder.joinpath(name)
-    rows = json.loads(path.read_text())["rows"]
+    rows = json.loads(files("sparse_moon.ops").joinpath("tables", name).read_text())["rows"]
     works = [Work(**row["work"]) for row in rows]
     return [(w._replace(block=(w.block[0], w.block[1])), row["crossover"]) for w, row in zip(works, rows, strict=True)]
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "eval": "evaluate a finished run again, on other OOD sets or with other scores",
     "flops": "count the FLOPs of a sparse model, layer by layer",
     "export": "write a finished run's model as a plain dense PyTorch state dict",
+    "doctor": "show what is installed, which kernels are built and what they are chosen by",
 }
 
 
