@@ -14,6 +14,7 @@ from . import (
 )
 from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, RigL, SRigL, Static, TopKAST
 from .allocation import allocate
+from .app.start import train
 from .averaging import EMA, PredictionAverage, StochasticPasses, TicketAverage, WeightAverage
 from .formats.masks import from_masks
 from .formats.saving import load, save
@@ -103,6 +104,7 @@ __all__ = [
     "sparsify",
     "summary",
     "topology",
+    "train",
     "tune",
     "what_runs",
     "what_would_pay",

@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -30,6 +29,7 @@ from sparse_moon.app.config import TrainConfig, own_options
 from sparse_moon.app.messages import error_message, listing, one_line, parse_message, suggestion
 from sparse_moon.app.names import ModelName, Score
 from sparse_moon.app.own import NAMES, import_modules, typed_paths
+from sparse_moon.app.presets import presets
 from sparse_moon.app.sweep import parse_sweeps
 from sparse_moon.options import MethodOptions, ReliabilityOptions, TrainingMethod
 from sparse_moon.settings import OR_IMPORT_PATH, ImportPath, LibraryModel, helps, is_import_path
@@ -137,12 +137,6 @@ class _Parser(ArgumentParser):
         known = [option for action in parser._actions for option in action.option_strings]
         print(f"{self.program}: error: {parse_message(message, known)}", file=sys.stderr)
         sys.exit(2)
-
-
-def presets() -> dict[str, Path]:
-    """The settings of the papers that the package brings, by name."""
-    folder = Path(str(files("sparse_moon.app.presets")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _with_presets(argv: list[str]) -> list[str]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import sparse_moon  # whose parts that need torch are imported when they are first used
 from sparse_moon.allocation import Allocation, check_sparsity
 from sparse_moon.app.names import ModelName, Score, ScoreWithOptions
 from sparse_moon.options import MethodOptions, ReliabilityMethod, ReliabilityOptions, TrainingMethod
@@ -119,12 +119,15 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for anything that can be known to be wrong before the data is read."""
+        from sparse_moon.ood import check_score
+        from sparse_moon.topology import block_shape
+
         check_settings(self)
         for name in ("model", "method", "reliability", "headline"):
             object.__setattr__(self, name, str(getattr(self, name)))  # the command line's paths are of a subclass
-        sparse_moon.ood.check_score(self.headline)
+        check_score(self.headline)
         check_sparsity(self.sparsity)
-        sparse_moon.topology.block_shape(self.pattern)
+        block_shape(self.pattern)
         if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0):
             raise ValueError(
                 f"need lr > 0, momentum in [0, 1) and weight_decay >= 0, "
@@ -156,7 +159,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     @property
     def method_class(self) -> "type[Method]":
         """The training method's class."""
-        return sparse_moon.algorithms.ALGORITHMS.find(self.method)
+        return _algorithm(self.method)
 
     @property
     def method_options(self) -> Any:
@@ -165,10 +168,10 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
 
     def make_reliability(self) -> "Reliability":
         """The reliability method, not attached to a model yet."""
-        kind = sparse_moon.reliability.RELIABILITY.find(self.reliability)
-        run = sparse_moon.reliability.ReliabilityRun(
-            self.dataset, self.epochs, self.stop, self.seed, self.method_class, self.method_options
-        )
+        from sparse_moon.reliability import ReliabilityRun
+
+        kind = _reliability(self.reliability)
+        run = ReliabilityRun(self.dataset, self.epochs, self.stop, self.seed, self.method_class, self.method_options)
         return kind(run, options_of(kind.Options, self, self.own), self.without)
 
     @property
@@ -197,6 +200,24 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         return cls(**{**content, **{k: tuple(v) if isinstance(v, list) else v for k, v in tuples.items()}})
 
 
+def config_of(settings: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run by name, the options of methods of the user's own among them.
+
+    Raises:
+        ValueError: unknown settings, bad values, or methods that are not imported.
+    """
+    method, reliability = (settings.get(name, getattr(TrainConfig, name)) for name in ("method", "reliability"))
+    own = own_options([method], [reliability])
+    known = [field.name for field in fields(TrainConfig) if field.name != "own"]
+    for name in settings:
+        if name not in known and name not in own:
+            close = get_close_matches(name, [*known, *own], n=1)
+            raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    defaults = {field.name: field.default for kind in own.values() for field in fields(kind)}
+    others = {name: value for name, value in settings.items() if name in own and value != defaults[name]}
+    return TrainConfig.from_dict({**{name: settings[name] for name in known if name in settings}, "own": others})
+
+
 def own_options(methods: Iterable[str], reliability: Iterable[str]) -> dict[str, type]:
     """By name of an option that is not a field of `TrainConfig`, the dataclass that has it.
 
@@ -206,8 +227,8 @@ def own_options(methods: Iterable[str], reliability: Iterable[str]) -> dict[str,
     Raises:
         ValueError: one is not imported, or two have an option of the same name that is not the same.
     """
-    kinds = [sparse_moon.algorithms.ALGORITHMS.find(name).Options for name in methods if is_import_path(name)]
-    kinds += [sparse_moon.reliability.RELIABILITY.find(name).Options for name in reliability if is_import_path(name)]
+    kinds = [_algorithm(name).Options for name in methods if is_import_path(name)]
+    kinds += [_reliability(name).Options for name in reliability if is_import_path(name)]
     found: dict[str, type] = {}
     known = {field.name for field in fields(TrainConfig)}
     for kind in kinds:
@@ -221,6 +242,19 @@ def own_options(methods: Iterable[str], reliability: Iterable[str]) -> dict[str,
             if (option.type, option.default) not in [(o.type, o.default) for o in fields(other)]:
                 raise ValueError(f"{kind.__qualname__} and {other.__qualname__} have different options {option.name}")
     return found
+
+
+# Their modules need torch, which is not imported before they are asked for: parsing the command line takes no time.
+def _algorithm(name: str) -> "type[Method]":
+    from sparse_moon.algorithms import ALGORITHMS
+
+    return ALGORITHMS.find(name)
+
+
+def _reliability(name: str) -> "type[Reliability]":
+    from sparse_moon.reliability import RELIABILITY
+
+    return RELIABILITY.find(name)
 
 
 def _check_device(device: str) -> None:

@@ -4,11 +4,10 @@ import platform
 import shlex
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-
-import sparse_moon
 
 
 def environment(device: str) -> dict[str, str]:
@@ -18,7 +17,7 @@ def environment(device: str) -> dict[str, str]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": f"{program} {shlex.join(sys.argv[1:])}".strip(),
-        "sparse_moon": sparse_moon.__version__,
+        "sparse_moon": version("sparse_moon"),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from sparse_moon.app.config import TrainConfig, own_options
+from sparse_moon.app.config import TrainConfig, config_of, own_options
 from sparse_moon.app.own import NAMES
 
 COMMANDS = {
@@ -27,10 +27,7 @@ def check_own(arguments: Mapping[str, Any], config: TrainConfig) -> None:
 
 def settings(arguments: Mapping[str, Any]) -> TrainConfig:
     """The settings among a command's arguments."""
-    names = {field.name for field in fields(TrainConfig)}
-    own = {}
-    for name, kind in own_options([arguments["method"]], [arguments["reliability"]]).items():
-        default = next(field.default for field in fields(kind) if field.name == name)
-        if arguments[name] != default:
-            own[name] = arguments[name]
-    return TrainConfig.from_dict({**{name: value for name, value in arguments.items() if name in names}, "own": own})
+    names = {field.name for field in fields(TrainConfig)} | own_options(
+        [arguments["method"]], [arguments["reliability"]]
+    ).keys()
+    return config_of({name: value for name, value in arguments.items() if name in names})
