@@ -16,6 +16,7 @@ from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, Ri
 from .allocation import allocate
 from .app.start import train
 from .averaging import EMA, PredictionAverage, StochasticPasses, TicketAverage, WeightAverage
+from .formats.csr import to_scipy, to_torch_sparse
 from .formats.masks import from_masks
 from .formats.saving import load, save
 from .losses import AbstainingLoss, GamblersLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
@@ -103,6 +104,8 @@ __all__ = [
     "sparse_layers",
     "sparsify",
     "summary",
+    "to_scipy",
+    "to_torch_sparse",
     "topology",
     "train",
     "tune",
