@@ -72,7 +72,24 @@ def service():
     return {"images": torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)}
 
 
-PRELUDES = {"data": data, "dense": dense, "training": training, "ood": ood, "service": service}
+def hub():
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    return {}
+
+
+def empty():
+    return {}
+
+
+PRELUDES = {
+    "hub": hub,
+    "empty": empty,
+    "data": data,
+    "dense": dense,
+    "training": training,
+    "ood": ood,
+    "service": service,
+}
 
 
 def place(page, match):
@@ -90,6 +107,8 @@ def execute(match, **names):
 def test_python_runs(match, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert match["prelude"] in PRELUDES, f"say before the block which prelude it needs, of {list(PRELUDES)}"
+    for package in ("onnx", "onnxscript") if "to_onnx" in match["code"] else ():
+        pytest.importorskip(package, reason=f"{package} is not installed")
     before = set(RELIABILITY)
     execute(match, **PRELUDES[match["prelude"]]())
     for name in RELIABILITY.keys() - before:  # that the page has defined

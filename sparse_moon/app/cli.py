@@ -306,7 +306,10 @@ def _export_parser(description: str) -> _Parser:
     parser = _Parser(allow_abbrev=False, description=description)
     parser.add_argument("run", type=str, help="run folder")
     _add_imports(parser)
-    parser.add_argument("--dense", type=str, required=True, help="file to write (.pt)")
+    parser.add_argument("--dense", type=str | None, default=None, help="file for a plain dense state dict (.pt)")
+    parser.add_argument("--folder", type=str | None, default=None, help="folder for the sparse model, for sm.load")
+    parser.add_argument("--onnx", type=str | None, default=None, help="file for the dense model in ONNX")
+    parser.add_argument("--sparse-onnx", type=str | None, default=None, help="file for the sparse model in ONNX")
     return parser
 
 

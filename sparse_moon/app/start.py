@@ -40,7 +40,7 @@ def train(
         resume: continue the run in ``out`` from its checkpoint, or begin it.
         progress: show a progress bar on a terminal, and elsewhere print a line an epoch.
         time_dense: in the end time steps of the network and of the same made dense, in turn.
-        settings: single settings, with underscores: ``sparsity=0.95``; those of ``config`` give way. Modules that
+        settings: single settings, with underscores: ``sparsity=0.95``; they precede those of ``config``. Modules that
             ``model``, ``method`` and ``reliability`` name are imported.
 
     Returns:

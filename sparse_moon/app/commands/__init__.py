@@ -12,7 +12,7 @@ COMMANDS = {
     "compare": "train every combination of settings and put their figures side by side",
     "eval": "evaluate a finished run again, on other OOD sets or with other scores",
     "flops": "count the FLOPs of a sparse model, layer by layer",
-    "export": "write a finished run's model as a plain dense PyTorch state dict",
+    "export": "write a finished run's model for use elsewhere: dense, sparse, ONNX",
     "doctor": "show what is installed, which kernels are built and what they are chosen by",
 }
 
