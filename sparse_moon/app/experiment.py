@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-import sparse_moon  # whose parts that need torch are imported when they are first used
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.options import MethodOptions, ReliabilityOptions
 
@@ -36,10 +35,13 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         settings: as ``config.json`` has them; those that it lacks have their defaults.
     """
+    from sparse_moon.algorithms import ALGORITHMS
+    from sparse_moon.reliability import RELIABILITY
+
     content = {**_DEFAULTS, **settings}
     own = content.pop("own", None) or {}
-    method = _find(sparse_moon.algorithms.ALGORITHMS, content["method"])
-    reliability = _find(sparse_moon.reliability.RELIABILITY, content["reliability"])
+    method = _find(ALGORITHMS, content["method"])
+    reliability = _find(RELIABILITY, content["reliability"])
     if method is not None and reliability is not None:
         options = {option.name: option for kind in (method, reliability) for option in fields(kind.Options)}
         content = {name: value for name, value in content.items() if name in options or name not in OPTIONS}
