@@ -86,7 +86,7 @@ def test_methods_of_ones_own_with_their_options(tmp_path, monkeypatch):
     (None, {"sparsty": 0.9}, "unknown setting 'sparsty'; did you mean 'sparsity'?"),
     ({"lr": "fast"}, {}, "lr must be a number, got 'fast'"),
     ("moon-cifra10", {}, "moon-cifra10 is neither a file nor one of the presets "),
-    ("moon-cifar10", {"epochs": 0}, "epochs must be at least 1, got 0"),
+    ("moon-cifar10", {"epochs": 0}, "epochs must be at least 1 unless weights says"),
     (None, {"method": "nowhere.at.All"}, "importing nowhere.at failed"),
 ])  # fmt: skip
 def test_mistakes(tmp_path, config, settings, message):
