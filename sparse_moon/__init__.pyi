@@ -16,6 +16,7 @@ from .algorithms import GMP, MEST, SET, Dense, DynamicMethod, GraNet, Method, Ri
 from .allocation import allocate
 from .app.start import train
 from .averaging import EMA, PredictionAverage, StochasticPasses, TicketAverage, WeightAverage
+from .capture import CapturedStep
 from .formats.csr import to_scipy, to_torch_sparse
 from .formats.masks import from_masks
 from .formats.saving import load, save
@@ -53,6 +54,7 @@ __all__ = [
     "SET",
     "AbstainingLoss",
     "BatchNormReLU2d",
+    "CapturedStep",
     "Constant",
     "Cosine",
     "Cubic",

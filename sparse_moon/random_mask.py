@@ -52,12 +52,21 @@ class RandomMask:
         if not self.layers:
             raise ValueError("a random mask needs a model with sparse layers; call sparsify(model, ...) first")
         self.keep, self.seed = keep, seed
-        self.step = torch.zeros((), dtype=torch.int64, device=self.layers[0].values.device)
+        self._step = torch.zeros((), dtype=torch.int64, device=self.layers[0].values.device)
         self.drawn = False
+
+    @property
+    def step(self) -> Tensor:
+        return self._step
+
+    @step.setter
+    def step(self, number: Tensor | int) -> None:
+        # in place, like every draw's: a captured step goes on reading this memory
+        self._step.fill_(number)
 
     def draw(self) -> None:
         """Hide other weights from now on."""
-        self.step = self.step + 1
+        self._step += 1
         self.drawn = True
         for stream, layer in enumerate(self.layers):
             hide = _Hide(self.mask(stream, layer))
@@ -81,7 +90,7 @@ class RandomMask:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.step = torch.full_like(self.step, state["step"])
+        self.step = state["step"]
 
 
 class _Hide:

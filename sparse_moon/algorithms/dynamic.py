@@ -164,9 +164,12 @@ class DynamicMethod(Method):
             self._update()
         if updates:
             self.optimizer.zero_grad()  # these gradients belong to the topology before the update
-        self.steps += 1
-        self._prepare()
+        self.next_batch()
         return updated
+
+    def next_batch(self) -> None:
+        super().next_batch()
+        self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "first_blocks": list(self.first_blocks.values())}

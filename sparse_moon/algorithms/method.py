@@ -177,8 +177,15 @@ class Method:
         if not self._steps_now():
             return False
         self._step_optimizer(scaler, closure)
-        self.steps += 1
+        self.next_batch()
         return False
+
+    def next_batch(self) -> None:
+        """Go on to the next batch, after one whose optimizer step is made; :meth:`step` does so by itself.
+
+        For what makes that step in another way: :class:`sparse_moon.CapturedStep`, whose graph runs no Python.
+        """
+        self.steps += 1
 
     def _steps_now(self) -> bool:
         """Whether this batch ends with a step: not while accelerate accumulates gradients."""

@@ -72,11 +72,18 @@ def check_state(optimizer: Any, values: nn.Parameter, required: Collection[str])
 
 
 def move_state(optimizer: Any, values: nn.Parameter, regrown: Regrown) -> None:
-    """Move the state that is kept for each weight along with the weights; a new weight's is that of a first step."""
+    """Move the state that is kept for each weight along with the weights; a new weight's is that of a first step.
+
+    As many weights as before keep the tensors that they had.
+    """
     for inner, states in _states(optimizer, values):
         for key, state in states.items():
             if _is_per_weight(inner, key, state, values):
-                states[key] = _moved(inner, key, state, values, regrown)
+                moved = _moved(inner, key, state, values, regrown)
+                if moved.shape == state.shape:  # in place, because captured steps know the memory
+                    state.copy_(moved)
+                else:
+                    states[key] = moved
 
 
 def _is_per_weight(optimizer: Optimizer, key: str, state: Any, values: nn.Parameter) -> bool:

@@ -65,14 +65,16 @@ class Watch:
 
     def has_followed(self, layer: "SparseLayer") -> bool:
         """Whether the values have been averaged with those of a layer that has left this one's topology."""
+        if layer.values.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode()):
+            return False  # a look waits for the device, which is forbidden or looked for now
         if self._moves != Topology.moves:
             self._moved, self._moves = list(_those_that_moved(layer)), Topology.moves
             self.quiet = None if self._moved else self._moves
         if not self._moved or type(layer.values) is not nn.Parameter:
             return False
         self._looks += 1
-        if layer.values.is_cuda and (torch.cuda.is_current_stream_capturing() or self._looks % 16 != 1):
-            return False  # a look waits for the device
+        if layer.values.is_cuda and self._looks % 16 != 1:
+            return False
         values = _first_of_blocks(layer.values)[:_MOST_SLOTS]
         for moved in self._moved:
             other = moved.layer()

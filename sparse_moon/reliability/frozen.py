@@ -39,7 +39,7 @@ def freeze_hidden(mask: RandomMask, optimizer: Optimizer) -> None:
             shown = mask.mask(stream, layer)
             layer.values.copy_(torch.where(shown, layer.values, values))
             for key, state in _per_weight(inner, layer.values).items():
-                old = states.get(key, state.new_tensor(start_of(inner, key, layer.values)))
+                old = states.get(key, state.new_full((), start_of(inner, key, layer.values)))
                 state.copy_(torch.where(shown, state, old))
         before.clear()
 

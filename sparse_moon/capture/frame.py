@@ -1,0 +1,158 @@
+"""What a graph of a training step takes for granted, so that no stale one is replayed."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_moon.algorithms import Method
+from sparse_moon.algorithms.optimizers import inner_optimizers, parameters_of
+from sparse_moon.nn import SparseLayer
+from sparse_moon.topology import Topology
+
+
+class Frame:
+    """What a graph takes for granted, from before it is captured.
+
+    Attributes:
+        rebound: what the step itself puts in another's place, so that a second replay would read what the first did.
+    """
+
+    def __init__(self, method: Method, modules: tuple[nn.Module, ...]) -> None:
+        self.rebound: str | None = None
+        self._bound: list[tuple[Any, Any, Any, str]] = []  # container, key, what is there, name
+        self._tensors: list[tuple[Tensor, int, torch.Size, bool, str]] = []
+        self._numbers: list[tuple[dict[str, Any], str, Any]] = []  # of the optimizer
+        self._layers: list[SparseLayer] = []
+        self._topologies: list[Topology] = []
+        self._written: dict[int, Tensor] = {}  # by a step; indices are not
+        self.parameters = parameters(method, modules)
+        for number, root in enumerate(modules):
+            for name, module in root.named_modules(prefix=type(root).__name__ if number else ""):
+                self._see_module(name, module)
+        for inner in inner_optimizers(method.optimizer):
+            self._see_optimizer(inner)
+        self._written |= {id(parameter): parameter for parameter in self.parameters}
+        self._grads: list[Tensor | None] = []
+        self._transforms: list[tuple[SparseLayer, Any, bool]] = []  # what is set, and whether by the step
+
+    def _see_module(self, name: str, module: nn.Module) -> None:
+        own = module.__dict__
+        self._bound.append((own, "training", module.training, f"{name}.training"))
+        self._bound += [(module._modules, key, child, f"{name}.{key}") for key, child in module._modules.items()]
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                self._see_tensor(tensors, key, tensor, f"{name}.{key}")
+                if tensor is not None and not isinstance(module, Topology):
+                    self._written[id(tensor)] = tensor
+        if isinstance(module, SparseLayer):
+            self._layers.append(module)
+        if isinstance(module, Topology):
+            self._topologies.append(module)
+
+    def _see_optimizer(self, optimizer: Optimizer) -> None:
+        name = type(optimizer).__name__
+        for key in ("state", "param_groups"):
+            self._bound.append((optimizer.__dict__, key, getattr(optimizer, key), f"the optimizer's {key}"))
+        for group in optimizer.param_groups:
+            for key, value in group.items():
+                if isinstance(value, Tensor):
+                    self._see_tensor(group, key, value, f"the {key} of {name}")
+                else:
+                    self._numbers.append((group, key, list(value) if key == "params" else value))
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    self._see_tensor(state, key, value, f"the {key} of {name}")
+                    self._written[id(value)] = value
+
+    def _see_tensor(self, container: Any, key: Any, tensor: Tensor | None, name: str) -> None:
+        self._bound.append((container, key, tensor, name))
+        if tensor is not None:
+            self._tensors.append((tensor, tensor.data_ptr(), tensor.shape, tensor.requires_grad, name))
+
+    def around_capture(self) -> "_Transforms":
+        """A context to capture in, which finds out whose transforms the graph has read."""
+        return _Transforms(self._layers, self._keep)
+
+    def _keep(self, transforms: list[tuple[SparseLayer, Any, bool]]) -> None:
+        self._transforms = transforms
+        self._grads = [parameter.grad for parameter in self.parameters]
+
+    def change(self) -> str | None:
+        """What is not as it was: another object, or other memory. Looks at indices that were written to."""
+        for topology in self._topologies:
+            topology.check()
+        for container, key, value, name in self._bound:
+            if container.get(key) is not value:
+                return f"{name} is another"
+        for tensor, address, shape, trains, name in self._tensors:
+            if tensor.data_ptr() != address or tensor.shape != shape:
+                return f"{name} has other memory"
+            if tensor.requires_grad != trains:
+                return f"{name} has another requires_grad"
+        for group, key, number in self._numbers:
+            same = all(map(_is, group[key], number)) if key == "params" else group.get(key) == number
+            if not same or (key == "params" and len(group[key]) != len(number)):
+                return f"{key} of the optimizer is another"
+        for layer, transform, by_step in self._transforms:
+            if not by_step and layer.transform is not transform:
+                return "a random mask is drawn or cleared outside of the step"
+        return None
+
+    def restore(self) -> None:
+        """What the step's Python would have left behind."""
+        for parameter, grad in zip(self.parameters, self._grads, strict=True):
+            parameter.grad = grad
+        for layer, transform, by_step in self._transforms:
+            if by_step:
+                layer.transform = transform
+        torch.autograd.graph.increment_version(self._written.values())
+
+
+class _Transforms:
+    """Around a capture: which layers' transforms the graph has read as they were, and which ones the step has set."""
+
+    def __init__(self, layers: list[SparseLayer], keep: Callable[[list[tuple[SparseLayer, Any, bool]]], None]) -> None:
+        self._layers, self._keep = layers, keep
+
+    def __enter__(self) -> None:
+        self._before = [(layer, layer.transform, _Read(layer.transform)) for layer in self._layers]
+        for layer, transform, noting in self._before:
+            if transform is not None:
+                layer.transform = noting
+
+    def __exit__(self, *_: object) -> None:
+        kept: list[tuple[SparseLayer, Any, bool]] = []
+        for layer, transform, noting in self._before:
+            if layer.transform is noting:
+                layer.transform = transform
+            if noting.read or layer.transform is transform:
+                kept.append((layer, transform, False))
+            else:
+                kept.append((layer, layer.transform, True))
+        self._keep(kept)
+
+
+class _Read:
+    """A transform that notes that it was called."""
+
+    def __init__(self, transform: Callable[[Tensor], Tensor] | None) -> None:
+        self._transform, self.read = transform, False
+
+    def __call__(self, values: Tensor) -> Tensor:
+        assert self._transform is not None
+        self.read = True
+        return self._transform(values)
+
+
+def parameters(method: Method, modules: tuple[nn.Module, ...]) -> list[nn.Parameter]:
+    """All that get gradients, each once."""
+    every: Iterator[nn.Parameter] = (p for module in modules for p in module.parameters())
+    return list({id(p): p for p in (*every, *parameters_of(method.optimizer))}.values())
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b

@@ -1,0 +1,64 @@
+"""A CUDA graph of a function: how it is rehearsed, captured and replayed."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Outputs = Tensor | tuple[Tensor, ...] | None
+
+_SYNCHRONIZES = "synchronizing CUDA operation"  # of torch's warning
+
+
+class StepGraph:
+    """A CUDA graph of a step, and the stream on which the step is rehearsed and captured.
+
+    Steps that are not replayed run on that stream, too: autograd keeps the stream on which it met a parameter first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.graph = device, torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream(device)
+
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        """Why there can be none on this device, or None."""
+        return None if device.type == "cuda" else f"the model is on {device}, and only a GPU has graphs"
+
+    def run(self, step: Callable[[], Outputs]) -> Outputs:
+        """An eager step."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            outputs = step()
+        current.wait_stream(self.stream)
+        return outputs
+
+    def rehearse(self, step: Callable[[], Outputs]) -> tuple[Outputs, str | None]:
+        """An eager step, and what of it waits for the device, which no graph can."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                outputs = self.run(step)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        waits = None
+        for warning in caught:
+            if _SYNCHRONIZES in str(warning.message):
+                waits = f"it waits for the device ({warning.filename}, line {warning.lineno})"
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return outputs, waits
+
+    def capture(self, step: Callable[[], Outputs]) -> Outputs:
+        """Record a step, which does not run; its outputs are what :meth:`replay` writes."""
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            return step()
+
+    def replay(self) -> None:
+        """Run what was recorded, on the current stream."""
+        self.graph.replay()
