@@ -135,6 +135,7 @@ setup(
         "sparse_moon.algorithms",
         "sparse_moon.app",
         "sparse_moon.app.commands",
+        "sparse_moon.capture",
         "sparse_moon.formats",
         "sparse_moon.losses",
         "sparse_moon.nn",

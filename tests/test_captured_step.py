@@ -1,12 +1,16 @@
 """A training step as a graph: the host plays what a GPU does, see host_graph.py."""
 
 import gc
+import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from host_graph import Dispatched, HostGraph, looks
 from torch import nn
+from torch._dynamo.utils import counters
 
 import sparse_moon as sm
 from small_mlp import mlp
@@ -67,12 +71,15 @@ class Training:
     def train(self, images, labels):
         self.calls += 1
         self.mask.clear() if self.method.updates_now else self.mask.draw()
-        logits = self.model(images)
-        loss = self.loss(logits, labels)
+        loss, logits = self.forward(images, labels)
         loss.backward()
         self.method.step()
         self.optimizer.zero_grad()
         return loss.detach(), (logits[:, :CLASSES].argmax(1) == labels).sum()
+
+    def forward(self, images, labels):
+        logits = self.model(images)
+        return self.loss(logits, labels), logits
 
     def run(self, batches):
         found = []
@@ -341,6 +348,21 @@ def test_steps_that_wait_for_the_device_run_eagerly(look, on_host):
     assert method.steps == 6
 
 
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_steps_that_draw_on_the_host_run_eagerly(draw, on_host):
+    def train(x, y):
+        (draw() * F.cross_entropy(model(x), y)).backward()
+        method.step()
+
+    model = mlp()
+    method = sm.Static(model, sgd(model.parameters()))
+    step = CapturedStep(train, method, model)
+    with pytest.warns(UserWarning, match="it draws random numbers on the host"):
+        for batch in batches(6, (64,)):
+            step(*batch)
+    assert step.captures == 0
+
+
 def test_what_only_a_capture_finds_is_an_error(on_host):
     def train(x, y):
         if len(calls) == REHEARSALS:
@@ -424,3 +446,28 @@ def test_a_gpu_trains_as_it_does_eagerly(kind):
     assert training.step.reason is None
     assert all(a[0] == pytest.approx(b[0], rel=1e-3) for a, b in zip(found, outputs, strict=True))
     assert state.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("backend", [
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")),
+])  # fmt: skip
+def test_compiled_steps_have_no_breaks_and_train_alike(backend):
+    torch._dynamo.reset()
+    counters.clear()
+    trained = []
+    for compiled in (False, True):
+        torch.manual_seed(2)
+        training = Training(mlp(), False, interval=5)
+        forward = training.forward
+        if compiled:
+            training.forward = torch.compile(forward, fullgraph=True, backend=backend)
+        for batch in batches(18, (64,)):
+            training.train(*batch)
+        trained.append({name: tensor.clone() for name, tensor in training.state().items()})
+        del training, forward
+        gc.collect()
+    for name, expected in trained[0].items():
+        torch.testing.assert_close(trained[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert counters["stats"]["unique_graphs"] == 2  # of update batches and of others
+    assert not counters["graph_break"]

@@ -6,6 +6,7 @@ which of the preludes below makes them.
 
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def training():
     method = sm.RigL(model, optimizer, total_steps=150)
     return {**data(), "model": model, "optimizer": optimizer, "method": method,
             "criterion": torch.nn.CrossEntropyLoss()}  # fmt: skip
+
+
+def captured():
+    warnings.filterwarnings("ignore", "training steps are not captured")  # without a GPU; pytest undoes it
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {**data(), "network": dense()["model"], "criterion": torch.nn.CrossEntropyLoss(), "device": device}
 
 
 def ood():
@@ -87,6 +94,7 @@ PRELUDES = {
     "data": data,
     "dense": dense,
     "training": training,
+    "captured": captured,
     "ood": ood,
     "service": service,
 }

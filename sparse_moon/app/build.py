@@ -70,9 +70,11 @@ def build_run(config: TrainConfig, data: RunData) -> Run:
         warnings.warn(f"recompute does nothing on {config.device}: batch norms are fused on the CPU only", stacklevel=2)
     reliability = config.make_reliability()
     reliability.attach(model, data.num_classes)
+    captures = captures_steps(config)  # then the learning rate is read from the device
     optimizer = torch.optim.SGD(
-        _parameter_groups(config, model, reliability), config.lr, config.momentum,
-        weight_decay=config.weight_decay, nesterov=config.momentum > 0,
+        _parameter_groups(config, model, reliability),
+        torch.tensor(config.lr, device=config.device) if captures else config.lr, config.momentum,
+        weight_decay=config.weight_decay, nesterov=config.momentum > 0, fused=True if captures else None,
     )  # fmt: skip
     reliability.attach_optimizer(optimizer)
     training = TrainingRun(
@@ -143,6 +145,11 @@ def fuse_network(model: nn.Module, config: TrainConfig) -> None:
         fuse(model, recompute=True)  # says what it cannot do, as it was asked for
     elif config.fuse and native is not None:
         install(model, recompute=False)
+
+
+def captures_steps(config: TrainConfig) -> bool:
+    """Whether training steps are to be CUDA graphs."""
+    return config.capture and torch.device(config.device).type == "cuda"
 
 
 def autocast(config: TrainConfig) -> AbstractContextManager[Any]:

@@ -43,7 +43,7 @@ _GROUPS = {
     "reliability": ("reliability", "without", *(option.name for option in fields(ReliabilityOptions))),
     "optimisation": (
         "epochs", "batch_size", "lr", "lr_end", "lr_until", "lr_milestones", "lr_gamma", "lr_warmup", "momentum",
-        "weight_decay", "amp", "seed", "device",
+        "weight_decay", "amp", "seed", "device", "capture",
     ),
     "output": ("headline", "ece_bins", "diagnostics"),
 }  # fmt: skip

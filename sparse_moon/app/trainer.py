@@ -2,8 +2,9 @@
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sparse_moon import flops
-from sparse_moon.app.build import autocast, build_run, check_dtypes, learning_rate, load_network
+from sparse_moon.app.build import autocast, build_run, captures_steps, check_dtypes, learning_rate, load_network
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.datasets import Images
 from sparse_moon.app.diagnostics import Diagnostics
 from sparse_moon.app.run_data import RunData, plain_batches
 from sparse_moon.app.step_times import StepClock
+from sparse_moon.capture import CapturedStep
 from sparse_moon.distributed import mean_over_processes_, world_size
 from sparse_moon.nn import overall_sparsity, refresh_batch_norm
+from sparse_moon.reliability import Reliability
 
 _CHECK_EVERY = 20  # batches between looks at the loss: each look waits for the device
+_OF_DEVICE = ("lr", "fused")  # settings of the optimizer that are not a checkpoint's but the run's
 
 
 class Trainer:
@@ -46,9 +50,25 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.lr = learning_rate(config, self.total_steps)
+        self._lr = config.lr
+        self._updated = False
+        self.captured = self._capture() if captures_steps(config) else None
 
     def _wrap(self) -> nn.Module:
         return DistributedDataParallel(self.model) if world_size() > 1 else self.model
+
+    def _capture(self) -> CapturedStep | None:
+        """Steps as CUDA graphs, or a warning that says why not."""
+        kind = type(self.reliability)
+        reason = None
+        if self.scaler is not None:
+            reason = "the scale of float16's gradients is not captured, take bfloat16"
+        elif (kind.before_batch, kind.loss_of) != (Reliability.before_batch, Reliability.loss_of):
+            reason = f"reliability method {kind.name!r} may do something else in each batch"
+        if reason is not None:
+            warnings.warn(f"training steps are not captured in a CUDA graph: {reason}", stacklevel=3)
+            return None
+        return CapturedStep(self._draw_and_train, self.method, self.model, self.reliability.loss)
 
     def _forward_flops(self) -> float:
         costs = flops.layer_costs(self.model, self.dataset.train.shape)
@@ -79,7 +99,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "loss": loss / count,
             "train_accuracy": correct / count,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._lr,
             "density": 1.0 - overall_sparsity(self.model),
             "topology_updates": updates,
             **self.reliability.metrics(),
@@ -95,11 +115,31 @@ class Trainer:
         self.history.append(row)
 
     def _step(self, images: Tensor, labels: Tensor, totals: Tensor) -> bool:
-        reliability = self.reliability
+        self._lr, self._updated = self.learning_rate(self.method.steps), False
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.method.steps)
-        reliability.before_batch(self.method.updates_now)
-        images, targets = reliability.batch(images, labels)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self._lr)
+            else:
+                group["lr"] = self._lr
+        if self.captured is None:
+            self.reliability.before_batch(self.method.updates_now)
+        images, targets = self.reliability.batch(images, labels)
+        step = self._train if self.captured is None else self.captured
+        loss, correct = cast(tuple[Tensor, Tensor], step(images, targets, labels))
+        if self._updated and self.diagnostics is not None:
+            self.diagnostics.note_update()
+        if self._updated and world_size() > 1 and self.method.resizes:
+            self.parallel = self._wrap()  # its buckets have the old sizes
+        totals += torch.stack([loss.float() * len(labels), correct.sum(), correct.numel() * torch.ones_like(loss)])
+        return self._updated
+
+    def _draw_and_train(self, images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        self.reliability.before_batch(self.method.updates_now)
+        return self._train(images, targets, labels)
+
+    def _train(self, images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """A step; the loss, and whether the prediction of each image is right."""
+        reliability = self.reliability
         with autocast(self.config):
             logits = self.parallel(images)
             loss = reliability.loss_of(logits, targets)
@@ -107,16 +147,9 @@ class Trainer:
         for parameter in reliability.loss.parameters():  # which DistributedDataParallel does not know
             if parameter.grad is not None:
                 mean_over_processes_(parameter.grad)
-        updated = self.method.step(self.scaler)
+        self._updated = self.method.step(self.scaler)
         self.optimizer.zero_grad()
-        if updated and self.diagnostics is not None:
-            self.diagnostics.note_update()
-        if updated and world_size() > 1 and self.method.resizes:
-            self.parallel = self._wrap()  # its buckets have the old sizes
-        with torch.no_grad():
-            correct = logits[:, : self.dataset.num_classes].argmax(1) == labels
-            totals += torch.stack([loss.float() * len(labels), correct.sum(), correct.numel() * torch.ones_like(loss)])
-        return updated
+        return loss.detach(), logits.detach()[:, : self.dataset.num_classes].argmax(1) == labels
 
     def _look(self, bar: tqdm, totals: Tensor) -> None:
         loss, correct, count = totals.tolist()
@@ -187,7 +220,10 @@ class Trainer:
         try:
             check_dtypes(self.model, state["model"])
             self.model.load_state_dict(state["model"])
+            own = [{key: group[key] for key in _OF_DEVICE} for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, kept in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(kept)
             self.method.load_state_dict(state["method"])
             self.reliability.load_state_dict(state)
             if self.diagnostics is not None:

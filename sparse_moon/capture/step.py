@@ -5,10 +5,12 @@ for images, labels in loader:
     loss = step(images, labels)
 """
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class CapturedStep:
     anew; where that goes on, steps run eagerly from then on.
 
     Where no step can be captured, it runs eagerly and one warning says why: no GPU, several processes, a method that
-    changes the number of a layer's weights, code that waits for the device.
+    changes the number of a layer's weights, code that waits for the device or draws random numbers on the host.
 
     Args:
         step: from a batch to what is wanted of it: forward pass, loss, ``backward()``, ``method.step()``, and the draw
@@ -125,10 +127,19 @@ class CapturedStep:
         self._rehearsals += 1
         if self._rehearsals < REHEARSALS:  # what happens once may wait
             return _detached(self._graph.run(lambda: self._eager(*batch)))
+        drawn = self._host_random_state()
         outputs, waits = self._graph.rehearse(lambda: self._eager(*batch))
+        if waits is None and self._host_random_state() != drawn:
+            waits = "it draws random numbers on the host"
         if waits is not None:
             self._give_up(waits)
         return _detached(outputs)
+
+    def _host_random_state(self) -> tuple[object, ...]:
+        """Of generators whose numbers a graph would keep for ever."""
+        _, words, *places = np.random.get_state(legacy=True)
+        torchs = torch.get_rng_state().numpy().tobytes() if self.device.type != "cpu" else None
+        return random.getstate(), np.asarray(words).tobytes(), *places, torchs
 
     def _capture(self) -> None:
         self._outputs, frame = None, Frame(self.method, self.modules)

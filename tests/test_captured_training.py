@@ -1,0 +1,101 @@
+"""The command line's loop with captured steps, which the host plays, see host_graph.py."""
+
+import gc
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from host_graph import Dispatched, HostGraph
+from tqdm import tqdm
+
+from sparse_moon.app import build, trainer
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.run_data import load_dataset
+from sparse_moon.app.trainer import Trainer
+from sparse_moon.capture import step as capture_step
+
+SMALL = TrainConfig(
+    model="mlp", width=16, epochs=2, batch_size=64, interval=5, sparsity=0.8, ood=[], lr=0.2, vote_from=0.5, stop=0.5,
+    reliability="none",
+)  # fmt: skip
+RUNS = [
+    {"reliability": "moon"}, {"reliability": "cigl"}, {"reliability": "mixup"}, {"reliability": "logitnorm"},
+    {"reliability": "dac"}, {"reliability": "gamblers"}, {"reliability": "sup-tickets"},
+    {"reliability": "generalized-odin"}, {"reliability": "label-smoothing"}, {"method": "static"}, {"method": "mest"},
+    {"method": "dense"}, {"model": "small-resnet", "width": 8}, {"amp": "bfloat16"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset(SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _on_host(monkeypatch):
+    monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
+    monkeypatch.setattr(build, "captures_steps", lambda config: True)  # the optimizer, of both runs
+    monkeypatch.setattr(trainer, "captures_steps", lambda config: config.capture)
+
+
+def run(config, digits, epochs=2):
+    made = Trainer(config, digits)
+    for _ in range(epochs):
+        with nullcontext() if config.capture else Dispatched():
+            made.run_epoch(tqdm(disable=True))
+    return made
+
+
+def kept(made):
+    history = [{k: v for k, v in row.items() if k not in ("time_s", "step_ms")} for row in made.history]
+    return history, {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("options", RUNS, ids=lambda options: "-".join(map(str, options.values())))
+def test_captured_runs_end_as_eager_ones(options, digits):
+    config = replace(SMALL, **options)
+    rows, weights = kept(run(replace(config, capture=False), digits))
+    gc.collect()
+    captured = run(config, digits)
+    assert captured.captured.reason is None
+    assert captured.captured.captures >= 1
+    found_rows, found = kept(captured)
+    assert found_rows == rows
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_a_captured_run_is_resumed(digits):
+    config = replace(SMALL, reliability="moon")
+    rows, weights = kept(run(config, digits))
+    gc.collect()
+    first, second = run(config, digits, 1), Trainer(config, digits)
+    second.load_state_dict(first.state_dict())
+    del first
+    gc.collect()
+    second.run_epoch(tqdm(disable=True))
+    found_rows, found = kept(second)
+    assert found_rows == rows
+    assert all(torch.allclose(found[name].float(), weights[name].float()) for name in weights)
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"reliability": "vos"}, "reliability method 'vos' may do something else in each batch"),
+    ({"method": "gmp"}, "method 'gmp' changes the number of a layer's weights"),
+    ({"amp": "float16"}, "take bfloat16"),
+])  # fmt: skip
+def test_runs_that_cannot_be_captured_say_why(options, reason, digits):
+    with pytest.warns(UserWarning, match=f"not captured in a CUDA graph: .*{reason}"):
+        made = Trainer(replace(SMALL, **options), digits)
+    assert made.captured is None or made.captured.reason is not None
+
+
+def test_without_a_gpu_nothing_changes(digits, monkeypatch):
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = Trainer(SMALL, digits)
+    assert made.captured is None
+    assert made.optimizer.param_groups[0]["lr"] == SMALL.lr
+    assert made.optimizer.param_groups[0]["fused"] is None
