@@ -3,6 +3,7 @@
 import gc
 import random
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import sparse_moon as sm
 from small_mlp import mlp
 from sparse_moon.capture import CapturedStep
 from sparse_moon.capture import step as capture_step
+from sparse_moon.capture.graph import StepGraph
 from sparse_moon.capture.step import REHEARSALS
 
 CLASSES = 7
@@ -378,6 +380,29 @@ def test_what_only_a_capture_finds_is_an_error(on_host):
     with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph.*CapturedStep.*numbers on the device"):
         for batch in batches(6, (64,)):
             step(*batch)
+
+
+def test_rehearsals_tell_waits_from_other_warnings(monkeypatch):
+    said = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn(said, stacklevel=1)
+
+    def step():
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    graph = StepGraph.__new__(StepGraph)
+    graph.run = lambda step: step()
+    with pytest.warns(UserWarning, match="something else") as caught:
+        _, waits = graph.rehearse(step)
+    assert len(caught) == 1
+    assert waits.startswith(f"it waits for the device ({__file__}, line ")
+    assert modes == ["warn", 0]
 
 
 def test_without_a_gpu_steps_run_as_they_are():

@@ -8,7 +8,8 @@ from torch import Tensor
 
 Outputs = Tensor | tuple[Tensor, ...] | None
 
-_SYNCHRONIZES = "synchronizing CUDA operation"  # of torch's warning
+# Of torch's warnings: what is looked for, and that looking is new.
+_SYNCHRONIZES, _OF_THE_LOOK = "synchronizing CUDA operation", "Synchronization debug mode"
 
 
 class StepGraph:
@@ -38,18 +39,18 @@ class StepGraph:
     def rehearse(self, step: Callable[[], Outputs]) -> tuple[Outputs, str | None]:
         """An eager step, and what of it waits for the device, which no graph can."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                torch.cuda.set_sync_debug_mode("warn")
                 outputs = self.run(step)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
         waits = None
         for warning in caught:
             if _SYNCHRONIZES in str(warning.message):
                 waits = f"it waits for the device ({warning.filename}, line {warning.lineno})"
-            else:
+            elif _OF_THE_LOOK not in str(warning.message):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return outputs, waits
 
