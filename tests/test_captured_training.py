@@ -18,7 +18,7 @@ from sparse_moon.capture import step as capture_step
 
 SMALL = TrainConfig(
     model="mlp", width=16, epochs=2, batch_size=64, interval=5, sparsity=0.8, ood=[], lr=0.2, vote_from=0.5, stop=0.5,
-    reliability="none",
+    reliability="none", capture=True,
 )  # fmt: skip
 RUNS = [
     {"reliability": "moon"}, {"reliability": "cigl"}, {"reliability": "mixup"}, {"reliability": "logitnorm"},

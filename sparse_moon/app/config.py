@@ -71,7 +71,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         amp: none, bfloat16 or float16 automatic mixed precision.
         seed: of initial weights, topology, data order and augmentation.
         device: cpu, cuda, cuda:1 ...
-        capture: on a GPU a training step is one CUDA graph, see docs/gpu.md; a line says where it cannot be.
+        capture: on a GPU make a training step one CUDA graph, see docs/gpu.md; a line says where it cannot be.
         holdout: share of the training images kept out of training, for the temperature and for DICE's p.
         own: options of a method of your own by name, where they are not its defaults.
     """
@@ -115,7 +115,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     amp: Literal["none", "bfloat16", "float16"] = "none"
     seed: Annotated[int, AT_LEAST_0] = 0
     device: str = "cpu"
-    capture: bool = True
+    capture: bool = False
     holdout: Annotated[float, SHARE_BELOW_ONE] = 0.0
     own: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
