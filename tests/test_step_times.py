@@ -10,7 +10,7 @@ from sparse_moon.app.build import build_run
 from sparse_moon.app.cli import main
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import load_dataset
-from sparse_moon.app.step_times import StepClock, copies
+from sparse_moon.app.step_times import copies
 from sparse_moon.app.tables import kernels_line
 from sparse_moon.app.train import train
 from sparse_moon.nn import sparse_layers
@@ -18,6 +18,7 @@ from sparse_moon.nn.fusion import fusions
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import PASSES, Work
 from sparse_moon.ops.native import native
+from sparse_moon.step_clock import StepClock
 
 CONFIG = TrainConfig(model="mlp", width=64, epochs=2, batch_size=64, interval=5, sparsity=0.8, ood=["noise"], lr=0.2)
 OPTIONS = [

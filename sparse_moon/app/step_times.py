@@ -1,10 +1,8 @@
-"""Times of training steps: of a run's own, and of its network beside the same network made dense."""
+"""Times of a training step of a run's network beside those of the same network made dense."""
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from statistics import median
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,44 +12,10 @@ from sparse_moon.app.build import autocast, fuse_network, load_network
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import RunData
 from sparse_moon.nn import densify
+from sparse_moon.step_clock import StepClock
 
-_FIRST = 5  # steps of a process that do not count: they make memory and plans
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _LEAST, _MOST, _SECONDS = 5, 50, 2.0  # rounds of a comparison, and about how long it takes in all
-
-
-class StepClock:
-    """How long steps take: on a GPU by its events, so that no step waits for it, elsewhere by the host's clock."""
-
-    def __init__(self, device: torch.device, skip: int = _FIRST) -> None:
-        self.device, self._skip = device, skip
-        self._times: list[float] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around a step."""
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(stream)
-            yield
-            end.record(stream)
-            self._events.append((start, end))
-        else:
-            begin = time.perf_counter()
-            yield
-            self._times.append(1e3 * (time.perf_counter() - begin))
-
-    def median_ms(self) -> float | None:
-        """Of the steps since the last time it was asked, without the first ones of all; None where that is none."""
-        for start, end in self._events:
-            end.synchronize()
-            self._times.append(start.elapsed_time(end))
-        counted = self._times[self._skip :]
-        self._skip = max(self._skip - len(self._times), 0)
-        self._times, self._events = [], []
-        return median(counted) if counted else None
 
 
 def beside_dense(

@@ -17,11 +17,11 @@ from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.datasets import Images
 from sparse_moon.app.diagnostics import Diagnostics
 from sparse_moon.app.run_data import RunData, plain_batches
-from sparse_moon.app.step_times import StepClock
 from sparse_moon.capture import CapturedStep
 from sparse_moon.distributed import mean_over_processes_, world_size
 from sparse_moon.nn import overall_sparsity, refresh_batch_norm
 from sparse_moon.reliability import Reliability
+from sparse_moon.step_clock import StepClock
 
 _CHECK_EVERY = 20  # batches between looks at the loss: each look waits for the device
 _OF_DEVICE = ("lr", "fused")  # settings of the optimizer that are not a checkpoint's but the run's
