@@ -137,6 +137,7 @@ setup(
         "sparse_moon.app.commands",
         "sparse_moon.capture",
         "sparse_moon.formats",
+        "sparse_moon.integrations",
         "sparse_moon.losses",
         "sparse_moon.nn",
         "sparse_moon.ood",

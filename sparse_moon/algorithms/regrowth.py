@@ -51,7 +51,8 @@ class SET(DynamicMethod):
 
     @classmethod
     def arguments(cls, options: Any, run: TrainingRun) -> dict[str, Any]:
-        return {**super().arguments(options, run), "drop_fraction": run.drop_schedule, "seed": run.seed}
+        own = {"drop_fraction": run.drop_schedule, "seed": run.seed, "backwards_per_step": run.backwards_per_step}
+        return {**super().arguments(options, run), **own}
 
     def __init__(
         self,

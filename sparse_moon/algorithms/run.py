@@ -18,6 +18,7 @@ class TrainingRun:
         weight_decay: L2 penalty.
         seed: of what is random.
         densities: gives the density by sparse layer that the network is to end with.
+        backwards_per_step: backward passes whose gradients are accumulated for a step.
     """
 
     total_steps: int
@@ -27,6 +28,7 @@ class TrainingRun:
     weight_decay: float
     seed: int
     densities: Callable[[], Mapping[str, float]]
+    backwards_per_step: int = 1
 
     @property
     def drop_schedule(self) -> Cosine:
