@@ -38,7 +38,11 @@ class Net(L.LightningModule):
     def configure_optimizers(self):
         if self.kind == "none":
             return None
-        kind = {"adam": torch.optim.AdamW, "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)}[self.kind]
+        kind = {
+            "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
+            "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        }[self.kind]
         optimizer = kind(self.parameters())
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
 
@@ -107,7 +111,8 @@ def test_the_loop_is_that_of_a_plain_one(accumulated, steps):
     sm.sparsify(plain, 0.7)
     optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
     sm.RigL(plain, optimizer, total_steps=steps * EPOCHS, interval=4, stop=0.8,
-            drop_fraction=sm.Cosine(0.3, 0.0, round(0.8 * steps * EPOCHS)), backwards_per_step=accumulated).attach()  # fmt: skip
+            drop_fraction=sm.Cosine(0.3, 0.0, round(0.8 * steps * EPOCHS)),
+            backwards_per_step=accumulated).attach()  # fmt: skip
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     for _ in range(EPOCHS):
         for number, batch in enumerate(loader()):
@@ -183,6 +188,11 @@ class Endless(torch.utils.data.IterableDataset):
     def __iter__(self):
         while True:
             yield torch.randn(32), torch.tensor(1)
+
+
+def test_weight_decay_beside_a_penalty_is_said():
+    with pytest.warns(UserWarning, match="'top-kast' has a penalty in place of weight decay, and the optimizer has"):
+        trainer([callback("top-kast")], epochs=1).fit(fresh("adamw"), loader())
 
 
 def test_wrong_uses_are_named():

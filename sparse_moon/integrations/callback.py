@@ -103,6 +103,10 @@ class SparseCallback:
             )  # fmt: skip
         self._model = model
 
+    def has_converted(self, model: nn.Module) -> bool:
+        """Whether :meth:`convert` was called for this model, and not for another since."""
+        return self._model is model
+
     def begin(
         self, model: nn.Module, optimizers: Sequence[Any], total_steps: float, backwards_per_step: int = 1
     ) -> None:
@@ -134,6 +138,7 @@ class SparseCallback:
         )  # fmt: skip
         optimizer = self._optimizer_of(model, optimizers)
         self.method = self.kind(model, optimizer, **self.kind.arguments(self.options, run)).attach()
+        self._check_weight_decay(self.method)
         self.clock = StepClock(next(model.parameters()).device)
         if self._saved is not None:
             self._continue(self.method, self._saved)
@@ -148,6 +153,16 @@ class SparseCallback:
             f"method {self.kind.name!r} needs one optimizer that holds the weights of the sparse layers, "
             f"{len(holding)} of {len(optimizers)} do"
         )
+
+    def _check_weight_decay(self, method: Method) -> None:
+        values = {id(layer.values) for layer in method.layers.values()}
+        groups = [group for group in method.optimizer.param_groups if group.get("weight_decay")]
+        if not method.weight_decay_matters and any(id(p) in values for group in groups for p in group["params"]):
+            warnings.warn(
+                f"method {method.name!r} has a penalty in place of weight decay, and the optimizer has weight decay on "
+                "the sparse weights besides: put them into a group without",
+                stacklevel=3,
+            )
 
     def _final_densities(self) -> Mapping[str, float]:
         if self._densities is None:
