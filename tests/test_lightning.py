@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_moon as sm
+from small_frameworks import EXTRA
 
-L = pytest.importorskip(
-    "lightning.pytorch", reason="lightning is not installed: pip install 'sparse_moon[integrations]'"
-)
+L = pytest.importorskip("lightning.pytorch", reason=f"lightning {EXTRA}")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 

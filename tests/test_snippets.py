@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import small_frameworks
 from sparse_moon.app.cli import _parser, _with_presets, main
 from sparse_moon.reliability import RELIABILITY
 
@@ -98,6 +99,7 @@ PRELUDES = {
     "ood": ood,
     "service": service,
 }
+PRELUDES |= small_frameworks.PRELUDES
 
 
 def place(page, match):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import sparse_moon as sm
+from small_frameworks import EXTRA
 
-EXTRA = "is not installed: pip install 'sparse_moon[integrations]'"
 transformers = pytest.importorskip("transformers", reason=f"transformers {EXTRA}")
 pytest.importorskip("accelerate", reason=f"accelerate {EXTRA}")
 

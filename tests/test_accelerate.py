@@ -1,0 +1,99 @@
+"""The loop of docs/frameworks.md with accelerate: steps, accumulates, saves and goes on."""
+
+import copy
+
+import pytest
+import torch
+
+import sparse_moon as sm
+from small_frameworks import EXTRA
+from small_training import batch, make, net
+
+accelerate = pytest.importorskip("accelerate", reason=f"accelerate {EXTRA}")
+
+METHODS = ["rigl", "set", "srigl", "granet", "gmp", "top-kast"]
+BATCHES = 40
+
+
+def data():
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(BATCHES * 16, 32, generator=generator), torch.randint(0, 6, (BATCHES * 16,), generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
+
+
+def prepared(kind, model, accumulated=1):
+    """As the page has it."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, data())
+    options = {"backwards_per_step": accumulated} if kind != "gmp" else {}
+    method = make(kind, model, optimizer, total_steps=BATCHES // accumulated, interval=4, **options)
+    accelerator.register_for_checkpointing(method)
+    return accelerator, model, optimizer, loader, method
+
+
+def loop(accelerator, model, optimizer, loader, method, until=None):
+    for number, (x, y) in enumerate(loader):
+        if number == until:
+            break
+        with accelerator.accumulate(model):
+            accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
+            method.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_resumed_loop_equals_an_uninterrupted_one(kind, tmp_path):
+    start = net()
+    whole, first, resumed = (copy.deepcopy(start) for _ in range(3))
+    loop(*prepared(kind, whole))
+    parts = prepared(kind, first)
+    loop(*parts, until=17)
+    parts[0].save_state(str(tmp_path))
+
+    accelerator, *parts, loader, method = prepared(kind, resumed)
+    accelerator.load_state(str(tmp_path))
+    assert method.steps == 17
+    loop(accelerator, *parts, accelerator.skip_first_batches(loader, 17), method)
+    assert method.steps == BATCHES
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_accumulation_is_that_of_a_plain_loop():
+    start = net()
+    models = [copy.deepcopy(start) for _ in range(2)]
+    loop(*prepared("rigl", models[0], accumulated=2))
+    optimizer = torch.optim.SGD(models[1].parameters(), 0.1, momentum=0.9)
+    method = make("rigl", models[1], optimizer, total_steps=BATCHES // 2, interval=4, backwards_per_step=2)
+    for number, (x, y) in enumerate(data()):
+        (torch.nn.functional.cross_entropy(models[1](x), y) / 2).backward()
+        if number % 2:
+            method.step()
+            optimizer.zero_grad()
+    assert method.steps == BATCHES // 2
+    assert any(not torch.equal(a.mask(), b.mask()) for a, b in zip(*map(layers, (models[0], start)), strict=True))
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(tensor, models[1].state_dict()[name]), name
+
+
+def layers(model):
+    return sm.sparse_layers(model).values()
+
+
+def test_a_state_of_another_method_is_an_error(tmp_path):
+    parts = prepared("rigl", net())
+    loop(*parts, until=3)
+    parts[0].save_state(str(tmp_path))
+    accelerator, *_ = prepared("set", net())
+    with pytest.raises(ValueError, match="the state is of method 'rigl', this is 'set'"):
+        accelerator.load_state(str(tmp_path))
+
+
+def test_an_attached_method_steps_with_the_optimizer():
+    accelerator, model, optimizer, _, method = prepared("rigl", net())
+    method.attach()
+    x, y = batch()
+    accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
+    optimizer.step()
+    assert method.steps == 1
