@@ -27,7 +27,7 @@ from sparse_moon.allocation import Allocation
 from sparse_moon.app.commands import COMMANDS
 from sparse_moon.app.config import TrainConfig, own_options
 from sparse_moon.app.messages import error_message, listing, one_line, parse_message, suggestion
-from sparse_moon.app.names import ModelName, Score
+from sparse_moon.app.names import Log, ModelName, Score
 from sparse_moon.app.own import NAMES, import_modules, typed_paths
 from sparse_moon.app.presets import presets
 from sparse_moon.app.sweep import parse_sweeps
@@ -211,6 +211,10 @@ def _train_parser(description: str, own: Mapping[str, type]) -> _Parser:
     output.add_argument(
         "--time-dense", action="store_true",
         help="in the end time steps of the network and of the same made dense, in turn, and show which kernels ran",
+    )  # fmt: skip
+    output.add_argument(
+        "--log", type=Log, nargs="+",
+        help="write the metrics of each epoch to metrics.csv (csv) or to event files (tensorboard) in the folder, too",
     )  # fmt: skip
     output.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser

@@ -19,3 +19,5 @@ if TYPE_CHECKING:
 else:
     ScoreWithOptions = restricted_string_type("ScoreWithOptions", rf"^({'|'.join(Score.__args__)}):.+$")
     """One of `Score` with options, ``knn:k=200``; see :func:`sparse_moon.ood.make_detector`."""
+
+Log = Literal["csv", "tensorboard"]

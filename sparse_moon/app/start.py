@@ -1,7 +1,7 @@
 """A run from its settings, wherever they come from: what the command line and :func:`sparse_moon.train` share."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     time_dense: bool = False,
+    log: Collection[str] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Train, evaluate and report one run: what ``sparse-moon train`` does with the same settings, to the same bits.
@@ -40,6 +41,7 @@ def train(
         resume: continue the run in ``out`` from its checkpoint, or begin it.
         progress: show a progress bar on a terminal, and elsewhere print a line an epoch.
         time_dense: in the end time steps of the network and of the same made dense, in turn.
+        log: write the metrics of each epoch to ``metrics.csv`` (``"csv"``) or event files (``"tensorboard"``) as well.
         settings: single settings, with underscores: ``sparsity=0.95``; they precede those of ``config``. Modules that
             ``model``, ``method`` and ``reliability`` name are imported.
 
@@ -54,12 +56,14 @@ def train(
     content = _content(config) | settings
     paths = [str(content[name]) for name in NAMES if is_import_path(content.get(name))]
     import_modules(paths)
-    results, _, folder = start(config_of(content), out, resume=resume, progress=progress, time_dense=time_dense)
+    results, _, folder = start(
+        config_of(content), out, resume=resume, progress=progress, time_dense=time_dense, log=log
+    )
     return {**results, "folder": str(folder)} if results else {}
 
 
 def start(
-    config: TrainConfig, out: Path | str | None, *, resume: bool, progress: bool, time_dense: bool
+    config: TrainConfig, out: Path | str | None, *, resume: bool, progress: bool, time_dense: bool, log: Collection[str]
 ) -> tuple[dict[str, Any], TrainConfig, Path]:
     """Train a run in its folder, with the processes that ``torchrun`` started.
 
@@ -74,7 +78,7 @@ def start(
         config = _join_processes(config)
     if config.device == "cpu":
         keep_freed_memory()
-    results = train_in(config, folder, resume=resume, progress=progress, time_dense=time_dense)
+    results = train_in(config, folder, resume=resume, progress=progress, time_dense=time_dense, log=log)
     if joins:
         dist.barrier()  # none leaves while another still needs it
         dist.destroy_process_group()

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +21,7 @@ from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.environment import environment
 from sparse_moon.app.evaluate import evaluate_model, scores_for
 from sparse_moon.app.experiment import PLACE
+from sparse_moon.app.logs import Logs
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_dataset, load_ood_sets
 from sparse_moon.app.step_times import beside_dense
@@ -32,8 +33,9 @@ from sparse_moon.ood import make_detector
 
 
 def train(
-    config: TrainConfig, folder: Path, *, resume: bool = False, progress: bool = True, time_dense: bool = False
-) -> dict[str, Any]:
+    config: TrainConfig, folder: Path, *, resume: bool = False, progress: bool = True, time_dense: bool = False,
+    log: Collection[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Train, evaluate and report one run; returns what ``results.json`` holds.
 
     Args:
@@ -43,18 +45,22 @@ def train(
         progress: show a progress bar on a terminal, and elsewhere print a line an epoch.
         time_dense: after training, time a few steps of the network beside those of the same network made dense, on
             copies; of a finished run as well, whose results then gain them.
+        log: what to write the metrics of each epoch to besides ``metrics.jsonl``: ``"csv"``, ``"tensorboard"``; of a
+            finished run as well.
 
     Raises:
         ValueError: bad settings or data, a folder that holds a run or that another process writes to, a checkpoint
             that cannot be read or is of other settings, a loss that is not finite; ``time_dense`` of a dense run or
-            with several processes. Earlier results stay intact.
+            with several processes; a log whose package is not installed. Earlier results stay intact.
         OSError: the folder cannot be written.
     """
-    with run_folder.only_writer(folder) if rank() == 0 else nullcontext():
-        return _train(config, folder, resume=resume, progress=progress, time_dense=time_dense)
+    with Logs(folder, log) as logs, run_folder.only_writer(folder) if rank() == 0 else nullcontext():
+        return _train(config, folder, resume=resume, progress=progress, time_dense=time_dense, logs=logs)
 
 
-def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool, time_dense: bool) -> dict[str, Any]:
+def _train(
+    config: TrainConfig, folder: Path, *, resume: bool, progress: bool, time_dense: bool, logs: Logs
+) -> dict[str, Any]:
     if time_dense and (not config.method_class.sparse or world_size() > 1):
         kind = f"method {config.method!r}" if world_size() == 1 else f"{world_size()} processes"
         raise ValueError(f"time_dense times a sparse network beside a dense one, in one process; got {kind}")
@@ -64,9 +70,11 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool, t
     finished = state is not None and state["finished"]
     if state is not None:
         _check_settings(config, TrainConfig.from_dict(state["config"]))
-    if finished and all((folder / name).exists() for name in run_folder.FILES):
+    if state is not None and finished and all((folder / name).exists() for name in run_folder.FILES):
         results = files.read_json(folder / run_folder.RESULTS)
         if not time_dense or "beside_dense" in results.get("steps", {}):
+            if rank() == 0:
+                logs.write(state["history"])
             return results
     dataset = load_dataset(config)
     ood_sets = load_ood_sets(config, dataset)
@@ -82,6 +90,7 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool, t
     if main:
         files.write_json(folder / run_folder.CONFIG, config.to_dict())
         run_folder.write_metrics(folder, trainer.history)
+        logs.write(trainer.history)
 
     done = trainer.epoch * len(trainer.batches)
     shown = progress and main
@@ -92,6 +101,7 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool, progress: bool, t
             if main:
                 run_folder.write_checkpoint(folder, _checkpoint(trainer))
                 run_folder.write_metrics(folder, trainer.history)
+                logs.write(trainer.history)
             if shown and not on_terminal:
                 print(_line(trainer), file=sys.stderr, flush=True)
     # a finished run is here again because files were removed since

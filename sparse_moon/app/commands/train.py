@@ -12,7 +12,7 @@ def run(arguments: Namespace) -> None:
     """Train one run and print its figures."""
     results, config, folder = start(
         settings(vars(arguments)), arguments.out, resume=arguments.resume, progress=not arguments.quiet,
-        time_dense=arguments.time_dense,
+        time_dense=arguments.time_dense, log=arguments.log or (),
     )  # fmt: skip
     if not results:  # in all but the first of several processes
         return
