@@ -1,6 +1,7 @@
 """Any optimizer: its state moves with the weights, and its step can be the method's."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import sparse_moon as sm
+from small_frameworks import EXTRA
 from small_training import METHODS, backward, batch, changed, make, masks, net, sgd, train
+from sparse_moon.algorithms.optimizers import StateRule, register_state
 
 # --- updates that never come
 
@@ -209,17 +212,44 @@ OPTIMIZERS = {
     "Rprop": torch.optim.Rprop,
     "AdamW subclass": MyAdamW,
     "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, fused=True, amsgrad=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "SGD foreach": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True),
+    "Adagrad fused": lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.3, fused=True),
     "Adam capturable": lambda p: torch.optim.Adam(p, amsgrad=True, foreach=True),
     "Lookahead": lambda p: Lookahead(torch.optim.Adam(p)),
 }
 
 
+FOREACH = ("AdamW", "NAdam", "RAdam", "ASGD", "Adadelta", "Adamax", "RMSprop", "Rprop", "Adafactor")
+OPTIMIZERS |= {f"{name} foreach": partial(getattr(torch.optim, name), lr=0.01, foreach=True) for name in FOREACH}
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "block2"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_of_every_optimizer_moves_with_its_weight(name, pattern):
+    check_state_moves(OPTIMIZERS[name], pattern, {"step_size": 0.01, "sum": 0.3})
+
+
+# of timm's the names of each family, but those for GPUs (apex, bitsandbytes), of second order (adahessian), and kron
+TIMM = (
+    "adabelief", "adadelta", "adafactor", "adafactorbv", "adamp", "adamwlegacy", "adan", "adopt", "lamb", "laprop",
+    "lars", "lion", "cadamw", "clion", "mars", "muon", "nadamw", "novograd", "radamlegacy", "rmsproptf", "sgdp", "sgdw",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_state_of_timms_optimizers_moves_with_its_weight(name):
+    optim = pytest.importorskip("timm.optim", reason=f"timm {EXTRA}")
+    check_state_moves(lambda p: optim.create_optimizer_v2(list(p), name, lr=0.01), "unstructured", {"square_avg": 1.0})
+
+
+def check_state_moves(make_optimizer, pattern, start):
+    """State of weights that stay is what it was; that of new ones is 0 or ``start``, by name."""
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 6))
     sm.sparsify(model, 0.7, "uniform", first_dense=False, pattern=pattern)
-    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer = make_optimizer(model.parameters())
+    start = start if type(optimizer).__name__ in ("Rprop", "Adagrad", "RMSpropTF") else {}
     method = make("set", model, optimizer, interval=4)
     train(model, method, 4)
     values, topology = model[0].values, model[0].topology
@@ -234,7 +264,6 @@ def test_state_of_every_optimizer_moves_with_its_weight(name, pattern):
         return kept.keys(), dict(zip(places, zip(*(t.tolist() for t in kept.values()), strict=True), strict=True))
 
     names, before = rows()
-    start = {"step_size": 0.01, "sum": 0.3}
     train(model, method, 1)
     moved, after = rows()
     assert names == moved and names and after.keys() != before.keys()
@@ -274,3 +303,93 @@ def test_optimizers_whose_state_cannot_move_say_so():
         train(model, make("set", model, moved_state=["exp_avg"]), 6)
     with pytest.raises(ValueError, match=r"must be a torch\.optim\.Optimizer"):
         make("set", model, object.__new__(type("Nothing", (), {})))
+
+
+class Paired(torch.optim.Optimizer):
+    """Keeps a pair of tensors for each parameter, under one name."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            first, second = self.state[p].setdefault("pair", (torch.zeros_like(p), torch.zeros_like(p)))
+            first.lerp_(p.grad, 0.1)
+            second.lerp_(p.grad.square(), 0.01)
+            p.add_(first / (second.sqrt() + 1e-3), alpha=-0.01)
+
+
+def test_what_is_registered_moves_as_it_says():
+    class Registered(Paired):
+        pass
+
+    model = net()
+    method = make("set", model, Paired(model.parameters()))
+    with pytest.raises(
+        ValueError, match=r"Paired keeps 'pair' \(tuple\) .* unless sparse_moon.*register_state says how"
+    ):
+        train(model, method, 6)
+
+    register_state(Registered, "pair", StateRule(move=lambda pair, remap: tuple(map(remap, pair))))
+    model = net()
+    optimizer = Registered(model.parameters())
+    method = make("set", model, optimizer)
+    train(model, method, 5)
+    layer = model[0]
+    before = dict(
+        zip(layer.topology.positions().tolist(), optimizer.state[layer.values]["pair"][0].tolist(), strict=True)
+    )
+    train(model, method, 1)
+    after = dict(
+        zip(layer.topology.positions().tolist(), optimizer.state[layer.values]["pair"][0].tolist(), strict=True)
+    )
+    assert after.keys() != before.keys()
+    assert all(value == before.get(place, 0.0) for place, value in after.items())
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own, and those of the compiler that it calls
+def test_state_of_few_bits_moves_with_its_weight():
+    torchao = pytest.importorskip("torchao.optim", reason=f"torchao {EXTRA}")
+    model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 6))
+    sm.sparsify(model, 0.5, "uniform", first_dense=False)
+    optimizer = torchao.AdamW8bit(model.parameters(), lr=1e-3)
+    method = make("set", model, optimizer, interval=3)
+    train(model, method, 3)
+    layer = model[0]
+    state = optimizer.state[layer.values]["exp_avg"]
+    assert type(state).__name__ == "OptimState8bit" and len(state) == 4096
+
+    def rows():
+        numbers = optimizer.state[layer.values]["exp_avg"].dequantize().tolist()
+        return dict(zip(layer.topology.positions().tolist(), numbers, strict=True))
+
+    before = rows()
+    largest = max(map(abs, before.values()))
+    train(model, method, 1)
+    after = rows()
+    assert after.keys() != before.keys()
+    error = max(abs(value - before.get(place, 0.0)) for place, value in after.items())
+    assert error < 0.02 * largest  # of 8 bits, in blocks with other neighbours now
+    train(model, method, 3)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_muon_trains_what_is_dense_beside_a_method():
+    """Matrices by Muon, sparse values and vectors by another optimizer, which is the method's."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 6))
+    sm.sparsify(model, 0.7, exclude="0")
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    muon, rest = torch.optim.Muon(matrices, lr=0.02), torch.optim.SGD(others, 0.1, momentum=0.9)
+    method = make("rigl", model, rest)
+    before, weight = masks(model), model[0].weight.detach().clone()
+    for _ in range(12):
+        backward(model, batch())
+        muon.step()
+        muon.zero_grad()
+        method.step()
+        rest.zero_grad()
+    assert changed(before, model) and not torch.equal(weight, model[0].weight)
+    with pytest.raises(ValueError, match="2D"):
+        torch.optim.Muon([model[2].values])

@@ -1,15 +1,16 @@
 """What training methods need to know of optimizers: what they hold, what they keep for each weight, when they step."""
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Adagrad, Optimizer, Rprop
+from torch.optim import Optimizer
 
 from sparse_moon.ops.drop_and_grow import Regrown
 
@@ -18,8 +19,55 @@ if TYPE_CHECKING:
 
 _STEPPING, _ATTACHED = "_sparse_moon_stepping", "_sparse_moon_attached"
 
-# State that does not start at 0, and the setting that it starts at.
-_STARTS = {(Rprop, "step_size"): "lr", (Adagrad, "sum"): "initial_accumulator_value"}
+Remap = Callable[[Tensor], Tensor]
+"""Rows of a tensor, one a block, in the order of the new topology; those of new blocks are 0."""
+
+
+@dataclass(frozen=True)
+class StateRule:
+    """How one kind of optimizer state moves with the weights.
+
+    Attributes:
+        start: what it is before a weight's first step: a number, or the name of a setting of the parameter's group.
+        move: ``(state, remap) -> state`` for state that is no plain tensor with a row for each block; ``remap`` is for
+            those that it consists of, or can be made of.
+    """
+
+    start: float | str = 0.0
+    move: Callable[[Any, Remap], Any] | None = None
+
+
+# By import path of the optimizer's class, which may never be imported, and name of the state.
+_RULES = {
+    ("torch.optim.rprop.Rprop", "step_size"): StateRule(start="lr"),
+    ("torch.optim.adagrad.Adagrad", "sum"): StateRule(start="initial_accumulator_value"),
+    ("timm.optim.rmsprop_tf.RMSpropTF", "square_avg"): StateRule(start=1.0),
+}
+_PLAIN = StateRule()
+
+
+def register_state(optimizer: type[Optimizer], name: str, rule: StateRule) -> None:
+    """Say how an optimizer's state of this name moves when a topology changes.
+
+    Needed for state that neither starts at 0 nor is a tensor with a row for each block (or one number for all)::
+
+        register_state(MyAdam, "moments", StateRule(move=lambda pair, remap: tuple(map(remap, pair))))
+
+    Args:
+        optimizer: its class; subclasses do as it does, unless something is registered for them.
+        name: key in ``optimizer.state[parameter]``.
+        rule: replaces one that was registered before.
+    """
+    _RULES[_path(optimizer), name] = rule
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _rule(optimizer: Optimizer, name: str) -> StateRule:
+    rules = (_RULES.get((_path(kind), name)) for kind in type(optimizer).__mro__)
+    return next((rule for rule in rules if rule is not None), _PLAIN)
 
 
 def inner_optimizers(optimizer: Any) -> list[Optimizer]:
@@ -88,21 +136,42 @@ def move_state(optimizer: Any, values: nn.Parameter, regrown: Regrown) -> None:
 
 def _is_per_weight(optimizer: Optimizer, key: str, state: Any, values: nn.Parameter) -> bool:
     """Whether this state is kept for each weight; what is kept for all of a parameter is one number."""
+    if _rule(optimizer, key).move is not None:
+        return True
     if state is None or isinstance(state, bool | int | float | str):
         return False
     if isinstance(state, Tensor) and (state.dim() == 0 or (state.numel() <= 1 and state.shape != values.shape)):
         return False
-    plain = type(state) in (Tensor, nn.Parameter) and state.is_floating_point()
-    if plain and state.shape[:1] == values.shape[:1]:
+    fits = isinstance(state, Tensor) and state.shape[:1] == values.shape[:1] and state.is_floating_point()
+    if fits and (_is_plain(state) or _dequantized(state) is not None):
         return True
     shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
     raise ValueError(
         f"{type(optimizer).__name__} keeps {key!r} ({shape}) for values of shape {tuple(values.shape)}, and how that "
-        "moves with the weights is not known: the topology of a model cannot change with this optimizer"
+        "moves with the weights is not known: the topology of a model cannot change with this optimizer unless "
+        "sparse_moon.algorithms.optimizers.register_state says how; or take method 'static', or an optimizer as AdamW"
     )
 
 
-def _moved(optimizer: Optimizer, key: str, state: Tensor, values: nn.Parameter, regrown: Regrown) -> Tensor:
+def _is_plain(state: Tensor) -> bool:
+    return type(state) in (Tensor, nn.Parameter)
+
+
+def _dequantized(state: Tensor) -> Tensor | None:
+    """The numbers of a tensor that is kept in few bits (torchao's optimizers); None for other kinds of tensors."""
+    try:
+        plain = state.dequantize()
+    except (NotImplementedError, RuntimeError):
+        return None
+    return plain if _is_plain(plain) else None
+
+
+def _moved(optimizer: Optimizer, key: str, state: Any, values: nn.Parameter, regrown: Regrown) -> Any:
+    move = _rule(optimizer, key).move
+    if move is not None:
+        return move(state, regrown.remap)
+    if not _is_plain(state):
+        return _requantized(optimizer, key, state, regrown)
     moved, start = regrown.remap(state), start_of(optimizer, key, values)
     if start == 0.0:  # as new ones are
         return moved
@@ -110,13 +179,24 @@ def _moved(optimizer: Optimizer, key: str, state: Tensor, values: nn.Parameter, 
     return torch.where(new, torch.as_tensor(start, dtype=moved.dtype, device=moved.device), moved)
 
 
+def _requantized(optimizer: Optimizer, key: str, state: Tensor, regrown: Regrown) -> Tensor:
+    moved = regrown.remap(state.dequantize())
+    if moved.shape != state.shape:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps {key!r} in blocks of few bits, which cannot get another size: take a "
+            "method that keeps the number of weights, as rigl, or an optimizer with plain tensors"
+        )
+    state.copy_(moved)
+    return state
+
+
 def start_of(optimizer: Optimizer, key: str, values: nn.Parameter) -> float:
     """What the state of this name is before a weight's first step."""
-    for (kind, name), setting in _STARTS.items():
-        if isinstance(optimizer, kind) and key == name:
-            group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
-            return float(group[setting])
-    return 0.0
+    start = _rule(optimizer, key).start
+    if isinstance(start, str):
+        group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
+        return float(group[start])
+    return start
 
 
 def synchronizes(optimizer: Any) -> bool:
