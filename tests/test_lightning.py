@@ -1,11 +1,13 @@
 """Sparse training by Lightning's own trainer."""
 
 import csv
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import sparse_moon as sm
@@ -15,52 +17,13 @@ L = pytest.importorskip("lightning.pytorch", reason=f"lightning {EXTRA}")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
-from sparse_moon.integrations.lightning import SparseTraining  # noqa: E402
+from small_lightning import BATCHES, EPOCHS, Net, callback, loader, trainer  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
 ]
-BATCHES, EPOCHS = 10, 4
-
-
-class Net(L.LightningModule):
-    def __init__(self, optimizer="adam"):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 6))
-        self.kind = optimizer
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        if self.kind == "none":
-            return None
-        kind = {
-            "adam": torch.optim.Adam,
-            "adamw": torch.optim.AdamW,
-            "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-        }[self.kind]
-        optimizer = kind(self.parameters())
-        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
-
-
-def loader():
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(BATCHES * 8, 32, generator=generator), torch.randint(0, 6, (BATCHES * 8,), generator=generator)
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
-
-
-def trainer(callbacks, epochs=EPOCHS, **options):
-    return L.Trainer(
-        accelerator="cpu", max_epochs=epochs, callbacks=callbacks, enable_progress_bar=False,
-        enable_model_summary=False, **{"logger": False, "enable_checkpointing": False, **options},
-    )  # fmt: skip
-
-
-def callback(method="rigl", sparsity=0.7, **options):
-    return SparseTraining(method, sparsity, **{"interval": 4, "stop": 0.8, **options})
 
 
 def fresh(optimizer="adam"):
@@ -181,6 +144,21 @@ def test_a_checkpoint_without_the_callback_is_an_error(tmp_path):
     trainer([Interrupted(), saving], enable_checkpointing=True).fit(Sparse(), loader())
     with pytest.raises(ValueError, match="goes on at step 20, but its checkpoint has no state of SparseTraining"):
         trainer([callback(sparsity=None)]).fit(Sparse(), loader(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_processes_end_with_the_same_network(tmp_path):
+    program = Path(__file__).with_name("small_lightning.py")
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (start, first), (other_start, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert any(not torch.equal(start[name], other_start[name]) for name in start)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_mixed_precision():
+    model, sparse = fresh(), callback()
+    trainer([sparse], epochs=1, precision="bf16-mixed").fit(model, loader())
+    assert sparse.method.steps == BATCHES and all(torch.isfinite(p).all() for p in model.parameters())
 
 
 class Endless(torch.utils.data.IterableDataset):
