@@ -349,16 +349,17 @@ def test_what_is_registered_moves_as_it_says():
 
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own, and those of the compiler that it calls
-def test_state_of_few_bits_moves_with_its_weight():
+@pytest.mark.parametrize("name, error", [("AdamW8bit", 0.02), ("AdamWFp8", 0.07), ("AdamW4bit", 0.2)])
+def test_state_of_few_bits_moves_with_its_weight(name, error):
     torchao = pytest.importorskip("torchao.optim", reason=f"torchao {EXTRA}")
     model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 6))
     sm.sparsify(model, 0.5, "uniform", first_dense=False)
-    optimizer = torchao.AdamW8bit(model.parameters(), lr=1e-3)
+    optimizer = getattr(torchao, name)(model.parameters(), lr=1e-3)
     method = make("set", model, optimizer, interval=3)
     train(model, method, 3)
     layer = model[0]
     state = optimizer.state[layer.values]["exp_avg"]
-    assert type(state).__name__ == "OptimState8bit" and len(state) == 4096
+    assert type(state).__name__.startswith("OptimState") and len(state) == 4096
 
     def rows():
         numbers = optimizer.state[layer.values]["exp_avg"].dequantize().tolist()
@@ -369,8 +370,8 @@ def test_state_of_few_bits_moves_with_its_weight():
     train(model, method, 1)
     after = rows()
     assert after.keys() != before.keys()
-    error = max(abs(value - before.get(place, 0.0)) for place, value in after.items())
-    assert error < 0.02 * largest  # of 8 bits, in blocks with other neighbours now
+    differences = [abs(value - before.get(place, 0.0)) for place, value in after.items()]
+    assert max(differences) < error * largest  # of few bits, in blocks with other neighbours now
     train(model, method, 3)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
