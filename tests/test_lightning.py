@@ -122,6 +122,20 @@ def saved_run(tmp_path, callbacks):
     return tmp_path / "last.ckpt"
 
 
+class WithTest(Net):
+    def test_step(self, batch, batch_idx):
+        self.log("loss", self.training_step(batch, batch_idx))
+
+
+def test_a_checkpoint_can_be_loaded_to_test(tmp_path):
+    path = saved_run(tmp_path, [callback("granet")])
+    model = WithTest()
+    with pytest.warns(UserWarning, match="makes a dense module sparse that is not to be trained now"):
+        trainer([callback("granet")]).test(model, loader(), ckpt_path=path, verbose=False)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_checkpoint_of_another_run_is_an_error(tmp_path):
     path = saved_run(tmp_path, [callback()])
     for other, message in [

@@ -45,7 +45,7 @@ def trainer(folder, callbacks, network=None, optimizers=(None, None), **options)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["rigl", "set", "granet", "top-kast"])
+@pytest.mark.parametrize("method", ["rigl", "set", "srigl", "mest", "granet", "gmp", "top-kast"])
 def test_a_resumed_run_equals_an_uninterrupted_one(method, tmp_path):
     """With dropout and shuffled batches, whose random state the Trainer keeps; the checkpoint lies within an epoch."""
     sparse = callback(method)

@@ -3,6 +3,7 @@
 trainer = lightning.Trainer(callbacks=[SparseTraining(method="rigl", sparsity=0.9)])
 """
 
+import warnings
 from typing import Any
 
 try:
@@ -14,6 +15,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from sparse_moon.integrations.callback import SparseCallback
+from sparse_moon.nn import sparse_layers
 
 
 class SparseTraining(SparseCallback, Callback):
@@ -39,6 +41,12 @@ class SparseTraining(SparseCallback, Callback):
             raise ValueError(
                 "the module is compiled already: call sparse_moon.sparsify before torch.compile, and give "
                 "SparseTraining sparsity=None"
+            )
+        if stage != "fit" and self.sparsity is not None and not sparse_layers(pl_module):
+            warnings.warn(
+                "SparseTraining makes a dense module sparse that is not to be trained now: unless a checkpoint is "
+                "loaded, it leaves out weights that the module has learned to use",
+                stacklevel=2,
             )
         self.convert(pl_module)
 
