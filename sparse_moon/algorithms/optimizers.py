@@ -128,7 +128,8 @@ def move_state(optimizer: Any, values: nn.Parameter, regrown: Regrown) -> None:
         for key, state in states.items():
             if _is_per_weight(inner, key, state, values):
                 moved = _moved(inner, key, state, values, regrown)
-                if moved.shape == state.shape:  # in place, because captured steps know the memory
+                if isinstance(state, Tensor) and _is_plain(state) and moved.shape == state.shape:
+                    # in place, because captured steps know the memory
                     state.copy_(moved)
                 else:
                     states[key] = moved

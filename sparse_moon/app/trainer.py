@@ -24,7 +24,6 @@ from sparse_moon.reliability import Reliability
 from sparse_moon.step_clock import StepClock
 
 _CHECK_EVERY = 20  # batches between looks at the loss: each look waits for the device
-_OF_DEVICE = ("lr", "fused")  # settings of the optimizer that are not a checkpoint's but the run's
 
 
 class Trainer:
@@ -220,10 +219,12 @@ class Trainer:
         try:
             check_dtypes(self.model, state["model"])
             self.model.load_state_dict(state["model"])
-            own = [{key: group[key] for key in _OF_DEVICE} for group in self.optimizer.param_groups]
+            own = [(group["lr"], group["fused"]) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
-            for group, kept in zip(self.optimizer.param_groups, own, strict=True):
-                group.update(kept)
+            for group, (lr, fused) in zip(self.optimizer.param_groups, own, strict=True):
+                # which form they have depends on the device, not on the checkpoint
+                saved, group["fused"] = group["lr"], fused
+                group["lr"] = lr.fill_(saved) if isinstance(lr, Tensor) else float(saved)
             self.method.load_state_dict(state["method"])
             self.reliability.load_state_dict(state)
             if self.diagnostics is not None:
