@@ -9,9 +9,9 @@ from torch import nn
 
 EXTRA = "is not installed: pip install 'sparse_moon[integrations]'"
 HIDDEN = (
-    # Lightning's own: of torch 2.14's pytrees, few workers, a logger that logs less often than an epoch
+    # Lightning's own: of torch 2.14's pytrees, few workers, a logger that logs less often than an epoch, or is another
     {"message": ".isinstance.treespec, LeafSpec.. is deprecated", "category": FutureWarning},
-    {"message": ".*(does not have many workers|is smaller than the logging interval|TensorBoardLogger)"},
+    {"message": ".*(does not have many workers|is smaller than the logging interval|TensorBoardLogger|tensorboardX)"},
 )
 
 
