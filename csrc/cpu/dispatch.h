@@ -8,6 +8,8 @@
 
 namespace sparse_moon {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Names of what this processor can run, best first: of "avx512", "avx2" and "generic".
 std::vector<std::string> supported_isas();
 

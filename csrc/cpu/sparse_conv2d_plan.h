@@ -23,8 +23,6 @@ struct Dimension {
     std::vector<Tap> taps;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // out[y] reads in[y stride + k dilation - padding].
 Dimension forward_dimension(const Conv2d& conv, int d);
 

@@ -170,16 +170,21 @@ struct Rows {
         return k - first;
     }
 
+    // Values of row `within` of block k, one every value_step().
+    const float* values_of(int64_t k, int64_t within) const {
+        const int64_t bh = matrix.block_rows, bw = matrix.block_cols;
+        return matrix.values + (transposed ? matrix.t_perm[k] * bh * bw + within : (k * bh + within) * bw);
+    }
+    int64_t value_step() const { return transposed ? matrix.block_cols : 1; }
+
     // The entries of blocks [first, first + blocks) of `row`, for a panel with `bytes` between features, of which the
     // first is feature 0 (an address outside the panel, where it holds a later chunk).
     int64_t list(int64_t row, int64_t first, int64_t blocks, int64_t bytes, Entry* entry) const {
-        const int64_t bh = matrix.block_rows, bw = matrix.block_cols, within = row % block(), width = feature_block();
+        const int64_t within = row % block(), width = feature_block();
         for (int64_t k = first; k < first + blocks; ++k) {
-            const int64_t place = transposed ? matrix.t_perm[k] * bh * bw + within : (k * bh + within) * bw;
-            const int64_t step = transposed ? bw : 1;
             for (int64_t j = 0; j < width; ++j) {
                 const int64_t feature = columns()[k] * width + j;
-                *entry++ = {static_cast<int32_t>(feature * bytes), matrix.values[place + j * step]};
+                *entry++ = {static_cast<int32_t>(feature * bytes), values_of(k, within)[j * value_step()]};
             }
         }
         return blocks * width;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "dispatch.h"
+
 namespace sparse_moon {
 namespace {
 
@@ -10,9 +12,7 @@ constexpr int64_t kLeastBlocks = 4;      // so that threads can share out the ro
 constexpr int64_t kLeastFeatures = 112;  // panels of 28 KB
 constexpr int64_t kMostFeatures = 1024;
 constexpr int64_t kRunEntries = 8;       // on average: loading and storing the sums costs as much as two
-constexpr int64_t kGap = 16;             // entries that may be written past a group's end
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kMostLanes = 16;       // of any instruction set: blocks of rows, and gaps behind groups, are as many
 
 }  // namespace
 
@@ -25,13 +25,13 @@ void KeptRuns::make(const SparseMatrix& matrix, bool transposed, Side& side) {
 
     const int64_t row_entries = std::max<int64_t>(ptr[rows / height] * height * width / std::max<int64_t>(rows, 1), 1);
     const int64_t enough = std::clamp(kRunEntries * features / row_entries, kLeastFeatures, kMostFeatures);
-    const int64_t even = divide_up(features, std::max<int64_t>(divide_up(features, enough), 1));
+    const int64_t even = ceil_div(features, std::max<int64_t>(ceil_div(features, enough), 1));
     RunGroups& sizes = side.sizes;
-    sizes.chunk_features = std::max(divide_up(even, width) * width, width);
-    sizes.chunks = std::max<int64_t>(divide_up(features, sizes.chunk_features), 1);
-    const int64_t block_rows = std::min(kBlockRows, divide_up(rows, kLeastBlocks * kGap) * kGap);
+    sizes.chunk_features = std::max(ceil_div(even, width) * width, width);
+    sizes.chunks = std::max<int64_t>(ceil_div(features, sizes.chunk_features), 1);
+    const int64_t block_rows = std::min(kBlockRows, ceil_div(rows, kLeastBlocks * kMostLanes) * kMostLanes);
     sizes.block_rows = std::max<int64_t>(block_rows / height, 1) * height;
-    sizes.blocks = divide_up(rows, sizes.block_rows);
+    sizes.blocks = ceil_div(rows, sizes.block_rows);
 
     std::vector<std::vector<Run>> groups(sizes.blocks * sizes.chunks);
 #pragma omp parallel for schedule(static)
@@ -60,7 +60,7 @@ void KeptRuns::make(const SparseMatrix& matrix, bool transposed, Side& side) {
         side.entry_starts.push_back(entries);
         side.runs.insert(side.runs.end(), group.begin(), group.end());
         for (const Run& run : group) entries += run.blocks * width;
-        entries = divide_up(entries + kGap, kGap) * kGap;
+        entries = ceil_div(entries + kMostLanes, kMostLanes) * kMostLanes;
     }
     side.starts.push_back(static_cast<int64_t>(side.runs.size()));
     side.entry_starts.push_back(entries);

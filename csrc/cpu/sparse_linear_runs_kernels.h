@@ -1,7 +1,7 @@
 // The linear layer's product for more than a few tokens, one instruction set's: blocks of kRunGroups vectors of tokens,
-// whose panel, chunk by chunk, is read from L1 (see sparse_linear_runs.h). An entry then costs its multiplications, where
-// sparse_linear_kernels.h waits for L2: 172 GFLOP/s in place of 75 for 4096 to 4096 features, 256 tokens, 90 %, on two
-// cores of a Xeon, 150 in place of 81 at 95 %.
+// whose panel, chunk by chunk, is read from L1 (see sparse_linear_runs.h). An entry then costs its multiplications,
+// where sparse_linear_kernels.h waits for L2: 172 GFLOP/s in place of 75 for 4096 to 4096 features, 256 tokens, 90 %,
+// on two cores of a Xeon, 150 in place of 81 at 95 %; packing and listing are not in it.
 #pragma once
 #include "sparse_linear_kernels.h"
 
@@ -23,47 +23,43 @@ SPARSE_MOON_INLINE void store_features(uint16_t* feature, Vec columns, int32_t f
     std::memcpy(feature, &places, sizeof(places));
 }
 
-// The runs of groups [begin, end) as streams of values and of features within their chunks.
-inline void list_runs(const LinearRunsJob& job, int64_t begin, int64_t end) {
+// The runs of a group as streams of values and of features within their chunk.
+inline void list_runs(const LinearRunsJob& job, int64_t group) {
     const Rows rows{job.linear.matrix, job.linear.transposed};
     const SparseMatrix& matrix = job.linear.matrix;
     const RunGroups& runs = job.groups;
-    const int64_t width = rows.feature_block(), bh = matrix.block_rows, bw = matrix.block_cols;
-    for (int64_t group = begin; group < end; ++group) {
-        const int64_t first_row = group / runs.chunks * runs.block_rows;
-        const int64_t first_feature = group % runs.chunks * runs.chunk_features;
-        float* value = job.values + runs.entry_starts[group];
-        uint16_t* feature = job.features + runs.entry_starts[group];
-        for (int64_t r = runs.starts[group]; r < runs.starts[group + 1]; ++r) {
-            const Run run = runs.runs[r];
-            const int32_t* column = rows.columns() + run.start;
-            if (bh * bw == 1) {
-                for (int64_t k = 0; k < run.blocks; k += kLanes) {
-                    const int count = static_cast<int>(smaller(kLanes, run.blocks - k));
-                    store_features(feature + k, load_range(reinterpret_cast<const float*>(column + k), 0, count),
-                                   static_cast<int32_t>(first_feature));
-                    if (!rows.transposed) {
-                        store_unaligned(value + k, load_range(matrix.values + run.start + k, 0, count));
-                    }
-                }
-                if (rows.transposed) {
-                    const int32_t* place = matrix.t_perm + run.start;
-                    for (int64_t k = 0; k < run.blocks; ++k) value[k] = matrix.values[place[k]];
-                }
-            } else {
-                const int64_t within = (first_row + run.row) % rows.block(), step = rows.transposed ? bw : 1;
-                for (int64_t k = 0; k < run.blocks; ++k) {
-                    const int64_t place = rows.transposed ? matrix.t_perm[run.start + k] * bh * bw + within
-                                                          : ((run.start + k) * bh + within) * bw;
-                    for (int64_t j = 0; j < width; ++j) {
-                        feature[k * width + j] = static_cast<uint16_t>(column[k] * width + j - first_feature);
-                        value[k * width + j] = matrix.values[place + j * step];
-                    }
+    const int64_t width = rows.feature_block();
+    const int64_t first_row = group / runs.chunks * runs.block_rows;
+    const int64_t first_feature = group % runs.chunks * runs.chunk_features;
+    float* value = job.values + runs.entry_starts[group];
+    uint16_t* feature = job.features + runs.entry_starts[group];
+    for (int64_t r = runs.starts[group]; r < runs.starts[group + 1]; ++r) {
+        const Run run = runs.runs[r];
+        const int32_t* column = rows.columns() + run.start;
+        if (matrix.block_rows * matrix.block_cols == 1) {
+            for (int64_t k = 0; k < run.blocks; k += kLanes) {
+                const int count = static_cast<int>(smaller(kLanes, run.blocks - k));
+                store_features(feature + k, load_range(reinterpret_cast<const float*>(column + k), 0, count),
+                               static_cast<int32_t>(first_feature));
+                if (!rows.transposed) {
+                    store_unaligned(value + k, load_range(matrix.values + run.start + k, 0, count));
                 }
             }
-            value += run.blocks * width;
-            feature += run.blocks * width;
+            if (rows.transposed) {
+                const int32_t* place = matrix.t_perm + run.start;
+                for (int64_t k = 0; k < run.blocks; ++k) value[k] = matrix.values[place[k]];
+            }
+        } else {
+            const int64_t within = (first_row + run.row) % rows.block();
+            for (int64_t k = 0; k < run.blocks; ++k) {
+                for (int64_t j = 0; j < width; ++j) {
+                    feature[k * width + j] = static_cast<uint16_t>(column[k] * width + j - first_feature);
+                    value[k * width + j] = rows.values_of(run.start + k, within)[j * rows.value_step()];
+                }
+            }
         }
+        value += run.blocks * width;
+        feature += run.blocks * width;
     }
 }
 
@@ -98,8 +94,8 @@ AddRuns add_runs_for(int64_t groups, std::integer_sequence<int, N...>) {
     return kFor[groups - 1];
 }
 
-// Units of work: blocks of tokens, and parts of the rows where there are too few of those. Scratch memory of a thread: a
-// panel, and the sums of a block of rows, or of all where features are packed in several times.
+// Units of work: blocks of tokens, and parts of the rows where there are too few of those. Scratch memory of a thread:
+// a panel, and the sums of a block of rows, or of all where features are packed in several times.
 struct RunsPlan {
     int64_t blocks, parts;  // of tokens, of blocks of rows
     int64_t packed;         // chunks that are packed at a time
@@ -173,7 +169,7 @@ inline void linear_runs(const LinearRunsJob& job) {
     {
         char* scratch = job.linear.scratch + thread_number() * (plan.panel + plan.sums);
 #pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; ++group) list_runs(job, group, group + 1);
+        for (int64_t group = 0; group < groups; ++group) list_runs(job, group);
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < plan.blocks * plan.parts; ++unit) {
             const int64_t part = unit % plan.parts;

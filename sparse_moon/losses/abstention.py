@@ -113,6 +113,20 @@ class AbstentionLoss(nn.Module):
         self.batches += self.warming_up
         self.totals += torch.stack([torch.full_like(mean_u, samples), mean_u * samples, errors]).to(self.totals.dtype)
 
+    def _log_probabilities(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of all outputs (B, K+1), of the right class (B,), and a factor (B,): 1, or NaN for bad labels."""
+        self._check(logits)
+        check_target(target, logits)
+        label, factor = usable_labels(target, known_labels(target, self.num_classes))
+        log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
+        return log_p, log_p.gather(1, label[:, None])[:, 0] * factor, factor
+
+    @torch.no_grad()
+    def _note_batch(self, losses: Tensor, log_p: Tensor, wrong: Tensor) -> None:
+        """In training, take in a batch: ``losses`` (B,) for beta, and which predictions are wrong (B,)."""
+        if self.training:
+            self._note(losses.mean(), log_p[:, self.num_classes].exp().mean(), wrong.sum(), len(wrong))
+
     @property
     def mean_u(self) -> Tensor:
         self._check_errors(self.totals[2])
@@ -203,18 +217,11 @@ class AbstainingLoss(AbstentionLoss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean loss (0-d) of logits (B, K+1) and int64 targets (B,) in [0, K)."""
-        self._check(logits)
-        check_target(target, logits)
-        label, factor = usable_labels(target, known_labels(target, self.num_classes))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        log_p = logits.log_softmax(1)
+        log_p, log_right, factor = self._log_probabilities(logits, target)
         log_known = log_p[:, : self.num_classes].logsumexp(1)  # log(1 - u)
-        ce = (log_known - log_p.gather(1, label[:, None])[:, 0]) * factor
+        ce = log_known - log_right
         weighted = log_known.exp() * ce
-        if self.training:
-            with torch.no_grad():
-                errors = ((logits.argmax(1) != target) * factor).sum()
-                self._note(weighted.mean(), log_p[:, self.num_classes].exp().mean(), errors, logits.shape[0])
+        self._note_batch(weighted, log_p, (logits.argmax(1) != target) * factor)
         loss = torch.where(self.warming_up, ce - log_known, weighted - self.w * log_known)
         return loss.mean()
 
@@ -241,18 +248,10 @@ class GamblersLoss(AbstentionLoss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean loss (0-d) of logits (B, K+1) and int64 targets (B,) in [0, K)."""
-        self._check(logits)
-        check_target(target, logits)
-        label, factor = usable_labels(target, known_labels(target, self.num_classes))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        log_p = logits.log_softmax(1)
-        log_right = log_p.gather(1, label[:, None])[:, 0] * factor
+        log_p, log_right, factor = self._log_probabilities(logits, target)
         log_u = log_p[:, self.num_classes]
         loss = -torch.where(self.warming_up, log_right, torch.logaddexp(log_right, log_u - math.log(self.payoff)))
-        if self.training:
-            with torch.no_grad():
-                errors = ((logits.argmax(1) != target) * factor).sum()
-                self._note(loss.mean(), log_u.exp().mean(), errors, logits.shape[0])
+        self._note_batch(loss, log_p, (logits.argmax(1) != target) * factor)
         return loss.mean()
 
     def extra_repr(self) -> str:
