@@ -240,12 +240,14 @@ struct LinearRunsJob {
     uint16_t* features;  // the same, of their places in a chunk
 };
 
-// sums[k] = sum over tokens of grad[token][row of k] * input[token][col of k], in the layout of the values.
+// sums[k] = sum over tokens of grad[token][row of k] * input[token][col of k], in the layout of the values;
+// bias_grad[row] = sum over tokens of grad[token][row].
 struct LinearDotsJob {
     SparseMatrix matrix;
     int64_t tokens;
     const float *grad, *input;
     float* sums;
+    float* bias_grad;  // [rows] or null
     char* scratch;
     int threads;
 };

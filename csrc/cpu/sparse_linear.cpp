@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "bias_grad.h"
 #include "dispatch.h"
 #include "sparse_linear_runs.h"
 
@@ -64,6 +63,14 @@ void run_runs(const LinearJob& linear) {
     isa.linear_runs(job);
 }
 
+void run_dots(LinearDotsJob job) {
+    check_size(job.matrix);
+    const Kernels& isa = kernels();
+    job.threads = useful_threads(job.matrix, job.tokens, job.threads);
+    job.scratch = scratch(Slot::kKernel, isa.linear_dots_scratch(job));
+    isa.linear_dots(job);
+}
+
 }  // namespace
 
 void sparse_linear(int64_t tokens, const SparseMatrix& weight, const float* input, const float* bias, float* output,
@@ -89,19 +96,13 @@ void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const 
 
 void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
                                float* values_grad, int threads) {
-    check_size(weight);
-    const Kernels& isa = kernels();
-    const int useful = useful_threads(weight, tokens, threads);
-    LinearDotsJob job{weight, tokens, grad, input, values_grad, nullptr, useful};
-    job.scratch = scratch(Slot::kKernel, isa.linear_dots_scratch(job));
-    isa.linear_dots(job);
+    run_dots({weight, tokens, grad, input, values_grad, nullptr, nullptr, threads});
 }
 
 void sparse_linear_grads(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
                          float* input_grad, float* values_grad, float* bias_grad, int threads) {
     sparse_linear_input_grad(tokens, weight, grad, input_grad, threads);
-    sparse_linear_values_grad(tokens, weight, grad, input, values_grad, threads);
-    if (bias_grad) sparse_moon::bias_grad(grad, tokens, weight.rows, 1, true, bias_grad, threads);
+    run_dots({weight, tokens, grad, input, values_grad, bias_grad, nullptr, threads});
 }
 
 }  // namespace sparse_moon

@@ -18,7 +18,7 @@ void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const 
 void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
                                float* values_grad, int threads);
 
-// Both gradients, and that of the bias (see bias_grad.h) unless bias_grad is null.
+// Both gradients, and that of the bias, the sum of grad over tokens, unless bias_grad is null.
 void sparse_linear_grads(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
                          float* input_grad, float* values_grad, float* bias_grad, int threads);
 

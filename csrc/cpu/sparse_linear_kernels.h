@@ -297,12 +297,12 @@ inline void linear(const LinearJob& job) {
 }
 
 // The rows are divided among the threads, each of which packs all of the input and its part of the gradient. Scratch
-// memory of a thread: a panel of each, the offsets and sums of one row, and a cursor a row.
+// memory of a thread: a panel of each, the offsets and sums of one row, a cursor a row, and sums of the gradient.
 struct LinearDotsPlan {
     TokenBlocks blocks;
     int64_t chunk;
-    int64_t panel, grad, list, cursors;  // bytes
-    int64_t bytes() const { return panel + grad + list + cursors; }
+    int64_t panel, grad, list, cursors, biases;  // bytes
+    int64_t bytes() const { return panel + grad + list + cursors + biases; }
 };
 
 inline LinearDotsPlan linear_dots_plan(const LinearDotsJob& job) {
@@ -316,10 +316,30 @@ inline LinearDotsPlan linear_dots_plan(const LinearDotsJob& job) {
     plan.grad = matrix.rows * plan.blocks.stride * kVecBytes;
     plan.list = whole_lines(features * (sizeof(int32_t) + sizeof(float)));
     plan.cursors = whole_lines(matrix.rows * sizeof(int32_t));
+    plan.biases = job.bias_grad ? whole_lines(matrix.rows * sizeof(double)) : 0;
     return plan;
 }
 
+// Adds what `rows` rows of a panel are in all to their sums; float64, as bias_grad()'s.
+inline void add_rows(const float* panel, int64_t rows, const TokenBlocks& blocks, double* sums) {
+    for (int64_t row = 0; row < rows; row += kLanes) {
+        const int64_t count = smaller(kLanes, rows - row);
+        Vec totals[kLanes] = {};
+        for (int64_t i = 0; i < count; ++i) {
+            const float* vectors = panel + (row + i) * blocks.stride * kLanes;
+            for (int64_t g = 0; g < blocks.groups; ++g) totals[i] += load(vectors + g * kLanes);
+        }
+        alignas(64) float lanes[kLanes];
+        store(lanes, sum_lanes(totals));
+        for (int64_t i = 0; i < count; ++i) sums[row + i] += lanes[i];
+    }
+}
+
 inline int64_t linear_dots_scratch(const LinearDotsJob& job) { return job.threads * linear_dots_plan(job).bytes(); }
+
+SPARSE_MOON_INLINE double* linear_dots_biases(const LinearDotsPlan& plan, char* scratch) {
+    return reinterpret_cast<double*>(scratch + plan.bytes() - plan.biases);
+}
 
 // Adds the products of a block of tokens from `token` on to the sums of rows [begin, end).
 inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& plan, char* scratch, int64_t token,
@@ -338,6 +358,7 @@ inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& pla
     for (int64_t row = begin; row < end; ++row) cursors[row - begin] = matrix.row_ptr[row / bh];
 
     pack_tokens(job.grad, job.tokens, matrix.rows, token, blocks, begin, end, grad);
+    if (job.bias_grad) add_rows(grad, end - begin, blocks, linear_dots_biases(plan, scratch));
     DotTile tile{};
     tile.rows = 1;
     tile.cols = blocks.groups;
@@ -378,7 +399,9 @@ void linear_dots_few(const LinearDotsJob& job, int64_t begin, int64_t end) {
     const int64_t bh = matrix.block_rows, bw = matrix.block_cols;
     for (int64_t row = begin; row < end; ++row) {
         float grad[T];
-        for (int t = 0; t < T; ++t) grad[t] = job.grad[t * matrix.rows + row];
+        double total = 0.0;
+        for (int t = 0; t < T; ++t) total += grad[t] = job.grad[t * matrix.rows + row];
+        if (job.bias_grad) job.bias_grad[row] = static_cast<float>(total);
         const auto dot = [&](int64_t feature) {
             float sum = 0.0f;
 #pragma GCC unroll 4
@@ -424,8 +447,13 @@ inline void linear_dots(const LinearDotsJob& job) {
         char* scratch = job.scratch + thread * plan.bytes();
         const int64_t begin = rows.part_begin(thread, threads);
         const int64_t end = smaller(rows.part_begin(thread + 1, threads), matrix.rows);
+        double* biases = linear_dots_biases(plan, scratch);
+        std::memset(biases, 0, plan.biases);
         for (int64_t block = 0; begin < end && block < plan.blocks.count; ++block) {
             linear_dots_unit(job, plan, scratch, block * plan.blocks.groups * kLanes, begin, end);
+        }
+        for (int64_t row = begin; job.bias_grad && row < end; ++row) {
+            job.bias_grad[row] = static_cast<float>(biases[row - begin]);
         }
     }
 }
