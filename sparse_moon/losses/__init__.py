@@ -13,7 +13,7 @@ from sparse_moon.losses.abstention import (
     default_warmup_epochs,
 )
 from sparse_moon.losses.logit_norm import LogitNormLoss
-from sparse_moon.losses.mixup import mixup
+from sparse_moon.losses.mixing import mixup
 from sparse_moon.losses.virtual_outliers import VirtualOutlierLoss
 
 __all__ = [
