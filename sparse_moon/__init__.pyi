@@ -22,8 +22,10 @@ from .formats.masks import from_masks
 from .formats.saving import load, save
 from .losses import AbstainingLoss, GamblersLoss, LogitNormLoss, UnknownAwareLoss, VirtualOutlierLoss, mixup
 from .nn import (
+    SparseConv1D,
     SparseConv2d,
     SparseLinear,
+    SparseMultiheadAttention,
     densify,
     layer_densities,
     layer_sparsities,
@@ -68,8 +70,10 @@ __all__ = [
     "RandomMask",
     "RigL",
     "SRigL",
+    "SparseConv1D",
     "SparseConv2d",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "Static",
     "StochasticPasses",
     "TicketAverage",

@@ -17,6 +17,7 @@ from sparse_moon.allocation import Allocation
 from sparse_moon.layer_costs import LayerCost, layer_costs
 from sparse_moon.nn import Exclude, Pattern, layer_densities, sparse_layers
 from sparse_moon.nn.inspect import Inputs, weights
+from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.reliability import RELIABILITY, RunCost
 from sparse_moon.reliability.costs import Refresh
 from sparse_moon.text_table import text_table
@@ -135,7 +136,8 @@ def flops_report(
         method, f_sparse, f_dense, interval=interval, update_fraction=update_fraction, f_start=f_start, growth=growth
     )
 
-    found = weights(model)
+    with as_linear_layers(model):  # whose names densities have
+        found = weights(model)
     present = {weight.name: weight.present * densities.get(weight.name, 1.0) for weight in found}
     numel = sum(weight.numel for weight in found)
     stored = sum(p.numel() for p in model.parameters())

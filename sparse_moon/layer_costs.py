@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparse_moon.nn import SparseConv2d, SparseLayer, SparseLinear
+from sparse_moon.nn import SparseConv1D, SparseConv2d, SparseLayer, SparseLinear, SparseMultiheadAttention
+from sparse_moon.nn.conv1d import TransposedLinear
 from sparse_moon.nn.inspect import Inputs, run_once, weights
+from sparse_moon.nn.projections import as_linear_layers
 
 _Layer = nn.Linear | nn.Conv2d | SparseLayer
-_EXACT = (nn.Linear, nn.Conv2d, SparseLinear, SparseConv2d)
+_EXACT = (nn.Linear, nn.Conv2d, TransposedLinear, SparseLinear, SparseConv1D, SparseConv2d)
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ def layer_costs(model: nn.Module, inputs: Inputs, densities: Mapping[str, float]
     tokens are all leading dimensions. A layer that is called several times costs each call, one that is not called
     costs 0.
 
+    The projections of ``nn.MultiheadAttention``, dense or sparse, are linear layers called ``q_proj``, ``k_proj``,
+    ``v_proj`` and ``out_proj`` in it, and so is the ``Conv1D`` of transformers.
+
     All other products are counted by ``torch.utils.flop_counter`` and belong to the innermost module in whose forward
-    pass they run: those of ``nn.MultiheadAttention`` (its projections and both products of the attention), recurrent
-    layers, other convolutions, and matrix products in the model's own code, with or without weights. Such modules
-    follow with the layers in the model's order.
+    pass they run: both products of an attention, recurrent layers, other convolutions, and matrix products in the
+    model's own code, with or without weights. Such modules follow with the layers in the model's order.
 
     The pass is in evaluation mode and without gradients; the model is left as it was. A model on the ``meta`` device
     costs neither time nor memory.
@@ -63,8 +67,15 @@ def layer_costs(model: nn.Module, inputs: Inputs, densities: Mapping[str, float]
     Raises:
         ValueError: nothing that costs, a density outside [0, 1], or one for a name that is no dense layer.
     """
+    with as_linear_layers(model):
+        costs = list(_costs(model, inputs, {} if densities is None else densities))
+    if not costs:
+        raise ValueError("the model has no linear or 2-d convolution layer, and computes no other products")
+    return costs
+
+
+def _costs(model: nn.Module, inputs: Inputs, densities: Mapping[str, float]) -> Iterator[LayerCost]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _Layer)}
-    densities = {} if densities is None else densities
     for name, density in densities.items():
         if name not in layers or isinstance(layers[name], SparseLayer):
             raise ValueError(f"densities name {name!r}, which is not a dense linear or convolution layer of the model")
@@ -72,7 +83,6 @@ def layer_costs(model: nn.Module, inputs: Inputs, densities: Mapping[str, float]
             raise ValueError(f"the density of {name!r} must be in [0, 1], got {density}")
 
     outputs, products = _count(model, inputs)
-    costs = []
     for name, module in model.named_modules():
         if isinstance(module, _Layer):
             shape = module.weight_shape if isinstance(module, SparseLayer) else tuple(module.weight.shape)
@@ -84,15 +94,13 @@ def layer_costs(model: nn.Module, inputs: Inputs, densities: Mapping[str, float]
             if type(module) not in _EXACT:  # whose code may compute something else
                 forward = products.get(module, 0) or forward
             kind = "linear" if isinstance(module, nn.Linear | SparseLinear) else "conv2d"
-            costs.append(LayerCost(name, kind, shape, density, forward, forward * density))
+            yield LayerCost(name, kind, shape, density, forward, forward * density)
         elif products.get(module, 0):
             own = [weight.shape for weight in weights(module) if weight.module is module]
             shape = own[0] if len(own) == 1 else ()
             forward = products[module]
-            costs.append(LayerCost(name, type(module).__name__, shape, 1.0, forward, float(forward)))
-    if not costs:
-        raise ValueError("the model has no linear or 2-d convolution layer, and computes no other products")
-    return costs
+            kind = "MultiheadAttention" if isinstance(module, SparseMultiheadAttention) else type(module).__name__
+            yield LayerCost(name, kind, shape, 1.0, forward, float(forward))
 
 
 def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:

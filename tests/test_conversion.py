@@ -34,7 +34,7 @@ class StandardisedConv2d(nn.Conv2d):
 
 
 class Factors(nn.Module):
-    """As the Conv1D of GPT-2: a weight of its own."""
+    """A weight of its own, (in, out), that no class of torch has."""
 
     def __init__(self, i, o):
         super().__init__()
@@ -49,7 +49,8 @@ DENSE = {
     "GRU": lambda: nn.GRU(64, 256),
     "Conv1d": lambda: nn.Conv1d(64, 256, 3),
     "ConvTranspose2d": lambda: nn.ConvTranspose2d(64, 256, 3),
-    "MultiheadAttention": lambda: nn.MultiheadAttention(256, 4),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(64, 256, 3),
+    "Conv3d": lambda: nn.Conv3d(64, 256, 3),
     "Embedding": lambda: nn.Embedding(1000, 256),
     "Bilinear": lambda: nn.Bilinear(64, 64, 16),
     "StandardisedConv2d": lambda: StandardisedConv2d(64, 128, 3),

@@ -1,7 +1,7 @@
 """Models that other tools have pruned: their masks, or their zeros, become the topology."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, cast
 
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from sparse_moon.nn import fusion
+from sparse_moon.nn.attention import SparseMultiheadAttention
+from sparse_moon.nn.conv1d import TransposedLinear
 from sparse_moon.nn.convert import replace_layers, sparse_kind, without_weights
 from sparse_moon.nn.layers import Pattern, SparseLayer
 from sparse_moon.nn.plan import Dense, convertible, some, weight_of, wrapped
+from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.ops.native import native
 from sparse_moon.topology import Topology, block_shape, weight_to_matrix
 
@@ -46,7 +49,8 @@ def from_masks(
         model: in torch's layers; changed in place. Build the optimizer afterwards.
         masks: by name of layer, or of weight (ending in ``.weight``, ``.weight_mask`` or ``.kernel``), arrays of torch,
             NumPy or JAX of the shape of the weight, bool or 0 and 1 in any dtype, True = kept. Mappings inside are
-            looked through, ``{"block": {"conv": mask}}`` is ``"block.conv"``; None is no mask.
+            looked through, ``{"block": {"conv": mask}}`` is ``"block.conv"``; None is no mask. An attention's
+            ``in_proj_weight`` is one of them; masks of a ``Conv1D`` are (in, out) in either layout.
         pattern: as in :class:`SparseLinear`; masks must consist of whole blocks.
         layout: of the masks: ``"flax"`` is (in, out) and (kh, kw, in, out), which JAX and TensorFlow use.
         min_sparsity: without masks, layers of which a smaller share is zero count as dense.
@@ -65,30 +69,31 @@ def from_masks(
         raise ValueError(f"make the model sparse before {type(model).__name__} wraps it: its parameters become others")
     block = block_shape(pattern)
     notes: list[str] = []
-    if masks is None:
-        found, notes = _in_the_model(model, min_sparsity)
-    else:
-        found = _given(model, masks, layout)
-    for name, mask in found.values():
-        try:  # before anything is changed
-            Topology.from_mask(weight_to_matrix(mask, block[1]), block)
-        except ValueError as error:
-            raise ValueError(f"the mask of {name!r}: {error}") from None
-    if all(mask.all() for _, mask in found.values()):
-        why = "the model has no pruned layer" if masks is None else f"the {len(found)} masks keep everything"
-        raise ValueError("; ".join([f"nothing becomes sparse: {why}", *notes]))
-    if masks is None:
-        notes += _without_pruning(model)
-    places = {
-        layer: names
-        for layer, names in convertible(model).items()
-        if weight_of(layer) in found and not found[weight_of(layer)][1].all()
-    }
+    with as_linear_layers(model):
+        if masks is None:
+            found, notes = _in_the_model(model, min_sparsity)
+        else:
+            found = _given(model, masks, layout)
+        for name, mask in found.values():
+            try:  # before anything is changed
+                Topology.from_mask(weight_to_matrix(mask, block[1]), block)
+            except ValueError as error:
+                raise ValueError(f"the mask of {name!r}: {error}") from None
+        if all(mask.all() for _, mask in found.values()):
+            why = "the model has no pruned layer" if masks is None else f"the {len(found)} masks keep everything"
+            raise ValueError("; ".join([f"nothing becomes sparse: {why}", *notes]))
+        if masks is None:
+            notes += _without_pruning(model)
+        places = {
+            layer: names
+            for layer, names in convertible(model).items()
+            if weight_of(layer) in found and not found[weight_of(layer)][1].all()
+        }
 
-    def make(_: str, layer: Dense) -> SparseLayer:
-        return sparse_kind(layer).from_dense(layer, mask=found[weight_of(layer)][1], pattern=block)
+        def make(_: str, layer: Dense) -> SparseLayer:
+            return sparse_kind(layer).from_dense(layer, mask=found[weight_of(layer)][1], pattern=block)
 
-    model, done = replace_layers(model, places, make)
+        model, done = replace_layers(model, places, make)
     if native is not None:
         fusion.install(model, recompute=False)
     notes += without_weights(done)
@@ -148,7 +153,7 @@ def _given(model: nn.Module, masks: Mapping[str, Any], layout: str) -> _Found:
     found: _Found = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     places = convertible(model)
-    for key, value in _flat(masks):
+    for key, value in _unpacked(_flat(masks), modules):
         parent, _, ending = key.rpartition(".")
         name = parent if key not in modules and ending in _ENDINGS else key
         if name not in modules:
@@ -160,15 +165,31 @@ def _given(model: nn.Module, masks: Mapping[str, Any], layout: str) -> _Found:
             kind = "a layer that is pruned already" if _is_pruned(layer) else f"a {type(layer).__name__}"
             raise ValueError(f"mask {key!r} is of {kind}; only plain nn.Linear and nn.Conv2d become sparse")
         mask = _as_mask(key, value)
-        shape = tuple(layer.weight.shape)
+        is_turned = isinstance(layer, TransposedLinear)
+        shape = tuple(layer.weight.shape)[:: -1 if is_turned else 1]
         turned = mask.permute(_FLAX[mask.dim()]) if mask.dim() in _FLAX else mask
-        if layout == "flax":
+        if layout == "flax" and not is_turned:
             mask = turned
         if mask.shape != shape:
-            hint = "; with layout='flax' it would fit" if turned.shape == shape else ""
+            hint = "; with layout='flax' it would fit" if turned.shape == shape and not is_turned else ""
             raise ValueError(f"mask {key!r} must have the shape {shape} of its weight, got {tuple(mask.shape)}{hint}")
-        _add(found, weight_of(layer), name, mask.to(layer.weight.device))
+        _add(found, weight_of(layer), name, (mask.t() if is_turned else mask).to(layer.weight.device))
     return found
+
+
+def _unpacked(masks: Iterable[tuple[str, Any]], modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    """The masks, those of an attention's weights by the names of its projections."""
+    for key, value in masks:
+        parent, _, ending = key.rpartition(".")
+        module = modules.get(parent)
+        if isinstance(module, SparseMultiheadAttention) and ending == "in_proj_weight":
+            parts = _as_mask(key, value).chunk(3)
+            names = (f"{parent}.{name}".lstrip(".") for name in module.inputs())
+            yield from zip(names, parts, strict=True)
+        elif isinstance(module, SparseMultiheadAttention):
+            yield key.removesuffix("_weight"), value
+        else:
+            yield key, value
 
 
 def _add(found: _Found, weight: nn.Parameter, name: str, mask: Tensor) -> None:

@@ -17,6 +17,7 @@ from sparse_moon.nn import fusion
 from sparse_moon.nn.convert import replace_layers, sparse_kind
 from sparse_moon.nn.layers import SparseLayer
 from sparse_moon.nn.plan import Dense, convertible, some, wrapped
+from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.ops.native import native
 from sparse_moon.topology import Topology, matrix_shape
 
@@ -99,22 +100,29 @@ def load(folder: Path | str, model: nn.Module) -> nn.Module:
     description = _read_description(path)
     tensors = _read_tensors(folder / description["weights"], description["sha256"])
     layers: dict[str, Any] = description["layers"]
-    places = {layer: names for layer, names in convertible(inner).items() if not layers.keys().isdisjoint(names)}
-    problems = [*_other_layers(layers, inner, places)] or [*_other_tensors(description, tensors, inner)]
-    problems = problems or [*_bad_indices(layers, tensors)]
-    if problems:
-        raise ValueError(f"{folder} does not fit this {type(inner).__name__}: {some(problems)}")
-    if places:
-        if inner is not model:
-            raise ValueError(f"load into the model before {type(model).__name__} wraps it: its layers become others")
 
-        def make(name: str, layer: Dense) -> SparseLayer:
-            nothing = torch.zeros_like(layer.weight, dtype=torch.bool)
-            return sparse_kind(layer).from_dense(layer, mask=nothing, pattern=tuple(layers[name]["block"]))
+    def wanted(name: str) -> bool:
+        return any(layer == name or layer.startswith(f"{name}." if name else "") for layer in layers)
 
-        model, _ = replace_layers(model, places, make)
-        inner = model
-    inner.load_state_dict({**tensors, **{alias: tensors[name] for alias, name in description["tied"].items()}})
+    with as_linear_layers(inner, wanted):
+        places = {layer: names for layer, names in convertible(inner).items() if not layers.keys().isdisjoint(names)}
+        problems = [*_other_layers(layers, inner, places)] or [*_other_tensors(description, tensors, inner)]
+        problems = problems or [*_bad_indices(layers, tensors)]
+        if problems:
+            raise ValueError(f"{folder} does not fit this {type(inner).__name__}: {some(problems)}")
+        if places:
+            if inner is not model:
+                raise ValueError(
+                    f"load into the model before {type(model).__name__} wraps it: its layers become others"
+                )
+
+            def make(name: str, layer: Dense) -> SparseLayer:
+                nothing = torch.zeros_like(layer.weight, dtype=torch.bool)
+                return sparse_kind(layer).from_dense(layer, mask=nothing, pattern=tuple(layers[name]["block"]))
+
+            model, _ = replace_layers(model, places, make)
+            inner = model
+        inner.load_state_dict({**tensors, **{alias: tensors[name] for alias, name in description["tied"].items()}})
     if places and native is not None:
         fusion.install(model, recompute=False)
     return model

@@ -1,6 +1,8 @@
 """Sparse layers, the conversion of whole models, and what a model is made of."""
 
+from sparse_moon.nn.attention import SparseMultiheadAttention
 from sparse_moon.nn.batch_norm import refresh_batch_norm
+from sparse_moon.nn.conv1d import SparseConv1D
 from sparse_moon.nn.convert import densify, layer_densities, sparsify
 from sparse_moon.nn.inspect import (
     evaluation_mode,
@@ -17,9 +19,11 @@ __all__ = [
     "Exclude",
     "Pattern",
     "Selection",
+    "SparseConv1D",
     "SparseConv2d",
     "SparseLayer",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "densify",
     "evaluation_mode",
     "layer_densities",

@@ -9,10 +9,13 @@ from torch import nn
 
 from sparse_moon.allocation import Allocation, check_sparsity
 from sparse_moon.nn import fusion
+from sparse_moon.nn.attention import SparseMultiheadAttention, pack
 from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
+from sparse_moon.nn.conv1d import SparseConv1D, TransposedLinear
 from sparse_moon.nn.inspect import Inputs, weights
 from sparse_moon.nn.layers import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
 from sparse_moon.nn.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped
+from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.ops.native import native
 from sparse_moon.topology import block_shape
 
@@ -38,8 +41,12 @@ def sparsify(
 ) -> nn.Module:
     """Replace the linear and 2-d convolution layers of a model by sparse ones, in place.
 
+    Linear layers in other forms are among them: the projections of ``nn.MultiheadAttention``, which becomes a
+    :class:`SparseMultiheadAttention` and in which they are called ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``;
+    and the ``Conv1D`` of transformers.
+
     Layers to which the allocation gives density 1 stay dense modules, and so do layers that the block does not divide,
-    subclasses of ``nn.Linear`` and ``nn.Conv2d`` (their code may read ``weight``), layers whose weight is computed from
+    subclasses of these classes (their code may read ``weight``), layers whose weight is computed from
     parameters (``torch.nn.utils.parametrize``, ``prune``), and weights shared with another kind of module. Two layers
     that share a weight share ``values`` and topology afterwards. Forward and backward hooks move to the new layers.
 
@@ -100,22 +107,25 @@ def sparsify(
     if selection not in get_args(Selection):
         raise ValueError(f"selection must be one of {get_args(Selection)}, got {selection!r}")
     block = block_shape(pattern)
-    plan = Plan.of(model, sparsity, allocation, block, exclude, first_dense, depthwise_dense, input_size)
-    start = plan.densities
-    if start_sparsity is not None:
-        if start_sparsity > sparsity:
-            raise ValueError(f"start_sparsity must be at most the sparsity {sparsity}, got {start_sparsity}")
-        check_sparsity(start_sparsity)
-        start = plan.allocate(start_sparsity)
+    with as_linear_layers(model):
+        plan = Plan.of(model, sparsity, allocation, block, exclude, first_dense, depthwise_dense, input_size)
+        start = plan.densities
+        if start_sparsity is not None:
+            if start_sparsity > sparsity:
+                raise ValueError(f"start_sparsity must be at most the sparsity {sparsity}, got {start_sparsity}")
+            check_sparsity(start_sparsity)
+            start = plan.allocate(start_sparsity)
 
-    def make(owner: str, layer: Dense) -> SparseLayer:
-        return sparse_kind(layer).from_dense(layer, sparsity=1.0 - start[owner], pattern=pattern, selection=selection)
+        def make(owner: str, layer: Dense) -> SparseLayer:
+            kind = sparse_kind(layer)
+            return kind.from_dense(layer, sparsity=1.0 - start[owner], pattern=pattern, selection=selection)
 
-    places = {layer: names for layer, names in plan.places.items() if plan.densities[plan.owners[weight_of(layer)]] < 1}
-    model, done = replace_layers(model, places, make)
-    for layer, reason in plan.dense_because.items():
-        layer.dense_because = reason  # type: ignore[assignment]  # for summary
-    notes = plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + without_weights(done)
+        thin = {layer: plan.densities[plan.owners[weight_of(layer)]] < 1 for layer in plan.places}
+        places = {layer: names for layer, names in plan.places.items() if thin[layer]}
+        model, done = replace_layers(model, places, make)
+        for layer, reason in plan.dense_because.items():
+            layer.dense_because = reason  # type: ignore[assignment]  # for summary
+        notes = plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + without_weights(done)
     if fuse is True or (fuse == "auto" and native is not None):
         untraced = fusion.install(model, recompute)
         notes += untraced if fuse is True else []
@@ -125,6 +135,8 @@ def sparsify(
 
 def sparse_kind(layer: Dense) -> Any:
     """The class that takes the place of a layer."""
+    if isinstance(layer, TransposedLinear):
+        return SparseConv1D
     return SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
 
 
@@ -192,6 +204,9 @@ def densify(model: nn.Module) -> nn.Module:
             _move_hooks(module, dense)
             replaced[module] = dense
         model = _replace(model, name, replaced[module])
+    for module in model.modules():
+        if isinstance(module, SparseMultiheadAttention):
+            pack(module)
     return model
 
 
@@ -211,9 +226,11 @@ def layer_densities(
     A layer with several names is listed under its first; layers that take no part are not listed.
     """
     block = block_shape(pattern)
-    plan = Plan.of(model, sparsity, allocation, block, exclude, first_dense, depthwise_dense, input_size)
+    with as_linear_layers(model):
+        plan = Plan.of(model, sparsity, allocation, block, exclude, first_dense, depthwise_dense, input_size)
+        densities = {names[0]: plan.densities[plan.owners[weight_of(layer)]] for layer, names in plan.places.items()}
     _say(plan.notes)
-    return {names[0]: plan.densities[plan.owners[weight_of(layer)]] for layer, names in plan.places.items()}
+    return densities
 
 
 def _say(notes: list[str]) -> None:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
+from sparse_moon.nn.conv1d import TransposedLinear
 from sparse_moon.nn.layers import SparseLayer
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -50,12 +51,17 @@ class Weight:
     @property
     def kind(self) -> str:
         """Type of the module, as users know it."""
-        kind = type(self.module)
+        kind = kind_of(self.module)
         if kind in (nn.Linear, nn.Conv2d):
             return kind.__name__ if "weight" in self.module._parameters else f"{kind.__name__} with a computed weight"
         if kind.__name__ in ("Linear", "Conv2d"):  # a subclass of the same name
             return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
         return "MultiheadAttention" if kind is NonDynamicallyQuantizableLinear else kind.__name__
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """Its type, which a ``Conv1D`` has another one of while a model is converted."""
+    return module.conv1d if isinstance(module, TransposedLinear) else type(module)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:

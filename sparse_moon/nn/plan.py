@@ -12,10 +12,13 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sparse_moon.allocation import Allocation, allocate, check_sparsity
-from sparse_moon.nn.inspect import Inputs, Weight, run_once, weights
+from sparse_moon.nn.conv1d import TransposedLinear
+from sparse_moon.nn.inspect import Inputs, Weight, kind_of, run_once, weights
 from sparse_moon.nn.layers import Exclude, SparseLayer
 
 Dense = nn.Linear | nn.Conv2d
+
+_PLAIN = (nn.Linear, nn.Conv2d, TransposedLinear)  # subclasses of them have code that may read the weight
 
 # A shortfall is said from 0.01 on, or from a tenth more weights than asked for: 0.001 at a sparsity of 0.99.
 _LARGEST_SHORTFALL = 0.01
@@ -153,7 +156,7 @@ def _excluded(model: nn.Module, exclude: Iterable[Exclude] | Exclude) -> list[nn
                 hint = f", did you mean one of {close}?" if close else ""
                 raise ValueError(f"exclude {rule!r} matches no module of the model{hint}")
         elif isinstance(rule, type):
-            matching = [module for _, module in named if isinstance(module, rule)]
+            matching = [module for _, module in named if issubclass(kind_of(module), rule)]
         else:
             layers = ((n, m) for n, m in named if isinstance(m, nn.Linear | nn.Conv2d | SparseLayer))
             matching = [module for name, module in layers if rule(name, module)]
@@ -169,7 +172,7 @@ def convertible(model: nn.Module, kept: Collection[frozenset[int]] = ()) -> dict
             users.setdefault(parameter, set()).add(type(module))
     places: dict[Dense, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Linear and type(module) is not nn.Conv2d:
+        if type(module) not in _PLAIN:
             continue
         weight = module._parameters.get("weight")
         if weight is not None and users[weight] == {type(module)} and frozenset([id(weight)]) not in kept:

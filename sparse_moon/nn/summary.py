@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from sparse_moon.nn.attention import can_unpack
+from sparse_moon.nn.conv1d import is_conv1d
 from sparse_moon.nn.fusion import fusions
 from sparse_moon.nn.inspect import weights
 from sparse_moon.nn.layers import SparseLayer
@@ -118,6 +121,8 @@ def _why_dense(module: nn.Module) -> str:
     reason: str | None = getattr(module, "dense_because", None)
     if reason is not None:
         return reason
+    if can_unpack(module) or is_conv1d(module) or type(module) is NonDynamicallyQuantizableLinear:
+        return "not made sparse"
     if type(module) in (nn.Linear, nn.Conv2d):
         return "not made sparse" if "weight" in module._parameters else "its weight is computed from parameters"
     if isinstance(module, nn.Linear | nn.Conv2d):
