@@ -47,6 +47,7 @@ class Factors(nn.Module):
 DENSE = {
     "LSTM": lambda: nn.LSTM(64, 256),
     "GRU": lambda: nn.GRU(64, 256),
+    "RNN": lambda: nn.RNN(64, 256),
     "Conv1d": lambda: nn.Conv1d(64, 256, 3),
     "ConvTranspose2d": lambda: nn.ConvTranspose2d(64, 256, 3),
     "ConvTranspose1d": lambda: nn.ConvTranspose1d(64, 256, 3),
