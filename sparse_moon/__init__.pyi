@@ -38,6 +38,7 @@ from .nn import (
 )
 from .nn.batch_norm_relu import BatchNormReLU2d
 from .nn.fusion import fuse
+from .nn.lora import lora, merge_lora
 from .nn.summary import summary
 from .nn.tune import tune
 from .nn.what_runs import what_runs, what_would_pay
@@ -95,8 +96,10 @@ __all__ = [
     "linear_conv2d_sparsity",
     "live_outputs",
     "load",
+    "lora",
     "losses",
     "memory",
+    "merge_lora",
     "mixup",
     "nn",
     "ood",

@@ -57,8 +57,8 @@ class DynamicMethod(Method):
         moved_state: names of optimizer state that must be there and move.
 
     Raises:
-        ValueError: no sparse layer to train, a number out of range, or an optimizer with one state for all weights
-            (LBFGS).
+        ValueError: no sparse layer to train, layers with factors of :func:`sparse_moon.lora`, a number out of range, or
+            an optimizer with one state for all weights (LBFGS).
     """
 
     updates = True
@@ -80,6 +80,12 @@ class DynamicMethod(Method):
         if not sparse_layers(model):
             raise ValueError(f"method {self.name!r} needs a model with sparse layers; call sparsify(model, ...) first")
         super().__init__(model, optimizer)
+        adapted = [n for n, layer in {**self.layers, **self.untouched}.items() if layer.lora is not None]
+        if adapted and (not self.layers or not self.layers.keys().isdisjoint(adapted)):
+            raise ValueError(
+                f"method {self.name!r} moves weights, with which the factors of sm.lora do not move, those of "
+                f"{adapted}: sm.merge_lora(model) first, or take method 'static'"
+            )
         if not self.layers:
             raise ValueError(
                 f"method {self.name!r} needs sparse layers that train, all are frozen: {list(self.untouched)}"

@@ -14,6 +14,7 @@ from sparse_moon import files
 from sparse_moon.formats.onnx_functions import DOMAIN, VERSION, DenseWeight, SparseConv2d, SparseLinear
 from sparse_moon.nn import densify
 from sparse_moon.nn.inspect import evaluation_mode
+from sparse_moon.nn.lora import merge_lora
 from sparse_moon.ops.plan import geometry_of
 from sparse_moon.ops.sparse_conv2d.api import FORWARD as CONV2D
 from sparse_moon.ops.sparse_linear.api import FORWARD as LINEAR
@@ -48,7 +49,7 @@ def to_onnx(
         OSError: the file cannot be written.
     """
     model = copy.deepcopy(model)
-    model = model if sparse else densify(model)
+    model = merge_lora(model) if sparse else densify(model)
     with evaluation_mode(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, about torch's insides
         try:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -260,9 +260,9 @@ def _other_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor]
         here |= dict.fromkeys(rename.get(name, [name]), tensor)
     there = {**tensors, **{alias: tensors[name] for alias, name in tied.items() if name in tensors}}
     if missing := [name for name in here if name not in there]:
-        yield f"the folder has no {some(missing)}"
+        yield f"the folder has no {some(missing)}{_about_factors(missing)}"
     if unexpected := [name for name in there if name not in here]:
-        yield f"the model has no {some(unexpected)}"
+        yield f"the model has no {some(unexpected)}{_about_factors(unexpected)}"
     of_layers = {name for names in rename.values() for name in names}
     for name in filter(there.__contains__, here):
         expected, got = here[name], there[name]
@@ -279,6 +279,13 @@ def _other_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor]
     for where, groups_there in (("folder", shared_there - shared_here), ("model", shared_here - shared_there)):
         for names in sorted(map(sorted, groups_there)):
             yield f"only the {where} shares {' and '.join(names)}"
+
+
+def _about_factors(names: Iterable[str]) -> str:
+    """What to do about names that only one side has, where factors are among them."""
+    if not any(f".{name}".endswith(".lora.A") for name in names):
+        return ""
+    return ", which are factors: make the model sparse and call sm.lora with their rank first, or merge_lora before"
 
 
 def _bad_indices(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:

@@ -16,12 +16,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from sparse_moon.nn.conv1d import TransposedLinear
 from sparse_moon.nn.layers import SparseLayer
+from sparse_moon.nn.low_rank import LowRank
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """What a model is called with: the shape of one example, a tensor, positional arguments, or keyword arguments."""
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm,
+_NO_WEIGHTS = (
+    nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, LowRank,
 )  # fmt: skip
 
 
@@ -112,8 +113,9 @@ def weights(model: nn.Module, kinds: type[nn.Module] | UnionType = nn.Module) ->
     """All weights of a model, or those of these kinds of modules, each once.
 
     Those are the parameters with two or more dimensions, embeddings and position tables included, but not the
-    parameters of norms, nor those with "bias" in their name. A sparse layer's weight has its dense shape, and so has a
-    weight that is computed from parameters (``torch.nn.utils.parametrize``, ``prune``, ``weight_norm``).
+    parameters of norms, nor those with "bias" in their name, nor the factors of :func:`sparse_moon.lora`. A sparse
+    layer's weight has its dense shape, and so has a weight that is computed from parameters
+    (``torch.nn.utils.parametrize``, ``prune``, ``weight_norm``).
 
     Raises:
         ValueError: lazy modules whose parameters have no shape yet.
@@ -121,7 +123,7 @@ def weights(model: nn.Module, kinds: type[nn.Module] | UnionType = nn.Module) ->
     found: dict[frozenset[int], Weight] = {}
     module: nn.Module
     for name, module in model.named_modules():
-        if not isinstance(module, kinds) or isinstance(module, _NORMS) or ".parametrizations." in f".{name}.":
+        if not isinstance(module, kinds) or isinstance(module, _NO_WEIGHTS) or ".parametrizations." in f".{name}.":
             continue
         if isinstance(module, SparseLayer):
             key = _layer_key(module)

@@ -60,7 +60,7 @@ class Plan:
                 f"make the model sparse before {type(model).__name__} wraps it: its parameters become others"
             )
         weights(model)  # raises for parameters without a shape
-        excluded = _excluded(model, exclude)
+        excluded = matching(model, exclude, "exclude")
         kept = {weight.key for module in excluded for weight in weights(module)}
         inner = (module for outer in excluded for module in outer.modules() if module._parameters)
         because: dict[nn.Module, str] = dict.fromkeys(inner, "excluded")
@@ -140,27 +140,31 @@ def wrapped(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")  # torch.compile's; its class is not imported until somebody compiles
 
 
-def _excluded(model: nn.Module, exclude: Iterable[Exclude] | Exclude) -> list[nn.Module]:
-    """The modules that the rules match."""
-    rules = (exclude,) if isinstance(exclude, str) or callable(exclude) else tuple(exclude)
+def matching(model: nn.Module, rules: Iterable[Exclude] | Exclude, argument: str) -> list[nn.Module]:
+    """The modules that the rules of this argument match.
+
+    Raises:
+        ValueError: a name that matches none.
+    """
+    rules = (rules,) if isinstance(rules, str) or callable(rules) else tuple(rules)
     named = list(model.named_modules(remove_duplicate=False))
     found: list[nn.Module] = []
     for rule in rules:
         if isinstance(rule, str):
-            matching = [module for name, module in named if fnmatchcase(name, rule)]
-            if not matching:
+            matches = [module for name, module in named if fnmatchcase(name, rule)]
+            if not matches:
                 names = [name for name, _ in named]
                 close = get_close_matches(rule, names, cutoff=0.5)
                 if rule.rpartition(".")[0] in names[1:]:  # the name of a parameter
                     close = [rule.rpartition(".")[0]]
                 hint = f", did you mean one of {close}?" if close else ""
-                raise ValueError(f"exclude {rule!r} matches no module of the model{hint}")
+                raise ValueError(f"{argument} {rule!r} matches no module of the model{hint}")
         elif isinstance(rule, type):
-            matching = [module for _, module in named if issubclass(kind_of(module), rule)]
+            matches = [module for _, module in named if issubclass(kind_of(module), rule)]
         else:
             layers = ((n, m) for n, m in named if isinstance(m, nn.Linear | nn.Conv2d | SparseLayer))
-            matching = [module for name, module in layers if rule(name, module)]
-        found += matching
+            matches = [module for name, module in layers if rule(name, module)]
+        found += matches
     return list(dict.fromkeys(found))
 
 

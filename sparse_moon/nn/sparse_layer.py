@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_moon import memory
 from sparse_moon.nn.averages import Watch
 from sparse_moon.nn.guards import Anchor, ReadOnlyWeight, resize
+from sparse_moon.nn.low_rank import LowRank
 from sparse_moon.ops import Geometry, Plan
 from sparse_moon.ops.registry import transformed
 from sparse_moon.topology import Index, Topology, matrix_to_weight, pattern_name, weight_to_matrix
@@ -21,6 +22,7 @@ class SparseLayer(nn.Module):
 
     Attributes:
         values: the only weight parameter: (n,) numbers, or (n, bh, bw) blocks, in row order of the topology.
+        lora: None, or factors whose product is added to the values (see :func:`sparse_moon.lora`).
         topology: which weights exist.
         bias: (out,) or None.
         transform: None, or what is applied to the values before each product (see
@@ -50,6 +52,17 @@ class SparseLayer(nn.Module):
         if dense.bias is not None:
             bias = nn.Parameter(torch.empty(dense.bias.shape, device=device, dtype=dtype))
         self.register_parameter("bias", bias)
+
+    @property
+    def lora(self) -> LowRank | None:
+        return cast(LowRank | None, self._modules.get("lora"))
+
+    def set_lora(self, low_rank: LowRank | None) -> None:
+        """Add the product of these factors to the values from now on, or nothing."""
+        if low_rank is None:
+            self._modules.pop("lora", None)
+        else:
+            self._modules["lora"] = low_rank
 
     def reset_parameters(self) -> None:
         """Initialise like the dense layer: uniform in ``+-1/sqrt(fan_in)`` with the dense fan-in."""
@@ -84,7 +97,7 @@ class SparseLayer(nn.Module):
         super().__setattr__(name, value)
 
     def effective_values(self) -> Tensor:
-        """The values that the product sees: ``values``, through :attr:`transform` where one is set.
+        """The values that the product sees: ``values``, with :attr:`lora` and :attr:`transform` where those are set.
 
         Raises:
             RuntimeError: other code has written to the index, or has averaged values across topology updates.
@@ -95,15 +108,20 @@ class SparseLayer(nn.Module):
     def _transformed(self) -> Tensor:
         if not torch.compiler.is_compiling():
             self._check_values()
-        values, transform = self.values, self.transform
+        values, transform = self._adapted(), self.transform
         return values if transform is None else transform(values)
+
+    def _adapted(self) -> Tensor:
+        lora = self.lora
+        return self.values if lora is None else lora(self.values, self.topology)
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Plan]:
         """Values, bias and plan of a product; the plan is kept as long as the index stays as it is."""
         if torch.compiler.is_compiling():
             return self._transformed(), self.bias, self.topology.plan(self._geometry)
         own = self.__dict__  # attributes of a module take ten times as long
-        topology, plan, watch = own["_modules"]["topology"], own.get("_plan"), own.get("_watch")
+        modules, plan, watch = own["_modules"], own.get("_plan"), own.get("_watch")
+        topology = modules["topology"]
         if plan is None or not plan.is_of(topology.__dict__["_buffers"]):
             plan = self._plan = topology.plan(self._geometry)
         if watch is None or watch.quiet != Topology.moves:
@@ -114,6 +132,8 @@ class SparseLayer(nn.Module):
             values, bias = self.values, self.bias
         else:
             bias = parameters["bias"]
+        if "lora" in modules:
+            values = modules["lora"](values, topology)
         if not memory.decided and values.requires_grad and torch.is_grad_enabled() and values.device.type == "cpu":
             memory.keep_freed_memory()
         return values if transform is None else transform(values), bias, plan
@@ -144,7 +164,7 @@ class SparseLayer(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight as a dense tensor of ``weight_shape``, zeros where nothing exists; differentiable."""
         self.topology.check()
-        return self._dense(self.values)
+        return self._dense(self._adapted())
 
     def _dense(self, values: Tensor, probe: Tensor | None = None) -> Tensor:
         matrix = self.topology.to_dense(values)
