@@ -97,7 +97,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     names = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     if names:
         others = OR_LIBRARY * (LibraryModel in parts) + OR_IMPORT_PATH * (ImportPath in parts)
-        if value not in names and not any(_has_form(part, value) for part in parts):
+        absent = value is None and NoneType in parts
+        if value not in names and not absent and not any(_has_form(part, value) for part in parts):
             raise ValueError(f"{name} must be one of {', '.join(names)}{others}, got {value!r}")
         return
     for part in parts:

@@ -98,6 +98,7 @@ def test_a_folder_in_the_way_is_left_alone_and_a_run_is_found_by_its_settings(tm
 OTHER = {
     "dataset": "mnist", "image_size": 16, "model": "mlp", "width": 8, "method": "set", "reliability": "dac",
     "without": ("voting",), "sparsity": 0.5, "pattern": "block8", "allocation": "er", "exclude": ("fc",), "fuse": False,
+    "selection": "magnitude",
     "epochs": 30, "batch_size": 32, "lr": 0.1, "lr_end": 0.01, "lr_until": 0.5, "momentum": 0.8, "weight_decay": 0.0,
     "interval": 10, "drop_fraction": 0.2, "stop": 0.6, "amp": "bfloat16", "seed": 1, "holdout": 0.1,
     "final_weight": 3.0, "warmup_epochs": 2, "vote_from": 0.9, "ece_bins": 10, "diagnostics": True,

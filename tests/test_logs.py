@@ -81,3 +81,27 @@ def test_what_cannot_be_logged_is_said_before_training(tmp_path, monkeypatch, ca
     with pytest.raises(ValueError, match="log tensorboard needs the package tensorboard: pip install tensorboard"):
         sm.train(SETTINGS, out=tmp_path / "run", log=["tensorboard"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_logs_its_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["compare", *SMALL[:-1], "--epochs", "2", "--reliability", "none", "--out", str(tmp_path)]
+    main(command)  # one run without a log
+    capsys.readouterr()
+    main([*command, "--seed", "0", "1", "--log", "csv"])
+    assert "rigl-none-0.9-seed0: finished before" in capsys.readouterr().out
+    for seed in (0, 1):
+        assert [row["epoch"] for row in rows(tmp_path / f"rigl-none-0.9-seed{seed}")] == ["1", "2"]
+
+
+def test_what_a_comparison_cannot_log_is_said_before_training(tmp_path, monkeypatch, capsys):
+    command = ["compare", *SMALL, "--out", str(tmp_path / "all")]
+    for flag in ("--table-only", "--evaluate"):
+        with pytest.raises(SystemExit):
+            main([*command, flag, "--log", "csv"])
+        assert "error: --log is for training" in capsys.readouterr().err
+    monkeypatch.setattr("sparse_moon.app.logs.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main([*command, "--log", "tensorboard"])
+    assert "needs the package tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()

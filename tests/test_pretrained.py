@@ -3,8 +3,9 @@
 import pickle
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sparse_moon.app.models import build
 from sparse_moon.app.pretrained import load_weights
 from sparse_moon.app.run_data import load_dataset
 from sparse_moon.app.run_record import read_record
-from sparse_moon.nn import densify
+from sparse_moon.nn import Selection, densify, sparse_layers
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,26 @@ def test_a_head_of_other_outputs_starts_at_random(tmp_path: Path) -> None:
         load_weights(model, tmp_path / "w.pt")
     assert torch.equal(model.state_dict()["fc.weight"], head)
     assert torch.equal(model.state_dict()["hidden1.weight"], given.state_dict()["hidden1.weight"])
+
+
+@pytest.mark.parametrize("method", ["rigl", "static"])
+def test_the_largest_weights_of_a_trained_network_are_kept(tmp_path: Path, method: str) -> None:
+    given = network()
+    torch.save(given.state_dict(), tmp_path / "w.pt")
+    config = replace(CONFIG, method=method, weights=str(tmp_path / "w.pt"), selection="magnitude")
+    layers = sparse_layers(build_model(config, load_dataset(config), tmp_path / "w.pt"))
+    assert layers
+    for name, layer in layers.items():
+        dense = given.get_submodule(name).weight.detach()
+        assert torch.equal(layer.dense_weight()[layer.mask()], dense[layer.mask()])
+        assert dense[layer.mask()].abs().min() >= dense[~layer.mask()].abs().max()
+
+
+def test_selections_are_those_of_sparsify() -> None:
+    hint = get_type_hints(TrainConfig)["selection"]
+    assert {name for kind in get_args(hint) for name in get_args(kind)} == set(get_args(Selection))
+    with pytest.raises(ValueError, match="selection"):
+        replace(CONFIG, selection="smallest")
 
 
 class Harmful:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import sparse_moon as sm
+from sparse_moon.algorithms import ALGORITHMS
 from sparse_moon.app import run_folder
 from sparse_moon.app.build import build_model
 from sparse_moon.app.config import TrainConfig, parse_label
@@ -21,7 +24,7 @@ from sparse_moon.averaging import PredictionAverage, StochasticPasses
 from sparse_moon.losses import VirtualOutlierLoss
 from sparse_moon.nn import overall_sparsity, sparse_layers, weight_layers
 from sparse_moon.ood import CosineHead, collect
-from sparse_moon.options import MethodOptions, MixupOptions, VOSOptions
+from sparse_moon.options import MethodOptions, MixupOptions, TopKASTOptions, VOSOptions
 
 SMALL = TrainConfig(
     model="mlp", width=16, epochs=4, batch_size=64, interval=5, sparsity=0.8, ood=[], lr=0.2, vote_from=0.5, stop=0.5,
@@ -425,3 +428,23 @@ def test_labels():
     assert config.label == "moon:-tuning-voting" and parse_label(config.label) == ("moon", ("tuning", "voting"))
     assert replace(SMALL, reliability="label-smoothing").label == "label-smoothing"
     assert parse_label("label-smoothing") == ("label-smoothing", ())
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 2), (16, 8, 4), (64, 5, 3), (2, 64, 3), (300, 100, 10)])
+@pytest.mark.parametrize("allocation", ["erk", "uniform"])
+@pytest.mark.parametrize("sparsity", [0.6, 0.9])
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_top_kast_starts_with_as_many_weights_as_end_over_the_share(sizes, allocation, sparsity, share):
+    """Also where rounding or layers that stay dense make a tiny network denser than asked."""
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    options, kind = TopKASTOptions(forward_share=share), ALGORITHMS.find("top-kast")
+    model = nn.Sequential(*layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a tiny network misses
+        densities = sm.layer_densities(model, sparsity, allocation)
+        start = kind.start_sparsity(options, sparsity, model, densities)
+        assert 0.0 <= start <= sparsity
+        sm.sparsify(model, sparsity, allocation, start_sparsity=start)
+    if share == 1.0 or allocation == "uniform":
+        for name, layer in sm.sparse_layers(model).items():
+            assert layer.topology.nnz == pytest.approx(densities[name] / share * layer.topology.numel, abs=1)

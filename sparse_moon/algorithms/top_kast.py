@@ -63,10 +63,15 @@ class TopKAST(SET):
         """That of B."""
         weights = weight_layers(model)
         sizes = {name: math.prod(weights[name].weight.shape) for name in densities}
+        total = sum(sizes.values())
         # layers that end dense have no idle weights, so the others' share of all weights is what counts
         dense = sum(sizes[name] for name in densities if densities[name] >= 1.0)
-        trained = dense + ((1.0 - sparsity) * sum(sizes.values()) - dense) / options.forward_share
-        return 1.0 - trained / sum(sizes.values())
+        active = sum(density * sizes[name] for name, density in densities.items() if density < 1.0)
+        if math.isclose(active, (1.0 - sparsity) * (total - dense)):  # an allocation that does not count dense layers
+            trained = (1.0 - sparsity) * total / options.forward_share
+        else:
+            trained = dense + active / options.forward_share
+        return min(1.0 - trained / total, sparsity)  # which rounding may pass by a little
 
     @classmethod
     def arguments(cls, options: TopKASTOptions, run: TrainingRun) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def build_model(config: TrainConfig, data: datasets.DataSet, weights: Path | Non
         sparsify(
             model, config.sparsity, config.allocation, pattern=config.pattern, exclude=_exclude(config),
             start_sparsity=method.start_sparsity(config.method_options, config.sparsity, model, densities),
-            selection=method.selection, fuse=False,
+            selection=config.selection or method.selection, fuse=False,
         )  # fmt: skip
     fuse_network(model, config)
     return reliability.change(model)

@@ -38,7 +38,9 @@ from sparse_moon.settings import OR_IMPORT_PATH, ImportPath, LibraryModel, helps
 _GROUPS = {
     "data": ("dataset", "data_root", "download", "image_size", "resize", "crops", "workers", "holdout", "ood"),
     "model": ("model", "width", "weights", "fuse", "recompute"),
-    "sparsity": ("method", "sparsity", "pattern", "allocation", "exclude", "interval", "drop_fraction", "stop"),
+    "sparsity": (
+        "method", "sparsity", "pattern", "allocation", "selection", "exclude", "interval", "drop_fraction", "stop",
+    ),
     "options of single topology methods": tuple(option.name for option in fields(MethodOptions)),
     "reliability": ("reliability", "without", *(option.name for option in fields(ReliabilityOptions))),
     "optimisation": (
@@ -212,10 +214,7 @@ def _train_parser(description: str, own: Mapping[str, type]) -> _Parser:
         "--time-dense", action="store_true",
         help="in the end time steps of the network and of the same made dense, in turn, and show which kernels ran",
     )  # fmt: skip
-    output.add_argument(
-        "--log", type=Log, nargs="+",
-        help="write the metrics of each epoch to metrics.csv (csv) or to event files (tensorboard) in the folder, too",
-    )  # fmt: skip
+    _add_log(output)
     output.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
 
@@ -247,6 +246,7 @@ def _compare_parser(description: str, own: Mapping[str, type]) -> _Parser:
         "--evaluate", action="store_true", help="train nothing, evaluate all finished runs on --ood with --score"
     )
     output.add_argument("--score", type=str, nargs="+", help="with --evaluate: scores as in eval; default all that fit")
+    _add_log(output)
     output.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
 
@@ -321,6 +321,13 @@ def _doctor_parser(description: str) -> _Parser:
     parser = _Parser(allow_abbrev=False, description=description)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
+
+
+def _add_log(group: Any) -> None:
+    group.add_argument(
+        "--log", type=Log, nargs="+",
+        help="write the metrics of each epoch to metrics.csv (csv) or to event files (tensorboard) in the folder, too",
+    )  # fmt: skip
 
 
 def _add_imports(parser: ArgumentParser) -> None:

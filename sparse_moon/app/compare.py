@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +20,7 @@ from sparse_moon.app import run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import evaluate_model, load_run
 from sparse_moon.app.experiment import experiment, run_key, run_name, unlike_name, varying_settings
+from sparse_moon.app.logs import Logs, check_kinds
 from sparse_moon.app.ood_sets import default_ood
 from sparse_moon.app.own import options_to_import
 from sparse_moon.app.report import write_report
@@ -43,9 +44,14 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 
 class _Processes:
-    """Processes of runs that threads start and wait for. Once they are told to end, no other starts."""
+    """Processes of runs that threads start and wait for. Once they are told to end, no other starts.
 
-    def __init__(self) -> None:
+    Args:
+        options: of ``train``, besides those that the run's folder has.
+    """
+
+    def __init__(self, options: Sequence[str] = ()) -> None:
+        self._options = options
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._ending = False
@@ -55,7 +61,7 @@ class _Processes:
         with self._lock:
             if self._ending:
                 raise CancelledError
-            process = _start(folder)
+            process = _start(folder, *self._options)
             self._running.add(process)
         try:
             return process.wait()
@@ -71,7 +77,7 @@ class _Processes:
 
 
 @_exit_on_sigterm()
-def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> list[str]:
+def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1, log: Collection[str] = ()) -> list[str]:
     """Train each run in a folder of its own in ``folder``; skip finished ones, resume interrupted ones.
 
     A run that is there is known by its settings, whatever its folder is called, so that commands which differ in any
@@ -82,17 +88,22 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1) -> l
     Each is a process of its own, ``jobs`` at a time; what it prints goes to ``log.txt`` in its folder. One that fails
     is reported and leaves the others alone, also where it is killed, which would break a pool of processes as a whole.
 
+    Args:
+        log: what each run writes its metrics to besides ``metrics.jsonl``, as in :func:`sparse_moon.train`; those that
+            were finished before, too.
+
     Returns:
         Names of the runs that failed.
 
     Raises:
-        ValueError: settings in ``folder`` that cannot be read.
+        ValueError: settings in ``folder`` that cannot be read, or a log whose package is not installed.
     """
+    check_kinds(log)
     runs = _place(list(configs), folder)
     failed: list[str] = []
-    pool, processes = ThreadPoolExecutor(jobs), _Processes()
+    pool, processes = ThreadPoolExecutor(jobs), _Processes(["--log", *log] if log else ())
     try:
-        names = {pool.submit(_train, folder / name, processes): name for name in runs}
+        names = {pool.submit(_train, folder / name, processes, log): name for name in runs}
         for done, future in enumerate(as_completed(names), 1):
             finished, outcome = future.result()
             if not finished:
@@ -169,10 +180,13 @@ def _prepare(folder: Path, config: TrainConfig) -> bool:
     return True
 
 
-def _train(folder: Path, processes: _Processes) -> tuple[bool, str]:
+def _train(folder: Path, processes: _Processes, log: Collection[str]) -> tuple[bool, str]:
     """Train a run unless that is done: whether it is finished now, and what came of it in words."""
     try:
         if _finished(folder):
+            if log:
+                with Logs(folder, log) as logs, run_folder.only_writer(folder):
+                    logs.write(run_folder.read_metrics(folder))
             return True, "finished before"
         code = processes.run(folder)
         if code == 0 and _finished(folder):
@@ -189,8 +203,8 @@ def _finished(folder: Path) -> bool:
     return not (folder / run_folder.CHECKPOINT).exists() or bool(run_folder.read_checkpoint(folder)["finished"])
 
 
-def _start(folder: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "sparse_moon", "train", "--resume", "--out", str(folder)]
+def _start(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "sparse_moon", "train", "--resume", "--out", str(folder), *options]
     command += options_to_import(files.read_json(folder / run_folder.CONFIG))
     # this package, rather than one in the working folder: a checkout there has no compiled kernels
     path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -52,6 +52,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         sparsity: share of weights to leave out, in [0, 1).
         pattern: unstructured, vectorV (V outputs of one input) or blockB.
         allocation: erk, er or uniform.
+        selection: weights at the start: random, the largest (magnitude) or constant_fan_in; by default the method's.
         exclude: layers to keep dense, by name with * and ?.
         fuse: batch norm, activation and residual addition are one operation on the CPU, in dense networks too.
         recompute: compute what a sparse convolution reads again in the backward pass (less memory, on the CPU).
@@ -96,6 +97,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     sparsity: float = 0.9
     pattern: str = "unstructured"
     allocation: Allocation = "erk"
+    selection: Literal["random", "magnitude", "constant_fan_in"] | None = None
     exclude: tuple[str, ...] = ()
     fuse: bool = True
     recompute: bool = False

@@ -23,7 +23,7 @@ REFERENCE = "rigl none"
 """Method and label of the experiment with which others are compared first."""
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
-_OF_SPARSE = ("sparsity", "pattern", "allocation", "exclude")
+_OF_SPARSE = ("sparsity", "pattern", "allocation", "selection", "exclude")
 _LONGEST_NAME = 120
 
 

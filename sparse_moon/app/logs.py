@@ -14,6 +14,14 @@ from sparse_moon.app.names import Log
 CSV, TENSORBOARD = "metrics.csv", "tensorboard"
 
 
+def check_kinds(kinds: Collection[str]) -> None:
+    """Raise ``ValueError`` for a kind of log that is unknown, or whose package is not installed."""
+    if unknown := sorted(set(kinds) - set(get_args(Log))):
+        raise ValueError(f"log must be of {', '.join(get_args(Log))}, got {', '.join(unknown)}")
+    if "tensorboard" in kinds and find_spec("tensorboard") is None:
+        raise ValueError("log tensorboard needs the package tensorboard: pip install tensorboard")
+
+
 class Logs:
     """What ``metrics.jsonl`` has, in other forms. A context manager: event files are complete when it ends.
 
@@ -26,10 +34,7 @@ class Logs:
     """
 
     def __init__(self, folder: Path, kinds: Collection[str]) -> None:
-        if unknown := sorted(set(kinds) - set(get_args(Log))):
-            raise ValueError(f"log must be of {', '.join(get_args(Log))}, got {', '.join(unknown)}")
-        if "tensorboard" in kinds and find_spec("tensorboard") is None:
-            raise ValueError("log tensorboard needs the package tensorboard: pip install tensorboard")
+        check_kinds(kinds)
         self.folder, self.kinds = folder, frozenset(kinds)
         self._open = ExitStack()
         self._events: Any = None

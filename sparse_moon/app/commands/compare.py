@@ -16,6 +16,8 @@ from sparse_moon.app.config import TrainConfig, parse_label
 def run(arguments: Namespace) -> None:
     """Train what is missing, or evaluate again, and write the table."""
     folder = Path(arguments.out)
+    if arguments.log and (arguments.evaluate or arguments.table_only):
+        raise ValueError("--log is for training; without --table-only and --evaluate finished runs are logged, too")
     if arguments.evaluate:
         compare.evaluate_again(folder, ood=arguments.ood, scores=arguments.score, device=arguments.device)
     elif arguments.score:
@@ -24,7 +26,7 @@ def run(arguments: Namespace) -> None:
     if not (arguments.table_only or arguments.evaluate):
         if arguments.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")
-        failed = compare.run_all(_combinations(arguments), folder, jobs=arguments.jobs)
+        failed = compare.run_all(_combinations(arguments), folder, jobs=arguments.jobs, log=arguments.log or ())
     table = comparison.write_table(folder)
     print(format_summary(table))
     print(f"AUROC and FPR95 by score: {folder / comparison.MARKDOWN}")
