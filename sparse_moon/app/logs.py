@@ -23,7 +23,9 @@ def check_kinds(kinds: Collection[str]) -> None:
 
 
 class Logs:
-    """What ``metrics.jsonl`` has, in other forms. A context manager: event files are complete when it ends.
+    """What ``metrics.jsonl`` has of the whole network, in other forms.
+
+    A context manager: event files are complete when it ends.
 
     Args:
         folder: of the run.
@@ -69,17 +71,17 @@ class Logs:
             self._events = self._open.enter_context(SummaryWriter(str(self.folder / TENSORBOARD)))
         for row in history[self._written :]:
             for name, value in row.items():
-                if name != "epoch" and value is not None:
+                if name != "epoch" and value is not None and not isinstance(value, Mapping):
                     self._events.add_scalar(name, value, row["epoch"])
         self._written = len(history)
         self._events.flush()
 
 
 def _table(history: Sequence[Mapping[str, Any]]) -> str:
-    """A line an epoch; a column for each metric that any of them has."""
+    """A line an epoch; a column for each metric that any of them has, but for those of single layers."""
     text = io.StringIO()
-    names = dict.fromkeys(name for row in history for name in row)
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    names = dict.fromkeys(name for row in history for name, value in row.items() if not isinstance(value, Mapping))
+    writer = csv.DictWriter(text, list(names), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue()

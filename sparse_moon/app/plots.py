@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from sparse_moon.ood.metrics import CalibrationBins
 
+_NAMED = 64  # so many layers have room for their names
 _SERIES = 8  # CSS variables --c0 ... --c7; --c0 is the in-distribution colour
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"
 _COLOURS = [f"#0102{16 + i:02x}" for i in range(_SERIES)]
@@ -173,7 +174,7 @@ def roc_curves(id_scores: np.ndarray, ood_scores: Mapping[str, np.ndarray], scor
 def density_chart(densities: Mapping[str, float], overall: float) -> str:
     """Density of every layer as a bar, in the network's order."""
     names, values = list(densities), np.array(list(densities.values()))
-    labelled = len(names) <= 64
+    labelled = len(names) <= _NAMED
     top = max(1.08 * values.max(), 1e-6)
     figure, axes = _axes(1040, 300 if labelled else 220)
     axes.bar(range(len(names)), values, 0.78, color=_COLOURS[0], alpha=0.8, linewidth=0)
@@ -185,14 +186,61 @@ def density_chart(densities: Mapping[str, float], overall: float) -> str:
             crossed = value < overall < value + 0.09 * top
             place = (i, overall if crossed else value)
             axes.annotate(text, place, (0, 2), textcoords="offset points", ha="center", fontsize=8, color=_MUTED)
+    axes.set(ylim=(0, top), ylabel="density")
+    _layers_below(axes, names)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.12))
+    return _svg(figure, "Density of every layer")
+
+
+@matplotlib.rc_context(_STYLE | {"axes.grid.axis": "y"})
+def fan_in_chart(fan_ins: Mapping[str, Sequence[float]], dead: Mapping[str, float]) -> str:
+    """How many inputs the channels of every layer have, as a share of all: a range a layer, and the share without any.
+
+    Args:
+        fan_ins: by layer the least, the first tenth, the median, the ninth tenth and the most.
+        dead: by layer the share of its outputs that have no input.
+    """
+    figure, axes = _axes(1040, 300 if len(fan_ins) <= _NAMED else 220)
+    places = np.arange(len(fan_ins))
+    least, low, middle, high, most = np.array(list(fan_ins.values()), dtype=np.float64).reshape(-1, 5).T
+    axes.vlines(places, least, most, color=_COLOURS[0], linewidth=1.2, label="all")
+    axes.vlines(places, low, high, color=_COLOURS[0], linewidth=6, alpha=0.55, label="middle 80 %")
+    axes.plot(places, middle, linestyle="", marker="o", markersize=4, color=_INK, label="median")
+    for place, name in zip(places, fan_ins, strict=True):
+        if dead[name] > 0:
+            axes.annotate(f"{100 * dead[name]:.2g}%", (place, 0), (0, -3), textcoords="offset points", ha="center",
+                          va="top", fontsize=8, color=_COLOURS[1])  # fmt: skip
+    axes.set(ylim=(-0.08 * max(most.max(), 1e-6), 1.08 * max(most.max(), 1e-6)), ylabel="fan-in")
+    _layers_below(axes, list(fan_ins))
+    _legend_above(axes)
+    return _svg(figure, "Fan-in of the channels")
+
+
+@matplotlib.rc_context(_STYLE | {"axes.grid.axis": "y"})
+def layer_bars(series: Mapping[str, Mapping[str, float]], title: str) -> str:
+    """Shares of every layer, side by side: by label and by layer, all of the same layers."""
+    names = list(next(iter(series.values())))
+    figure, axes = _axes(1040, 300 if len(names) <= _NAMED else 220)
+    width = 0.78 / len(series)
+    for i, (label, values) in enumerate(series.items()):
+        places = np.arange(len(names)) + (i - (len(series) - 1) / 2) * width
+        axes.bar(places, [values[name] for name in names], width, color=_COLOURS[i], alpha=0.8, linewidth=0,
+                 label=label)  # fmt: skip
+    axes.set(ylabel="share")
+    _layers_below(axes, names)
+    _legend_above(axes)
+    return _svg(figure, title)
+
+
+def _layers_below(axes: Axes, names: Sequence[str]) -> None:
+    """Layers along the x axis, shares of something along the y axis."""
+    if len(names) <= _NAMED:
         axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=90, fontsize=8.5)
     else:
         axes.set_xlabel("layer, in the network's order")
     axes.tick_params(axis="x", length=0)
-    axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(0, top), ylabel="density")
+    axes.set(xlim=(-0.7, len(names) - 0.3))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.12))
-    return _svg(figure, "Density of every layer")
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figure:

@@ -22,6 +22,7 @@ from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.ood_groups import GROUPS, ood_group
 from sparse_moon.app.run_record import MEMORY, METRICS, RunRecord
 from sparse_moon.app.tables import kernel_rows, kernels_line
+from sparse_moon.app.topology_pictures import topology_pictures
 from sparse_moon.ood.metrics import calibration_bins
 
 _METRICS = {  # heading, which class is positive, whether more is better
@@ -313,7 +314,7 @@ def _training(run: RunRecord) -> list[_Picture]:
 
 
 def _network(run: RunRecord) -> dict[str, Any]:
-    flops, memory, sparsity = (run.results[key] for key in ("flops", "memory", "sparsity"))
+    flops, memory = run.results["flops"], run.results["memory"]
     dense = flops["forward_dense"]
     costs = [_CostTable("FLOPs an image", "multiplications and additions counted apart", [
         _cost("Forward pass", dense, flops["forward_sparse"], "FLOPs"),
@@ -325,18 +326,16 @@ def _network(run: RunRecord) -> dict[str, Any]:
         labels = (*(_MEMORY[name] for name in MEMORY), "Total")
         rows = [_cost(label, *both, "B") for label, both in zip(labels, [*sizes, total], strict=True)]
         costs.append(_CostTable("Memory of the sparse layers' weights", "at the end of training", rows))
-    chart = None
-    if any(sparsity["layers"].values()):
-        densities = {name: 1 - share for name, share in sparsity["layers"].items()}
-        svg = plots.density_chart(densities, 1 - sparsity["actual"])
-        chart = _Picture("Density of every layer", "share of weights that exist, in %", svg, "chart")
+    found = topology_pictures(run)
+    pictures = [_Picture(one.title, one.note, one.svg, "chart" if one.wide else "") for one in found]
     kernels = run.results.get("steps", {}).get("kernels")
     table = None
     if kernels:
         columns, *ran = kernel_rows(run.results)
         cells = [_Row(name, [_Cell(text, False) for text in others]) for name, *others in ran]
         table = _Table("What ran", kernels_line(kernels), list(columns[1:]), cells)
-    return {"costs": costs, "densities": chart, "kernels": table}
+    wide = [picture for picture in pictures if picture.css]
+    return {"costs": costs, "topology": wide, "moved": [p for p in pictures if not p.css], "kernels": table}
 
 
 def _cost(label: str, dense: float, sparse: float, unit: str) -> _Cost:

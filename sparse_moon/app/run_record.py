@@ -81,6 +81,10 @@ def _read_results(path: Path) -> dict[str, Any]:
     layers = _mapping(part["sparsity"].get("layers"), path, "sparsity/layers")
     memory = [f"{name}_bytes" for name in MEMORY] + [f"dense_{name}_bytes" for name in MEMORY[:3]] + ["ratio"]
     identity = (*_IDENTITY, *(key for key in _LATER if key in part["id"]))
+    fan_ins = _mapping(part["sparsity"].get("fan_in", {}), path, "sparsity/fan_in")
+    _number_lists(fan_ins, path, "sparsity/fan_in", 5)
+    live = _mapping(part["sparsity"].get("live_outputs", {}), path, "sparsity/live_outputs")
+    _numbers(live, path, "sparsity/live_outputs", live)
     results = {
         **_numbers(content, path, "it", ("time_s",)),
         "id": _numbers(part["id"], path, "id", identity),
@@ -123,6 +127,7 @@ def _read_history(folder: Path, epochs: int | None) -> list[dict[str, Any]]:
         rows.append(_numbers(row, path, f"line {number}", [key for key in _CURVES if key in row]))
         if math.isnan(rows[-1].get("epoch", math.nan)):
             raise ValueError(f"{path} has lines without an epoch")
+        _number_lists(_mapping(row.get("moved", {}), path, f"line {number}/moved"), path, f"line {number}/moved", 4)
     return rows
 
 
@@ -149,6 +154,14 @@ def _mapping(content: Any, path: Path, where: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: {where or 'it'} should be an object, got {repr(content)[:60]}")
     return content
+
+
+def _number_lists(content: Mapping[str, Any], path: Path, where: str, length: int) -> None:
+    """Raise ``ValueError`` unless each entry is a list of so many finite numbers."""
+    for key, values in content.items():
+        fits = isinstance(values, list) and len(values) == length
+        if not fits or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise ValueError(f"{path} is damaged: {where}/{key} should be {length} numbers, got {repr(values)[:60]}")
 
 
 def _numbers(content: Any, path: Path, where: str, keys: Iterable[str]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from sparse_moon.app.run_data import load_dataset, load_ood_sets
 from sparse_moon.app.step_times import beside_dense
 from sparse_moon.app.trainer import Trainer
 from sparse_moon.distributed import rank, world_size
-from sparse_moon.nn import layer_sparsities, live_outputs, overall_sparsity
+from sparse_moon.nn import layer_sparsities, live_outputs, overall_sparsity, sparse_layers
+from sparse_moon.nn.inspect import fan_ins
 from sparse_moon.nn.what_runs import what_runs, what_would_pay
 from sparse_moon.ood import make_detector
 
@@ -157,6 +158,17 @@ def _steps(trainer: Trainer, time_dense: bool) -> dict[str, Any]:
     return steps
 
 
+def _fan_in_quantiles(model: nn.Module) -> dict[str, list[float]]:
+    """By sparse layer the least, first tenth, median, ninth tenth and most of its outputs' shares of all inputs."""
+    shares = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
+    layers = sparse_layers(model)
+    return {
+        name: (counts.double().cpu().quantile(shares) / layers[name].topology.shape[1]).tolist()
+        for name, counts in fan_ins(model).items()
+        if counts.numel()
+    }
+
+
 def _checkpoint(trainer: Trainer, *, finished: bool = False) -> dict[str, Any]:
     return {"config": trainer.config.to_dict(), "finished": finished, **trainer.state_dict()}
 
@@ -176,6 +188,7 @@ def _results(
             "actual": overall_sparsity(trainer.model),
             "layers": layer_sparsities(trainer.model),
             "live_outputs": live_outputs(trainer.model),
+            "fan_in": _fan_in_quantiles(trainer.model),
         },
         "flops": trainer.flop_counts(),
         "memory": flops.memory_report(trainer.model, trainer.optimizer),

@@ -20,6 +20,7 @@ from sparse_moon.app.run_data import RunData, plain_batches
 from sparse_moon.capture import CapturedStep
 from sparse_moon.distributed import mean_over_processes_, world_size
 from sparse_moon.nn import overall_sparsity, refresh_batch_norm
+from sparse_moon.nn.movement import Movement
 from sparse_moon.reliability import Reliability
 from sparse_moon.step_clock import StepClock
 
@@ -46,6 +47,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type) if config.amp == "float16" else None
         self.clock = StepClock(self.device)
         self.diagnostics = Diagnostics(run, ood_sets or {}) if config.diagnostics else None
+        self.movement = Movement(self.model) if self.method.updates else None
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.lr = learning_rate(config, self.total_steps)
@@ -109,6 +111,8 @@ class Trainer:
         self.reliability.end_epoch(self.model, self.epoch)
         row["test_accuracy"] = self._test_accuracy()
         row["time_s"] = time.perf_counter() - started
+        if self.movement is not None:
+            row["moved"] = self.movement.look()
         if self.diagnostics is not None:
             row |= self.diagnostics.figures()
         self.history.append(row)
@@ -233,6 +237,8 @@ class Trainer:
                 self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["random_state"])
             self.epoch, self.history = state["epoch"], list(state["history"])
+            if self.movement is not None:
+                self.movement.look()  # from here on; the start is the one that the seed makes
             if not 0 <= self.epoch == len(self.history) <= self.config.epochs:
                 raise ValueError(f"{self.epoch} epochs, {len(self.history)} of them with metrics")
         except Exception as error:  # what does not fit has no one kind of error

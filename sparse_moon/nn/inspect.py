@@ -171,6 +171,13 @@ def live_outputs(model: nn.Module) -> dict[str, float]:
     }
 
 
+def fan_ins(model: nn.Module) -> dict[str, Tensor]:
+    """How many weights the outputs of every sparse layer have: (rows / bh,) int64, a number a row of blocks."""
+    return {
+        n: layer.topology.row_ptr.diff().long() * layer.topology.block[1] for n, layer in sparse_layers(model).items()
+    }
+
+
 def overall_sparsity(model: nn.Module) -> float:
     """Share of all weights of a model that do not exist.
 
