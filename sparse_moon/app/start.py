@@ -39,7 +39,7 @@ def train(
             ``"moon-cifar10"``; by default the command line's defaults.
         out: the run's folder; by default in ``runs/``, named after the settings.
         resume: continue the run in ``out`` from its checkpoint, or begin it.
-        progress: show a progress bar on a terminal, and elsewhere print a line an epoch.
+        progress: show a progress bar on a terminal and in a notebook, and elsewhere print a line an epoch.
         time_dense: in the end time steps of the network and of the same made dense, in turn.
         log: write the metrics of each epoch to ``metrics.csv`` (``"csv"``) or event files (``"tensorboard"``) as well.
         settings: single settings, with underscores: ``sparsity=0.95``; they precede those of ``config``. Modules that

@@ -22,6 +22,7 @@ from sparse_moon.app.environment import environment
 from sparse_moon.app.evaluate import evaluate_model, scores_for
 from sparse_moon.app.experiment import PLACE
 from sparse_moon.app.logs import Logs
+from sparse_moon.app.progress import live_stream
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_dataset, load_ood_sets
 from sparse_moon.app.step_times import beside_dense
@@ -43,7 +44,7 @@ def train(
         folder: where the run is written; it must not hold another run unless ``resume``.
         resume: continue from the folder's checkpoint (from the start if there is none yet); the end is the same, bit
             for bit, as that of an uninterrupted run. A finished run stays as it is.
-        progress: show a progress bar on a terminal, and elsewhere print a line an epoch.
+        progress: show a progress bar on a terminal and in a notebook, and elsewhere print a line an epoch.
         time_dense: after training, time a few steps of the network beside those of the same network made dense, on
             copies; of a finished run as well, whose results then gain them.
         log: what to write the metrics of each epoch to besides ``metrics.jsonl``: ``"csv"``, ``"tensorboard"``; of a
@@ -95,15 +96,15 @@ def _train(
 
     done = trainer.epoch * len(trainer.batches)
     shown = progress and main
-    on_terminal = shown and sys.stderr.isatty()
-    with tqdm(total=trainer.total_steps, initial=done, unit="batch", disable=not on_terminal) as bar:
+    stream = live_stream() if shown else None
+    with tqdm(total=trainer.total_steps, initial=done, unit="batch", file=stream, disable=stream is None) as bar:
         while trainer.epoch < config.epochs:
             trainer.run_epoch(bar)
             if main:
                 run_folder.write_checkpoint(folder, _checkpoint(trainer))
                 run_folder.write_metrics(folder, trainer.history)
                 logs.write(trainer.history)
-            if shown and not on_terminal:
+            if shown and stream is None:
                 print(_line(trainer), file=sys.stderr, flush=True)
     # a finished run is here again because files were removed since
     model = trainer.predictor() if finished else trainer.finish()
