@@ -44,6 +44,11 @@ def training():
             "criterion": torch.nn.CrossEntropyLoss()}  # fmt: skip
 
 
+def training_dense():
+    found = data()
+    return {**found, **dense(), "steps": len(found["loader"]), "criterion": torch.nn.CrossEntropyLoss()}
+
+
 def captured():
     warnings.filterwarnings("ignore", "training steps are not captured")  # without a GPU; pytest undoes it
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,6 +100,7 @@ PRELUDES = {
     "data": data,
     "dense": dense,
     "training": training,
+    "training_dense": training_dense,
     "captured": captured,
     "ood": ood,
     "service": service,
