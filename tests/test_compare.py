@@ -75,7 +75,7 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
 
 def test_a_configuration_of_train_holds_for_all_runs(tmp_path, capsys, monkeypatch):
     started = []
-    monkeypatch.setattr(compare, "run_all", lambda configs, folder, jobs: (started.extend(configs), [])[1])
+    monkeypatch.setattr(compare, "run_all", lambda configs, folder, **_: (started.extend(configs), [])[1])
     monkeypatch.setattr(comparison, "write_table", lambda folder: {"near": [], "rows": []})
     main(["compare", "--config", "moon-mnist", "--method", "rigl", "set", "--epochs", "15", "--out", str(tmp_path)])
     assert [(c.method, c.reliability, c.sparsity, c.seed) for c in started] == [
@@ -254,7 +254,7 @@ def test_wrong_arguments(tmp_path, capsys):
 
 def test_dense_runs_are_not_repeated_for_each_sparsity(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(compare, "run_all", lambda configs, folder, jobs: (asked.extend(configs), ["none"])[1])
+    monkeypatch.setattr(compare, "run_all", lambda configs, folder, **_: (asked.extend(configs), ["none"])[1])
     monkeypatch.setattr(comparison, "write_table", lambda folder: {"rows": [], "near": []})
     with pytest.raises(SystemExit):
         main(["compare", "--out", str(tmp_path), "--method", "dense", "set", "--sparsity", "0.9", "0.95", "--seed", "3",
