@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sparse_moon.distributed import sum_over_processes
 from sparse_moon.nn import SparseLayer
+from sparse_moon.sharding import is_sharded, part_of
 
 
 class DenseGradient:
@@ -29,11 +31,14 @@ class DenseGradient:
         self.reduced: object = None
         self._pass = -1  # number of the backward pass that was looked at last
         self._passes = 0
-        probe = self.values.detach().new_zeros(()).expand(layers[0].topology.shape).detach().requires_grad_()
+        self._synchronized = not is_sharded(self.values)  # whether values.grad has the gradients of all passes
+        probe = part_of(self.values.detach()).new_zeros(()).expand(layers[0].topology.shape).detach().requires_grad_()
         for layer in layers:
             layer.probe = probe
         self._hooks = [
-            self.values.register_hook(lambda _: self._look()),
+            self.values.register_post_accumulate_grad_hook(self._note_synchronized)
+            if is_sharded(self.values)
+            else self.values.register_hook(lambda _: self._look()),
             probe.register_post_accumulate_grad_hook(self._take),
         ]
 
@@ -56,9 +61,18 @@ class DenseGradient:
         if number == self._pass:
             return
         self._pass = number
-        grad = self.values.grad
-        if grad is None or (grad.numel() and not grad.any()):
+        if self._synchronized and self._passes and self._thrown_away():
             self.total, self.reduced, self._passes = None, None, 0
+
+    def _thrown_away(self) -> bool:
+        grad = self.values.grad
+        if grad is None or not is_sharded(grad):
+            return grad is None or bool(grad.numel() and not grad.any())
+        return not sum_over_processes(part_of(grad).any().float())
+
+    def _note_synchronized(self, _: Tensor) -> None:
+        """After FSDP2 has reduced the gradients, which it may leave until a later pass."""
+        self._synchronized = True
 
     @torch.no_grad()
     def _take(self, probe: Tensor) -> None:
@@ -66,6 +80,7 @@ class DenseGradient:
         grad, probe.grad = probe.grad, None
         assert grad is not None
         self._passes += 1
+        self._synchronized = not is_sharded(self.values)
         if self.reduce is None:
             self.total = grad if self.total is None else self.total + grad
         elif self._passes > 1:

@@ -24,6 +24,7 @@ from sparse_moon.algorithms.optimizers import (
 from sparse_moon.algorithms.run import TrainingRun
 from sparse_moon.nn import SparseLayer, sparse_layers
 from sparse_moon.ops.drop_and_grow import Regrown
+from sparse_moon.sharding import gathered, reshard
 
 
 class UpdateArguments(TypedDict, total=False):
@@ -190,6 +191,8 @@ class DynamicMethod(Method):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._reached = [], set()
+        if self.updates_now:
+            reshard(self.sharding_modules)
         if self.updates_now and self.exchanges:
             for layer in self.layers.values():
                 if layer.values.requires_grad:
@@ -231,13 +234,15 @@ class DynamicMethod(Method):
 
     @torch.no_grad()
     def _update(self) -> None:
+        reshard(self.sharding_modules)
         self._check_layers()
         training = [layer for layer in self.layers.values() if layer.values.requires_grad]
         for layer in training:  # before anything has moved
             check_state(self.optimizer, layer.values, self.moved_state)
         moved = 0
         for layer in training:
-            regrown = self.regrow(layer)
+            with gathered(layer, "values", layer.values):
+                regrown = self.regrow(layer)
             if regrown is not None:
                 moved += 1
                 move_state(self.optimizer, layer.values, regrown)

@@ -23,6 +23,7 @@ from sparse_moon.nn import Selection, sparse_layers
 from sparse_moon.nn.inspect import tied_layers
 from sparse_moon.registry import Registry
 from sparse_moon.settings import NoOptions
+from sparse_moon.sharding import division_problem, is_sharded, reshard, sharding_modules
 from sparse_moon.weight_decay import check_weight_decay
 
 ALGORITHMS: "Registry[Method]" = Registry("method", "sparse_moon.algorithms", "Method")
@@ -48,7 +49,8 @@ class Method:
 
     Raises:
         ValueError: the optimizer holds none of the model's trainable parameters, or none of the sparse layers' values;
-            several processes with different topologies.
+            several processes with different topologies; values that are divided among processes (``fully_shard``) in
+            another way than along their first dimension, or where the method changes their number.
     """
 
     name = "method"
@@ -68,6 +70,9 @@ class Method:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self.sharding_modules = sharding_modules(model)
+        """The modules that FSDP2's ``fully_shard`` was called for."""
+        reshard(self.sharding_modules)
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             for layer in sparse_layers(model).values():
                 layer.topology.check(broadcast=True)
@@ -96,6 +101,7 @@ class Method:
                 f"the optimizer does not hold the values of {others}: they do not train and keep their topology",
                 stacklevel=3,
             )
+        self._check_division()
         if launched_alone():
             warnings.warn(
                 "several processes were started, but torch.distributed is not initialised: each trains a network of "
@@ -150,6 +156,19 @@ class Method:
     def growth(cls, options: Any, drop_fraction: float, stop: float) -> float:
         """Mean share of weights, over the whole training, that exist besides those in the end; 0 by default."""
         return 0.0
+
+    def _check_division(self) -> None:
+        """Whether the values are whole, or divided among processes in a way that the method can follow."""
+        for name, layer in self.layers.items():
+            problem = division_problem(layer.values)
+            if problem is None and self.resizes and is_sharded(layer.values):
+                problem = "the method changes their number, which a sharded parameter cannot follow"
+            if problem:
+                raise ValueError(
+                    f"method {self.name!r} cannot train the values of layer {name!r} where they are divided among "
+                    f"processes: {problem}. Use one mesh of all processes, and a method that keeps the number of "
+                    "weights (rigl, set), or DistributedDataParallel"
+                )
 
     def _check_processes(self, when: str) -> None:
         if world_size() > 1 and self.layers:

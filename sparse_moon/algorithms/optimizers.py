@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from sparse_moon.ops.drop_and_grow import Regrown
+from sparse_moon.sharding import divided_alike, divided_like, part_of
 
 if TYPE_CHECKING:
     from sparse_moon.algorithms.method import Method
@@ -144,7 +144,7 @@ def _is_per_weight(optimizer: Optimizer, key: str, state: Any, values: nn.Parame
     if isinstance(state, Tensor) and (state.dim() == 0 or (state.numel() <= 1 and state.shape != values.shape)):
         return False
     fits = isinstance(state, Tensor) and state.shape[:1] == values.shape[:1] and state.is_floating_point()
-    if fits and (_is_plain(state) or _dequantized(state) is not None):
+    if fits and divided_alike(state, values) and (_is_plain(state) or _dequantized(state) is not None):
         return True
     shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
     raise ValueError(
@@ -155,7 +155,7 @@ def _is_per_weight(optimizer: Optimizer, key: str, state: Any, values: nn.Parame
 
 
 def _is_plain(state: Tensor) -> bool:
-    return type(state) in (Tensor, nn.Parameter)
+    return type(part_of(state)) in (Tensor, nn.Parameter)
 
 
 def _dequantized(state: Tensor) -> Tensor | None:
@@ -177,7 +177,7 @@ def _moved(optimizer: Optimizer, key: str, state: Any, values: nn.Parameter, reg
     if start == 0.0:  # as new ones are
         return moved
     new = (regrown.source < 0).view(-1, *[1] * (moved.dim() - 1))
-    return torch.where(new, torch.as_tensor(start, dtype=moved.dtype, device=moved.device), moved)
+    return moved.masked_fill(divided_like(new, moved), start)
 
 
 def _requantized(optimizer: Optimizer, key: str, state: Tensor, regrown: Regrown) -> Tensor:

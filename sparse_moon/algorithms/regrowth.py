@@ -16,6 +16,7 @@ from sparse_moon.ops.bernoulli_mask import random_scores
 from sparse_moon.ops.drop_and_grow import Regrown
 from sparse_moon.options import MESTOptions
 from sparse_moon.schedules import Cosine, Schedule
+from sparse_moon.sharding import gathered, is_sharded, part_of
 
 # Random growth draws from streams of its own, apart from those that number masks.
 _GROWTH_STREAM = 1 << 31
@@ -129,11 +130,11 @@ class MEST(SET):
         soft_memory_bound: bool = False,
         **arguments: Unpack[ExchangeArguments],
     ) -> None:
+        self.resizes = soft_memory_bound
         super().__init__(model, optimizer, **arguments)
         if gradient_weight < 0.0:
             raise ValueError(f"gradient_weight must be at least 0, got {gradient_weight}")
         self.gradient_weight = gradient_weight
-        self.resizes = soft_memory_bound
 
     def counts(self, layer: SparseLayer) -> tuple[int, int]:
         if not self.resizes:
@@ -150,8 +151,11 @@ class MEST(SET):
         return score + self.gradient_weight * layer.topology.value_scores(layer.values.grad)
 
     def _gradients_finite(self) -> bool:
-        grads = [layer.values.grad for layer in self.layers.values()]
-        return all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
+        grads = [part_of(layer.values.grad) for layer in self.layers.values() if layer.values.grad is not None]
+        if not grads:
+            return True
+        infinite = torch.stack([grad.isfinite().all().logical_not() for grad in grads]).any()
+        return not sum_over_processes(infinite.float())
 
 
 class RigL(SET):
@@ -183,19 +187,22 @@ class RigL(SET):
         self._choices: dict[SparseLayer, _Choice] = {}
         if not self.updates_now:
             return
-        at_once = self.backwards_per_step == 1 and world_size() == 1
         for layer in self.layers.values():
             if not layer.values.requires_grad:  # frozen by now
                 continue
+            # the processes that share a sharded layer go through its backward pass together, in any case
+            at_once = self.backwards_per_step == 1 and (world_size() == 1 or is_sharded(layer.values))
             reduce = partial(self._choose, layer) if at_once else None
             self._gradients[layer] = DenseGradient(self.tied[layer], reduce)
 
     @torch.no_grad()
     def _choose(self, layer: SparseLayer, grad: Tensor) -> "_Choice":
+        mean_over_processes_(grad)
         self._present[layer] = grad
         finite = grad.isfinite().all()
         try:
-            return _Choice(self.choose(layer), finite)
+            with gathered(layer, "values", self._gradients[layer].values):
+                return _Choice(self.choose(layer), finite)
         finally:
             del self._present[layer]
 
@@ -228,7 +235,6 @@ class RigL(SET):
             total = gradient.total if gradient.there else None
             if total is None:
                 total = layer.values.new_zeros(layer.topology.shape)
-            mean_over_processes_(total)
             self._choices[layer] = self._choose(layer, total)
         return all(bool(choice.finite) for choice in self._choices.values())
 

@@ -59,6 +59,7 @@ class SRigL(RigL):
         no_ablation: Collection[str] | None = None,
         **arguments: Unpack[ExchangeArguments],
     ) -> None:
+        self.resizes = gamma_sal > 0.0
         super().__init__(model, optimizer, **arguments)
         if not 0.0 <= gamma_sal <= 1.0:
             raise ValueError(f"gamma_sal must be in [0, 1], got {gamma_sal}")
@@ -73,7 +74,6 @@ class SRigL(RigL):
                 f"rows of different lengths in {uneven}: give the model a constant fan-in, "
                 "sparsify(..., selection='constant_fan_in')"
             )
-        self.resizes = gamma_sal > 0.0
         self.gamma_sal = {layer: 0.0 if name in whole else gamma_sal for name, layer in self.layers.items()}
 
     def choose(self, layer: SparseLayer) -> Regrown:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_moon.ops.index import entry_rows
+from sparse_moon.sharding import is_sharded
 from sparse_moon.topology import Topology
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ class Watch:
 
     def note(self, layer: "SparseLayer") -> None:
         """The present values are the layer's own."""
-        self.start = (
-            None if layer.values.device.type == "meta" else _first_of_blocks(layer.values)[:_MOST_SLOTS].clone()
-        )
+        there = layer.values.device.type != "meta" and not is_sharded(layer.values)
+        self.start = _first_of_blocks(layer.values)[:_MOST_SLOTS].clone() if there else None
         self.quiet, self._moves, self._moved = None, -1, []
 
     def has_followed(self, layer: "SparseLayer") -> bool:
@@ -78,7 +78,7 @@ class Watch:
         values = _first_of_blocks(layer.values)[:_MOST_SLOTS]
         for moved in self._moved:
             other = moved.layer()
-            if other is not None and other.values.shape == layer.values.shape:
+            if other is not None and other.values.shape == layer.values.shape and not is_sharded(other.values):
                 theirs = _first_of_blocks(other.values)[:_MOST_SLOTS]
                 if _goes_with(values, self.start, theirs, moved.slots, layer.topology):
                     return True

@@ -14,6 +14,7 @@ from sparse_moon.nn.guards import Anchor, ReadOnlyWeight, resize
 from sparse_moon.nn.low_rank import LowRank
 from sparse_moon.ops import Geometry, Plan
 from sparse_moon.ops.registry import transformed
+from sparse_moon.sharding import is_sharded
 from sparse_moon.topology import Index, Topology, matrix_to_weight, pattern_name, weight_to_matrix
 
 
@@ -167,6 +168,11 @@ class SparseLayer(nn.Module):
         return self._dense(self._adapted())
 
     def _dense(self, values: Tensor, probe: Tensor | None = None) -> Tensor:
+        if is_sharded(values):
+            raise ValueError(
+                f"the values of this {type(self).__name__} are divided among processes: call unshard() of the module "
+                "that fully_shard was called for, on every process, and reshard() after"
+            )
         matrix = self.topology.to_dense(values)
         if probe is not None:  # a growth step: it is zero, and gets the dense gradient
             matrix = matrix + probe
@@ -179,7 +185,12 @@ class SparseLayer(nn.Module):
         return matrix_to_weight(self.topology.mask(), self.weight_shape, self.topology.block[1])
 
     def replace_(self, index: Index, values: Tensor) -> None:
-        """Take over another topology of the same grid and its values; :attr:`values` stays the same parameter."""
+        """Take over another topology of the same grid and its values; :attr:`values` stays the same parameter.
+
+        Raises:
+            ValueError: another number of values where they are divided among processes.
+        """
+        self._check_size(values.shape)
         self.topology.replace_(index)
         if values.shape == self.values.shape:
             with torch.no_grad():
@@ -187,6 +198,13 @@ class SparseLayer(nn.Module):
         else:
             resize(self.values, values)
         self.note_written()
+
+    def _check_size(self, shape: torch.Size) -> None:
+        if is_sharded(self.values) and shape != self.values.shape:
+            raise ValueError(
+                f"values of shape {tuple(self.values.shape)} are divided among processes (fully_shard), which cannot "
+                f"get another shape, {tuple(shape)}: make the model with that many weights before fully_shard"
+            )
 
     def note_written(self) -> None:
         """Say that the present values are meant for the present topology: after writing into a copy of a layer."""
@@ -209,6 +227,7 @@ class SparseLayer(nn.Module):
             # where training changes the number of weights, a checkpoint holds another one than a new model
             shape = None if col is None else (*col.shape, *self.values.shape[1:])
             if values is not None and values.shape != self.values.shape and values.shape == shape:
+                self._check_size(values.shape)
                 resize(self.values, self.values.detach().new_empty(values.shape))
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
             if values is not None:

@@ -13,6 +13,7 @@ from sparse_moon.ops.index import Index, entry_positions
 from sparse_moon.ops.native import current_stream, native, require_cuda
 from sparse_moon.ops.registry import behind, call, define, implement
 from sparse_moon.ops.transpose_index import build_index
+from sparse_moon.sharding import divided_like, is_sharded, whole
 
 if TYPE_CHECKING:
     from sparse_moon.topology import Topology
@@ -37,7 +38,12 @@ class Regrown:
     """(m,) int32: place of each new entry among the old ones, or -1 for one that has just been grown."""
 
     def remap(self, old: Tensor) -> Tensor:
-        """What belongs to the new entries (m, ...) of a per-entry tensor (n, ...): moved along, 0 where just grown."""
+        """What belongs to the new entries (m, ...) of a per-entry tensor (n, ...): moved along, 0 where just grown.
+
+        A sharded tensor, which all processes have to bring, stays divided as it is.
+        """
+        if is_sharded(old):
+            return divided_like(self.remap(whole(old)), old)
         if old.shape[0] == 0:
             return old.new_zeros(self.source.shape[0], *old.shape[1:])
         kept = (self.source >= 0).view(-1, *[1] * (old.dim() - 1))
