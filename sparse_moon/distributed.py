@@ -1,6 +1,7 @@
 """What several processes need to agree on. Without an initialised process group there is one process."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,3 +50,18 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def from_every_process(value: Any) -> list[Any]:
+    """What each process says, by their numbers, on each of them; anything that can be pickled."""
+    said = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(said, value)
+    return said
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise ``ValueError`` on every process with the first problem that one of them has; none waits for another."""
+    problems = [said for said in from_every_process(problem) if said is not None]
+    if problems:
+        raise ValueError(problems[0])

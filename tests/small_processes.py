@@ -10,6 +10,12 @@ import torch
 import torch.distributed as dist
 
 
+def environment() -> dict[str, str]:
+    """That of processes with one thread each, which find what test files share."""
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+
+
 def run_processes(file: str, world: int, *arguments: object) -> None:
     """Run a test file as so many processes, each of which calls :func:`join` with ``sys.argv``.
 
@@ -19,9 +25,8 @@ def run_processes(file: str, world: int, *arguments: object) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     commands = [[sys.executable, file, str(port), str(world), str(rank), *map(str, arguments)] for rank in range(world)]
-    processes = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    processes = [subprocess.Popen(c, env=environment(), stderr=subprocess.PIPE, text=True) for c in commands]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     failed = [error for process, error in zip(processes, errors, strict=True) if process.returncode]
     assert not failed, "\n".join(failed)

@@ -1,0 +1,225 @@
+"""Checkpoints of training in several processes, by ``torch.distributed.checkpoint`` (DCP).
+
+A folder by :func:`save_checkpoint` has what all processes have of model, optimizer and method, and is loaded by any
+number of processes, in DistributedDataParallel, FSDP2 or alone. It holds
+
+- ``steps-N-K/``: DCP's own files, of the batch N.
+- ``checkpoint.json``: which folder that is, SHA-256 of its files, and the shapes of all tensors. It is written last, so
+  that a run that is killed while it saves leaves the checkpoint before.
+"""
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+
+from sparse_moon.algorithms import Method
+from sparse_moon.algorithms.optimizers import inner_optimizers, stepping
+from sparse_moon.distributed import from_every_process, raise_together, rank, world_size
+from sparse_moon.files import read_json, write_json
+from sparse_moon.nn.plan import some
+
+_FORMAT = "sparse_moon checkpoint 1"
+_FILE = "checkpoint.json"
+
+
+class TrainingState:
+    """Model, optimizer, method and random numbers as DCP takes them: a ``Stateful``.
+
+    For callers of DCP itself, as ``dcp.async_save({"training": TrainingState(model, method)}, ...)``, who go without
+    the checks of :func:`load_checkpoint`.
+
+    Args:
+        model: as the method has it, after ``fully_shard``, in DistributedDataParallel, or plain.
+        method: with the optimizer; between two batches.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        self.model, self.method = model, method
+        self.optimizer = inner_optimizers(method.optimizer)[-1]
+        self.random = True
+        """Whether the random numbers of the processes are part of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors of the parameters' canonical names, divided among processes as the parameters are."""
+        with stepping(self.optimizer):  # where it has no state yet, DCP lets it make a step by nothing
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "method": self.method.state_dict()}
+        if self.random:
+            state["random"] = {f"process {rank()}": _random_state()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        with stepping(self.optimizer):
+            set_state_dict(
+                self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+        self.method.load_state_dict(state["method"])
+        if "random" in state:
+            _set_random_state(state["random"][f"process {rank()}"])
+
+
+def _randomness() -> str:
+    """What a state of random numbers is of; another one cannot take it over."""
+    return f"{world_size()} processes{' with cuda' if torch.cuda.is_available() else ''}"
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_checkpoint(
+    folder: str | Path, model: nn.Module, method: Method, more: Mapping[str, Stateful] | None = None
+) -> None:
+    """Write what a run needs to go on; every process calls it, between two batches.
+
+    A checkpoint that is there is replaced as a whole.
+
+    Args:
+        folder: on a file system that all processes see.
+        model, method: as for :class:`TrainingState`.
+        more: other objects with ``state_dict`` and ``load_state_dict``, by name: a learning rate schedule, a loader.
+
+    Raises:
+        ValueError: a name that is taken.
+        OSError: it cannot be written.
+    """
+    folder, state = Path(folder), TrainingState(model, method)
+    parts = _parts(state, more)
+    name = from_every_process(_new_name(folder, method.steps) if rank() == 0 else None)[0]
+    with _quiet_alone():
+        dcp.save(parts, checkpoint_id=folder / name)
+    digests = _digests(folder / name, sorted(path.name for path in (folder / name).iterdir()))
+    tensors = _kinds(state.state_dict())
+    if rank() == 0:
+        content = {
+            "format": _FORMAT, "torch": torch.__version__, "folder": name, "random": _randomness(),
+            "method": method.name, "steps": method.steps, "more": sorted(more or {}), "tensors": tensors,
+            "files": digests,
+        }  # fmt: skip
+        write_json(folder / _FILE, content)
+        for old in folder.glob("steps-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+    from_every_process(None)  # nobody goes on, or is killed for having ended, before it is all there
+
+
+def load_checkpoint(
+    folder: str | Path, model: nn.Module, method: Method, more: Mapping[str, Stateful] | None = None
+) -> None:
+    """Go on from :func:`save_checkpoint`, with any number of processes; every process calls it.
+
+    The model has as many weights as it had (the same ``sparsify``), wherever they are; optimizer and method are made
+    as they were. With as many processes as before the run then ends as one that was not interrupted, bit for bit, as
+    far as the batches are the same.
+
+    Args:
+        folder ... more: as for :func:`save_checkpoint`.
+
+    Raises:
+        ValueError: no checkpoint, a damaged or missing file, another method, or tensors that the model does not have,
+            or has in other shapes; on every process, and before anything is changed.
+    """
+    folder, state = Path(folder), TrainingState(model, method)
+    content = _read(folder, method, more)
+    state.random = content["random"] == _randomness()
+    raise_together(_difference(content["tensors"], _kinds(state.state_dict())))
+    with _quiet_alone():
+        dcp.load(_parts(state, more), checkpoint_id=folder / content["folder"])
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """One process alone is meant to be so, DCP need not say it."""
+    with warnings.catch_warnings():
+        if world_size() == 1:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _parts(state: TrainingState, more: Mapping[str, Stateful] | None) -> dict[str, Any]:
+    if "training" in (more or {}):
+        raise ValueError("more has the name 'training', which is that of model, optimizer and method")
+    return {"training": state, **(more or {})}
+
+
+def _new_name(folder: Path, steps: int) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while (folder / f"steps-{steps}-{number}").exists():
+        number += 1
+    return f"steps-{steps}-{number}"
+
+
+def _read(folder: Path, method: Method, more: Mapping[str, Stateful] | None) -> dict[str, Any]:
+    """Content of the JSON file, after a look at all others; each process looks at a part of them."""
+    content, problem = {}, None
+    try:
+        content = read_json(folder / _FILE)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{folder / _FILE} is not of a checkpoint by save_checkpoint ({_FORMAT!r})")
+        if content["method"] != method.name:
+            raise ValueError(f"{folder} is a checkpoint of method {content['method']!r}, this is {method.name!r}")
+        if content["more"] != sorted(more or {}):
+            raise ValueError(f"{folder} has {content['more']} besides, asked for are {sorted(more or {})}")
+    except ValueError as error:
+        problem = str(error)
+    raise_together(problem)
+    found = _digests(folder / content["folder"], list(content["files"]))
+    damaged = [name for name, digest in content["files"].items() if found[name] != digest]
+    raise_together(
+        f"{folder / content['folder']} is damaged: {', '.join(damaged)} missing or not as written" if damaged else None
+    )
+    return content
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str | None]:
+    """SHA-256 of files, None of those that cannot be read; each process reads a part of them."""
+    own: dict[str, str | None] = {}
+    for name in names[rank() :: world_size()]:
+        try:
+            with (folder / name).open("rb") as file:
+                own[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            own[name] = None
+    return {name: digest for said in from_every_process(own) for name, digest in said.items()}
+
+
+def _kinds(state: Mapping[str, Any]) -> dict[str, str]:
+    """Dtypes and shapes of the tensors of model and optimizer, by name."""
+    named = {f"model {name}": tensor for name, tensor in state["model"].items()}
+    for name, states in state["optimizer"]["state"].items():
+        named |= {f"optimizer {name} {key}": tensor for key, tensor in states.items()}
+    return {name: f"{t.dtype} {list(t.shape)}" for name, t in named.items() if isinstance(t, Tensor)}
+
+
+def _difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
+    """What keeps such tensors from being loaded, or None."""
+    said = {
+        "it has no": [name for name in here if name not in there],
+        "the run has no": [name for name in there if name not in here],
+        "it has": [
+            f"{name} {there[name]}, not {here[name]}" for name in here if there.get(name, here[name]) != here[name]
+        ],
+    }
+    problems = [f"{what} {some(names)}" for what, names in said.items() if names]
+    return f"the checkpoint is of another model or optimizer: {'; '.join(problems)}" if problems else None

@@ -1,0 +1,228 @@
+"""Checkpoints of several processes: another number of them, damage, and a run that is killed and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparse_moon as sm
+from small_processes import environment, join, leave, run_processes
+from sparse_moon.integrations.checkpoint import load_checkpoint, save_checkpoint
+from sparse_moon.sharding import whole
+
+STEPS, INTERVAL, SAVED = 11, 3, 6
+OPTIMIZERS = {
+    "momentum": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2),
+}
+warnings.simplefilter("error")
+
+
+def make_run(seed, optimizer, wrap, dropout=0.0, attached=False, sparsity=0.5):
+    """Model and method; topology and weights are those of the seed."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(12, 24), nn.Dropout(dropout), nn.ReLU(), nn.Linear(24, 5)).double()
+    model = wrap(sm.sparsify(model, sparsity, "uniform", first_dense=False))
+    method = sm.RigL(model, OPTIMIZERS[optimizer](model.parameters()), total_steps=STEPS, interval=INTERVAL, stop=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(method.optimizer, 4)
+    return model, method.attach() if attached else method, schedule
+
+
+def wrap(model):
+    from torch.distributed import get_world_size, is_initialized
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (get_world_size(),))) if is_initialized() else model
+
+
+def parallel(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def train(model, method, schedule, first, last, number=0, world=1):
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 12, generator=generator, dtype=torch.float64).chunk(world)[number]
+        y = torch.randint(0, 5, (8,), generator=generator).chunk(world)[number]
+        F.cross_entropy(model(x), y).backward()
+        method.optimizer.step() if method.attached else method.step()
+        schedule.step()
+        method.optimizer.zero_grad()
+
+
+def state_of(model, method):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {f"{names[p]}/{key}": v for p, states in method.optimizer.state.items() for key, v in states.items()}
+    everything = {**model.state_dict(), **state, "steps": torch.tensor(method.steps)}
+    return {name.removeprefix("module."): whole(tensor).clone() for name, tensor in everything.items()}
+
+
+def go_on(folder, optimizer, number, world, wrap=wrap):
+    """A run of another seed that goes on from the checkpoint."""
+    model, method, schedule = make_run(2, optimizer, wrap)
+    load_checkpoint(folder / optimizer, model, method, {"schedule": schedule})
+    loaded = state_of(model, method)
+    train(model, method, schedule, SAVED, STEPS, number, world)
+    return {"loaded": loaded, "end": state_of(model, method)}
+
+
+def worker(folder, task):
+    from torch.distributed import get_rank, get_world_size
+
+    number, world = get_rank(), get_world_size()
+    results = {}
+    for optimizer in OPTIMIZERS:
+        if task == "save":
+            run = make_run(1, optimizer, wrap)
+            train(*run, 0, SAVED, number, world)
+            save_checkpoint(folder / optimizer, *run[:2], {"schedule": run[2]})
+            results[optimizer] = {"loaded": state_of(*run[:2])}
+            train(*run, SAVED, STEPS, number, world)
+            results[optimizer]["end"] = state_of(*run[:2])
+        else:
+            results[optimizer] = go_on(folder, optimizer, number, world)
+            if world == 2:
+                results[f"{optimizer} ddp"] = go_on(folder, optimizer, number, world, parallel)
+    if task == "save":
+        damage(folder, number)
+    torch.save(results, folder / f"{task}-{world}-{number}.pt")
+
+
+def damage(folder, number):
+    """What is wrong is said on every process, and nothing is changed."""
+    from torch.distributed import barrier
+
+    file = next((folder / "adamw").glob("steps-*/*.distcp"))
+    content = file.read_bytes()
+    barrier()
+    if number == 0:
+        file.write_bytes(content[:-99] + bytes([content[-99] ^ 1]) + content[-98:])
+    barrier()
+    model, method, schedule = make_run(2, "adamw", wrap)
+    before = state_of(model, method)
+    with pytest.raises(ValueError, match=rf"is damaged: {file.name} missing or not as written"):
+        load_checkpoint(folder / "adamw", model, method, {"schedule": schedule})
+    assert all(torch.equal(before[name], tensor) for name, tensor in state_of(model, method).items())
+    barrier()
+    if number == 0:
+        file.write_bytes(content)
+    barrier()
+
+
+def load_all(folder, name):
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{name}-*.pt"))]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(tmp_path, before, after):
+    run_processes(__file__, before, tmp_path, "save")
+    for world in {after, 2}:  # with as many as before the run ends bit for bit as it did
+        run_processes(__file__, world, tmp_path, "load")
+    saved = load_all(tmp_path, f"save-{before}")[0]
+    for world in {after, 2, 1}:
+        if world == 1:
+            found = [{optimizer: go_on(tmp_path, optimizer, 0, 1) for optimizer in OPTIMIZERS}]
+        else:
+            found = load_all(tmp_path, f"load-{world}")
+        for results in found:
+            for case, states in results.items():
+                expected = saved[case.split()[0]]
+                for name, tensor in expected["loaded"].items():
+                    assert torch.equal(states["loaded"][name], tensor), (world, case, name)
+                exactly = world == before and case in OPTIMIZERS
+                for name, tensor in expected["end"].items():
+                    if exactly or not tensor.is_floating_point():
+                        assert torch.equal(states["end"][name], tensor), (world, case, name)
+                    else:  # sums in another order
+                        torch.testing.assert_close(states["end"][name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_errors(tmp_path):
+    model, method, schedule = make_run(1, "momentum", wrap)
+    with pytest.raises(ValueError, match=r"checkpoint\.json does not exist"):
+        load_checkpoint(tmp_path, model, method)
+    train(model, method, schedule, 0, 2)
+    save_checkpoint(tmp_path, model, method, {"schedule": schedule})
+    with pytest.raises(ValueError, match=r"has \['schedule'\] besides, asked for are \[\]"):
+        load_checkpoint(tmp_path, model, method)
+    more = {"schedule": schedule}
+    other = make_run(1, "adamw", wrap)
+    with pytest.raises(ValueError, match=r"it has no optimizer 0\.values step.*; the run has no optimizer 0\.val"):
+        load_checkpoint(tmp_path, *other[:2], {"schedule": other[2]})
+    other = make_run(1, "momentum", wrap, sparsity=0.6)
+    with pytest.raises(ValueError, match=r"it has model 0\.values torch.float64 \[144\], not torch.float64 \[115\]"):
+        load_checkpoint(tmp_path, *other[:2], {"schedule": other[2]})
+    static = sm.algorithms.Static(model, method.optimizer)
+    with pytest.raises(ValueError, match="a checkpoint of method 'rigl', this is 'static'"):
+        load_checkpoint(tmp_path, model, static, more)
+    with pytest.raises(ValueError, match="has the name 'training'"):
+        save_checkpoint(tmp_path, model, method, {"training": schedule})
+    first = next(tmp_path.glob("steps-*"))
+    save_checkpoint(tmp_path, model, method, more)  # of the same batch
+    assert not first.exists() and len(list(tmp_path.glob("steps-*"))) == 1
+    next(tmp_path.glob("steps-*/*.distcp")).unlink()
+    with pytest.raises(ValueError, match=r"is damaged: __0_0\.distcp missing or not as written"):
+        load_checkpoint(tmp_path, model, method, more)
+    content = json.loads((tmp_path / "checkpoint.json").read_text())
+    (tmp_path / "checkpoint.json").write_text(json.dumps({**content, "steps": 9}))
+    with pytest.raises(ValueError, match="its checksum is"):
+        load_checkpoint(tmp_path, model, method, more)
+
+
+def elastic(folder):
+    """A run under torchrun that saves now and then, and whose second process dies once."""
+    from torch.distributed import destroy_process_group, get_rank, get_world_size, init_process_group
+
+    torch.set_num_threads(1)
+    init_process_group("gloo")
+    model, method, schedule = make_run(1, "adamw", wrap, dropout=0.3, attached=True)
+    dies = (folder / "dies").exists()
+    if (folder / "checkpoint.json").exists():
+        load_checkpoint(folder, model, method, {"schedule": schedule})
+    for step in range(method.steps, STEPS):
+        if step == 8 and dies and get_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        train(model, method, schedule, step, step + 1, get_rank(), get_world_size())
+        if step % 3 == 1:
+            save_checkpoint(folder, model, method, {"schedule": schedule})
+    state = state_of(model, method)
+    if get_rank() == 0:
+        torch.save(state, folder / "end.pt")
+    destroy_process_group()
+
+
+def test_a_killed_run_goes_on_under_torchrun_bit_for_bit(tmp_path):
+    ends = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "killed":
+            (folder / "dies").touch()
+        # gloo's processes find the addresses of those before the restart in a store that outlives it (torch 2.14)
+        variables = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [*launch, "--max-restarts=1", "--monitor-interval=0.1", __file__, "elastic", str(folder)]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert ("exitcode: -9" in done.stderr) == (name == "killed"), done.stderr
+        ends.append(torch.load(folder / "end.pt", weights_only=True))
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "elastic":
+        elastic(Path(sys.argv[2]))
+    else:
+        folder, task = join(sys.argv)
+        worker(Path(folder), task)
+    leave()
