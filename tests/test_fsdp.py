@@ -46,19 +46,21 @@ def make_model():
     return sm.sparsify(model, 0.5, "uniform", first_dense=False, selection="constant_fan_in")
 
 
-def shard(model):
+def shard(model, over=None):
     from torch.distributed.fsdp import fully_shard
 
+    over = over or mesh()
     for layer in (model[0], model[2]):
-        fully_shard(layer, mesh=mesh())
-    return fully_shard(model, mesh=mesh())
+        fully_shard(layer, mesh=over)
+    return fully_shard(model, mesh=over)
 
 
-def mesh():
+def mesh(*shape):
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", (get_world_size(),))
+    shape = shape or (get_world_size(),)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
 
 
 def batches(steps, number=0, world=1):
@@ -69,7 +71,7 @@ def batches(steps, number=0, world=1):
         yield tuple(t.chunk(world)[number] for t in (x, torch.randint(0, 5, (8,), generator=generator)))
 
 
-def train(model, kind, optimizer, data, backwards=1):
+def train(model, kind, optimizer, data, backwards=1, reduce_each=False):
     """What a model and its optimizer have in the end, whole."""
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     common = {"total_steps": STEPS, "interval": 3, "stop": 0.9}
@@ -80,12 +82,14 @@ def train(model, kind, optimizer, data, backwards=1):
     updates = 0
     for x, y in data:
         if updates == 1:
+            model(x).sum().backward()  # what comes of it is thrown away
+            optimizer.zero_grad()
             with torch.no_grad():
                 model(x)  # an evaluation, which leaves the outermost module's parameters whole
         parts = list(zip(x.chunk(backwards), y.chunk(backwards), strict=True))
         for number, (x_part, y_part) in enumerate(parts):
             if hasattr(model, "set_requires_gradient_sync"):
-                model.set_requires_gradient_sync(number == len(parts) - 1)
+                model.set_requires_gradient_sync(reduce_each or number == len(parts) - 1)
             (F.cross_entropy(model(x_part), y_part) / len(parts)).backward()
         updates += method.step()
         optimizer.zero_grad()
@@ -100,7 +104,14 @@ def worker(folder):
 
     number, world = get_rank(), get_world_size()
     results = {case: train(shard(make_model()), *case, batches(STEPS, number, world)) for case in CASES[world]}
-    results["accumulated"] = train(shard(make_model()), "rigl", "momentum", batches(STEPS, number, world), 2)
+    for case, reduce_each in ("accumulated", False), ("accumulated, reduced each time", True):
+        data = batches(STEPS, number, world)
+        results[case] = train(shard(make_model()), "rigl", "momentum", data, 2, reduce_each)
+    if world == 4:
+        results["copies"] = train(shard(make_model(), mesh(2, 2)), "rigl", "momentum", batches(STEPS, number, world))
+        halves = shard(make_model(), mesh(2, 2)["parts"])
+        with pytest.raises(ValueError, match="they are divided among 2 of 4 processes"):
+            sm.SET(halves, torch.optim.SGD(halves.parameters(), 0.1), total_steps=9, interval=1)
     torch.save(results, f"{folder}/{number}.pt")
     if world == 2:
         refusals()
@@ -172,7 +183,8 @@ def test_sharded_processes_equal_one_with_the_whole_batch(tmp_path, world):
     run_processes(__file__, world, tmp_path)
     everywhere = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(world)]
     for case in everywhere[0]:
-        kind, optimizer, backwards = (*case, 1) if case != "accumulated" else ("rigl", "momentum", 2)
+        kind, optimizer = ("rigl", "momentum") if isinstance(case, str) else case
+        backwards = 2 if "accumulated" in case else 1
         alone = train(make_model(), kind, optimizer, batches(STEPS), backwards)
         for name, tensor in alone.items():
             found = [results[case][name] for results in everywhere]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 import small_frameworks
 from sparse_moon.app.cli import _parser, _with_presets, main
@@ -90,12 +91,19 @@ def hub():
     return {}
 
 
+def one_process():
+    """That of a group alone; the test ends the group."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    return {**data(epochs=1, batches=105), **dense(), "device": "cpu", "resumes": False}
+
+
 def empty():
     return {}
 
 
 PRELUDES = {
     "hub": hub,
+    "one_process": one_process,
     "empty": empty,
     "data": data,
     "dense": dense,
@@ -126,7 +134,11 @@ def test_python_runs(match, tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript") if "to_onnx" in match["code"] else ():
         pytest.importorskip(package, reason=f"{package} is not installed")
     before = set(RELIABILITY)
-    execute(match, **PRELUDES[match["prelude"]]())
+    try:
+        execute(match, **PRELUDES[match["prelude"]]())
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
     for name in RELIABILITY.keys() - before:  # that the page has defined
         del RELIABILITY[name]
 
