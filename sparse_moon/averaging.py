@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_moon import ops
 from sparse_moon.nn import sparse_layers
 from sparse_moon.random_mask import RandomMask
+from sparse_moon.sharding import refuse_sharded
 from sparse_moon.topology import Topology, build_index
 
 
@@ -20,6 +21,7 @@ class _Average(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        refuse_sharded("an average", model.parameters(), "average the checkpoints, or train in DistributedDataParallel")
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device))
 
     def _check_started(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparse_moon import ops
 from sparse_moon.nn import SparseLayer
 from sparse_moon.nn.inspect import tied_layers
+from sparse_moon.sharding import is_sharded, part_of
 
 
 class RandomMask:
@@ -82,7 +83,10 @@ class RandomMask:
 
     def mask(self, stream: int, layer: SparseLayer) -> Tensor:
         """The present draw's mask (shape of ``values``, bool) of layer number ``stream``."""
-        return ops.bernoulli_mask(layer.values, self.keep, seed=self.seed, stream=stream, step=self.step)
+        like: Tensor = layer.values
+        if is_sharded(like):  # of which the passes see the whole
+            like = part_of(like).new_empty(like.shape)
+        return ops.bernoulli_mask(like, self.keep, seed=self.seed, stream=stream, step=self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -55,6 +55,12 @@ def divided_alike(first: Tensor, second: Tensor) -> bool:
     return one.placements == other.placements and one.device_mesh == other.device_mesh
 
 
+def refuse_sharded(what: str, tensors: Iterable[Tensor], instead: str) -> None:
+    """Raise ``ValueError`` where one of the tensors is divided among processes, with what to do instead."""
+    if any(is_sharded(tensor) for tensor in tensors):
+        raise ValueError(f"{what} needs whole tensors, these are divided among processes (fully_shard): {instead}")
+
+
 def division_problem(tensor: Tensor) -> str | None:
     """What is wrong with the way in which a parameter is divided, or None.
 

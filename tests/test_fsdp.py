@@ -71,7 +71,7 @@ def batches(steps, number=0, world=1):
         yield tuple(t.chunk(world)[number] for t in (x, torch.randint(0, 5, (8,), generator=generator)))
 
 
-def train(model, kind, optimizer, data, backwards=1, reduce_each=False):
+def train(model, kind, optimizer, data, backwards=1, reduce_each=False, keep=1.0):
     """What a model and its optimizer have in the end, whole."""
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     common = {"total_steps": STEPS, "interval": 3, "stop": 0.9}
@@ -79,13 +79,15 @@ def train(model, kind, optimizer, data, backwards=1, reduce_each=False):
         common["backwards_per_step"] = backwards
     method = METHODS[kind](model, optimizer, **common)
     sizes = [layer.topology.num_blocks for layer in method.layers.values()]
-    updates = 0
+    updates, mask = 0, sm.RandomMask(model, keep) if keep < 1.0 else None
     for x, y in data:
         if updates == 1:
             model(x).sum().backward()  # what comes of it is thrown away
             optimizer.zero_grad()
             with torch.no_grad():
                 model(x)  # an evaluation, which leaves the outermost module's parameters whole
+        if mask is not None:
+            mask.draw()
         parts = list(zip(x.chunk(backwards), y.chunk(backwards), strict=True))
         for number, (x_part, y_part) in enumerate(parts):
             if hasattr(model, "set_requires_gradient_sync"):
@@ -107,6 +109,7 @@ def worker(folder):
     for case, reduce_each in ("accumulated", False), ("accumulated, reduced each time", True):
         data = batches(STEPS, number, world)
         results[case] = train(shard(make_model()), "rigl", "momentum", data, 2, reduce_each)
+    results["masked"] = train(shard(make_model()), "rigl", "momentum", batches(STEPS, number, world), keep=0.8)
     if world == 4:
         results["copies"] = train(shard(make_model(), mesh(2, 2)), "rigl", "momentum", batches(STEPS, number, world))
         halves = shard(make_model(), mesh(2, 2)["parts"])
@@ -127,10 +130,16 @@ def refusals():
         with pytest.raises(ValueError, match=r"divided among processes: the method changes their number"):
             kind(model, optimizer_of(model), total_steps=9, interval=2, **more)
     dense = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="make the model sparse before fully_shard"):
+    with pytest.raises(ValueError, match=r"sparsify needs whole tensors.*: make the model sparse before"):
         sm.sparsify(fully_sharded(dense), 0.5)
-    with pytest.raises(ValueError, match="divided among processes: call unshard"):
-        model[2].dense_weight()
+    for what in (model[2].dense_weight, lambda: sm.to_scipy(model[0]), lambda: model[2].weight):
+        with pytest.raises(ValueError, match=r"needs whole tensors.*: call unshard"):
+            what()
+    for average in (sm.EMA, sm.WeightAverage):
+        with pytest.raises(ValueError, match="an average needs whole tensors"):
+            average(model)
+    with pytest.raises(ValueError, match=r"a folder needs whole tensors.*integrations\.checkpoint"):
+        sm.save(model, "folder")
     optimizer = optimizer_of(model)
     method = sm.SET(model, optimizer, total_steps=9, interval=1)
     for x, y in batches(2):
@@ -185,7 +194,8 @@ def test_sharded_processes_equal_one_with_the_whole_batch(tmp_path, world):
     for case in everywhere[0]:
         kind, optimizer = ("rigl", "momentum") if isinstance(case, str) else case
         backwards = 2 if "accumulated" in case else 1
-        alone = train(make_model(), kind, optimizer, batches(STEPS), backwards)
+        keep = 0.8 if case == "masked" else 1.0
+        alone = train(make_model(), kind, optimizer, batches(STEPS), backwards, keep=keep)
         for name, tensor in alone.items():
             found = [results[case][name] for results in everywhere]
             assert all(torch.equal(other, found[0]) for other in found), (case, name)

@@ -19,6 +19,7 @@ from sparse_moon.nn.layers import SparseLayer
 from sparse_moon.nn.plan import Dense, convertible, some, wrapped
 from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.ops.native import native
+from sparse_moon.sharding import refuse_sharded
 from sparse_moon.topology import Topology, matrix_shape
 
 DESCRIPTION = "model.json"
@@ -154,6 +155,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f"expected a state of tensors, got {some(f'{k}: {v}' for k, v in other.items())}")
     if bare := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"expected tensors with memory, these are on meta: {some(bare)}")
+    refuse_sharded("a folder", state.values(), "sparse_moon.integrations.checkpoint writes them")
     return state
 
 

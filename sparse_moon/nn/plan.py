@@ -15,7 +15,7 @@ from sparse_moon.allocation import Allocation, allocate, check_sparsity
 from sparse_moon.nn.conv1d import TransposedLinear
 from sparse_moon.nn.inspect import Inputs, Weight, kind_of, run_once, weights
 from sparse_moon.nn.layers import Exclude, SparseLayer
-from sparse_moon.sharding import is_sharded
+from sparse_moon.sharding import refuse_sharded
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -60,8 +60,7 @@ class Plan:
             raise ValueError(
                 f"make the model sparse before {type(model).__name__} wraps it: its parameters become others"
             )
-        if any(is_sharded(parameter) for parameter in model.parameters()):
-            raise ValueError("make the model sparse before fully_shard divides its parameters among processes")
+        refuse_sharded("sparsify", model.parameters(), "make the model sparse before")
         weights(model)  # raises for parameters without a shape
         excluded = matching(model, exclude, "exclude")
         kept = {weight.key for module in excluded for weight in weights(module)}

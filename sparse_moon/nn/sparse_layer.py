@@ -14,8 +14,10 @@ from sparse_moon.nn.guards import Anchor, ReadOnlyWeight, resize
 from sparse_moon.nn.low_rank import LowRank
 from sparse_moon.ops import Geometry, Plan
 from sparse_moon.ops.registry import transformed
-from sparse_moon.sharding import is_sharded
+from sparse_moon.sharding import is_sharded, refuse_sharded
 from sparse_moon.topology import Index, Topology, matrix_to_weight, pattern_name, weight_to_matrix
+
+_UNSHARD = "call unshard() of the module that fully_shard was called for, on every process, and reshard() after"
 
 
 class SparseLayer(nn.Module):
@@ -104,6 +106,7 @@ class SparseLayer(nn.Module):
             RuntimeError: other code has written to the index, or has averaged values across topology updates.
         """
         self.topology.check()
+        refuse_sharded("what a product sees", [self.values], _UNSHARD)
         return self._transformed()
 
     def _transformed(self) -> Tensor:
@@ -168,11 +171,7 @@ class SparseLayer(nn.Module):
         return self._dense(self._adapted())
 
     def _dense(self, values: Tensor, probe: Tensor | None = None) -> Tensor:
-        if is_sharded(values):
-            raise ValueError(
-                f"the values of this {type(self).__name__} are divided among processes: call unshard() of the module "
-                "that fully_shard was called for, on every process, and reshard() after"
-            )
+        refuse_sharded("a dense weight", [values], _UNSHARD)
         matrix = self.topology.to_dense(values)
         if probe is not None:  # a growth step: it is zero, and gets the dense gradient
             matrix = matrix + probe
