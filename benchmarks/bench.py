@@ -1,12 +1,15 @@
 """What is measured and how it is put down: rows of figures, layers, networks, and one invocation of the benchmark."""
 
 import argparse
+import math
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from timing import ceilings, graphed, median_ms
+from timing import ceilings, environment, graphed, median_ms, write_results
 from torch import Tensor, nn
 
 from sparse_moon.app import models
@@ -101,15 +104,53 @@ NETWORKS = [Network("resnet18", (3, 32, 32)), Network("wrn-22-2", (3, 32, 32)), 
 
 
 class Bench:
-    """Settings, ceilings and rows of one invocation."""
+    """Settings, ceilings and rows of one invocation. With ``--json`` the file is written anew after each case.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    Args:
+        arguments: of the command line.
+        keeps_freed_memory: whether the C library keeps what is freed.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, keeps_freed_memory: bool) -> None:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
         self.seconds = 0.15 if arguments.quick else 1.0
         self.rows: list[Row] = []
         self.peaks: list[dict[str, Any]] = []
+        self.notes: list[dict[str, Any]] = []
+        self.failures: dict[str, str] = {}
         self.ceilings = ceilings(self.device, seconds=self.seconds)
+        self._end = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
+        self._head = {
+            **environment(self.device),
+            "command": " ".join(sys.argv[1:]),
+            "keeps_freed_memory": keeps_freed_memory,
+            "ceilings": self.ceilings,
+        }
+
+    def seconds_left(self) -> float:
+        """Of ``--seconds``."""
+        return self._end - time.monotonic()
+
+    def save(self) -> None:
+        """Write what there is to the results file, if one was asked for."""
+        if self.arguments.json is None:
+            return
+        more = {"peaks": self.peaks, "notes": self.notes, "failures": self.failures}
+        kept = {name: value for name, value in more.items() if value or name == "peaks"}
+        write_results(self.arguments.json, {**self._head, **kept, "rows": [row.as_json() for row in self.rows]})
+
+    def note(self, what: dict[str, Any]) -> None:
+        """Put down more of a case than rows hold."""
+        self.notes.append(what)
+        print(f"        {what}", flush=True)
+        self.save()
+
+    def fail(self, case: str, error: Exception) -> None:
+        """Put down a case that gave no figures."""
+        self.failures[case] = f"{type(error).__name__}: {error}"[:1000]
+        print(f"        {case} failed: {self.failures[case]}", flush=True)
+        self.save()
 
     def main_cases(self) -> list[Case]:
         return CUDA_CASES if self.device.type == "cuda" else MAIN_CASES
@@ -132,6 +173,7 @@ class Bench:
             + (f"  chose {row.chosen}" if row.chosen else ""),
             flush=True,
         )
+        self.save()
 
     def floor_ms(self, flops: float, bytes_: float, dtype: torch.dtype = torch.float32) -> float:
         """Time that the operations, or else the bytes, need at the measured ceilings."""

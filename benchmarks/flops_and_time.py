@@ -17,12 +17,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import gpu_steps
+import step_times
 import torch
 import torch.nn.functional as F
 from bench import CUDA_CASES, DTYPES, MAIN_CASES, NETWORKS, Bench, Row
 from layer_times import choice, layers
-from step_times import memory, step
-from timing import environment, write_results
+from step_times import memory
 from torch import Tensor
 
 import sparse_moon as sm
@@ -30,6 +31,11 @@ from sparse_moon.memory import keep_freed_memory
 from sparse_moon.ops.drop_and_grow import drop_and_grow_reference
 from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
 from sparse_moon.topology import Topology
+
+
+def step(bench: Bench) -> None:
+    """Whole training steps of the networks that a CPU or a GPU is for."""
+    (gpu_steps.step if bench.device.type == "cuda" or bench.arguments.tiny else step_times.step)(bench)
 
 
 def update(bench: Bench) -> None:
@@ -185,14 +191,20 @@ def main() -> None:
     parser.add_argument("--graph", action="store_true", help="on CUDA: times of the GPU alone, as CUDA graphs")
     parser.add_argument("--threads", type=int, help="torch's threads; default its own choice")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, main cases only")
-    parser.add_argument("--json", type=Path, help="results file to write")
+    parser.add_argument("--dense", nargs="+", choices=gpu_steps.DENSE, default=list(gpu_steps.DENSE), help="on CUDA "
+                        "of 'step': the dense steps")  # fmt: skip
+    parser.add_argument("--compile-sparse", action="store_true", help="on CUDA of 'step': sparse steps compiled, too")
+    parser.add_argument("--tiny", action="store_true", help="of 'step': what CUDA would run, of tiny networks")
+    parser.add_argument("--case-seconds", type=float, default=math.inf, help="on CUDA of 'step': the most for a case")
+    parser.add_argument("--seconds", type=float, help="on CUDA of 'step': the most for all; the rest is left out")
+    parser.add_argument("--json", type=Path, help="results file to write, after each case")
     parser.add_argument("--plot", type=Path, help="picture of speed-up against sparsity to write")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     kept = keep_freed_memory()  # what sparse layers in training do by themselves, so that dense sides always have it
     torch.backends.cudnn.benchmark = True  # as dense users have it
-    bench = Bench(arguments)
+    bench = Bench(arguments, kept)
     print(", ".join(f"{k} {v:.0f}" for k, v in bench.ceilings.items()))
     sections = [arguments.section] if isinstance(arguments.section, str) else arguments.section  # the default is one
     for name, run in (SECTIONS | LONG_SECTIONS).items():
@@ -201,17 +213,10 @@ def main() -> None:
             with nullcontext() if arguments.backend == "auto" else sm.ops.use_backend(arguments.backend):
                 run(bench)
     print(*summarise(bench.rows), sep="\n")
-    if arguments.json:
-        head = {
-            **environment(bench.device),
-            "command": " ".join(sys.argv[1:]),
-            "keeps_freed_memory": kept,
-            "ceilings": bench.ceilings,
-            "peaks": bench.peaks,
-        }
-        write_results(arguments.json, {**head, "rows": [row.as_json() for row in bench.rows]})
+    bench.save()
     if arguments.plot:
         plot(bench.rows, arguments.plot)
+    sys.exit(bool(bench.failures))
 
 
 if __name__ == "__main__":

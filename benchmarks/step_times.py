@@ -6,13 +6,12 @@ import resource
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench import NETWORKS, Bench, Network, Row, autocast
-from timing import computes_bf16, median_ms
+from timing import computes_bf16
 from torch import Tensor, nn
 
 import sparse_moon as sm
@@ -22,7 +21,7 @@ INTERVAL = 100
 
 
 def step(bench: Bench) -> None:
-    """Whole training steps of what ``sparsify`` makes of a network, updates and averaging spread over their intervals.
+    """Whole steps on a CPU of what ``sparsify`` makes of a network, updates and averaging spread over their intervals.
 
     Baselines are the fastest dense step in float32, of both layouts and fused or not, the fastest that is not fused,
     and that in bfloat16.
@@ -34,11 +33,8 @@ def step(bench: Bench) -> None:
 
 def _step(bench: Bench, network: Network) -> None:
     arguments = bench.arguments
-    x = torch.randn(network.batch, *network.image_shape, device=bench.device)
-    last = network.name != "mlp" and bench.device.type == "cuda"  # the kernels of GPUs work on channels_last
-    sparse_x = x.contiguous(memory_format=torch.channels_last) if last else x
-    half = arguments.dtype == ["bfloat16"]
-    y = torch.randint(network.classes, (network.batch,), device=bench.device)
+    x = torch.randn(network.batch, *network.image_shape)
+    y = torch.randint(network.classes, (network.batch,))
 
     def training(model: nn.Module, method: sm.Method, loss: nn.Module, x: Tensor = x) -> Callable[[int], Any]:
         def run(_: int) -> None:
@@ -48,22 +44,14 @@ def _step(bench: Bench, network: Network) -> None:
 
         return run
 
-    runs = {name: run for name, run in _dense_steps(network, x, training, bench.device)}
+    runs = dict(_dense_steps(network, x, training, bench.device))
     losses = bench.times(_losses(network, bench.device))
     variants = [(s, a, p) for s in arguments.sparsity for a in ("uniform", "erk") for p in arguments.pattern]
     costs = {}
     for variant in variants:
-        steps, costs[variant] = _sparse_steps(network, variant, partial(training, x=sparse_x), bench)
-        steps = {name: autocast(run, bench.device) for name, run in steps.items()} if half else steps
+        steps, costs[variant] = _sparse_steps(network, variant, training, bench)
         runs |= {f"{variant} {name}": run for name, run in steps.items()}
-    waiting = (" update", " average") if arguments.graph else ()  # for the GPU, so they cannot be captured
-    times = bench.times({name: run for name, run in runs.items() if not name.endswith(waiting)})
-    if waiting:
-        eager = {name: run for name, run in runs.items() if name.endswith((" rigl", *waiting))}
-        eager_times = median_ms(eager, bench.device, seconds=bench.seconds)
-        for v in variants:
-            times[f"{v} average"] = eager_times[f"{v} average"]
-            times[f"{v} update"] = times[f"{v} rigl"] + eager_times[f"{v} update"] - eager_times[f"{v} rigl"]
+    times = bench.times(runs)
     fp32 = [name for name in times if name.startswith("dense fp32")]
     unfused = [name for name in fp32 if not name.endswith("fused")]
     fastest = [min(names, key=times.__getitem__) for names in (fp32, unfused)]
@@ -71,7 +59,7 @@ def _step(bench: Bench, network: Network) -> None:
     for variant in variants:
         own = {name: times[f"{variant} {name}"] for name in ("rigl", "moon", "cigl", "update", "average")}
         own["more loss"] = losses["moon"] - losses["cross-entropy"]
-        _report_step(bench, network, variant, costs[variant], own, baselines, "bf16" if half else "fp32")
+        _report_step(bench, network, variant, costs[variant], own, baselines)
 
 
 def _losses(network: Network, device: torch.device) -> dict[str, Callable[[int], Any]]:
@@ -98,7 +86,7 @@ def _dense_steps(
     convolutional = network.name != "mlp"
     x_last = x.contiguous(memory_format=torch.channels_last) if convolutional else x
     layouts = {"": torch.contiguous_format} | ({" channels_last": torch.channels_last} if convolutional else {})
-    for fused in (False, True) if convolutional and device.type == "cpu" else (False,):
+    for fused in (False, True) if convolutional else (False,):
         for name, layout in layouts.items():
             model = network.build(network.classes).to(device, memory_format=layout)
             model = sm.fuse(model) if fused else model
@@ -120,7 +108,7 @@ def _sparse_steps(
     rigl, moon, cigl = (
         sm.sparsify(
             network.build(outputs), sparsity, allocation, pattern=pattern, recompute=bench.arguments.recompute
-        ).to(bench.device, memory_format=torch.channels_last if bench.device.type == "cuda" else torch.preserve_format)
+        )
         for outputs in (network.classes, network.classes + 1, network.classes)
     )  # fmt: skip
     changing = copy.deepcopy(rigl)
@@ -148,7 +136,7 @@ def _sparse_steps(
 
 def _report_step(
     bench: Bench, network: Network, variant: tuple[float, str, str], forward: tuple[float, float],
-    times: dict[str, float], baselines: dict[str, float], dtype: str,
+    times: dict[str, float], baselines: dict[str, float],
 ) -> None:  # fmt: skip
     sparsity, allocation, pattern = variant
     update_ms = times["update"] - times["rigl"]
@@ -156,7 +144,7 @@ def _report_step(
     rigl = times["rigl"] + update_ms / INTERVAL
     moon, cigl = (times[name] + update_ms / INTERVAL + average_ms for name in ("moon", "cigl"))
     row = Row(
-        "step", f"{network.name}_b{network.batch}_{allocation}", pattern, sparsity, dtype, bench.device.type, "rigl",
+        "step", f"{network.name}_b{network.batch}_{allocation}", pattern, sparsity, "fp32", bench.device.type, "rigl",
         rigl, "", 0.0, 0.0, 3 * network.batch * forward[0],
     )  # fmt: skip
     for name, time in baselines.items():

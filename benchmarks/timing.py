@@ -3,10 +3,12 @@
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,28 @@ def graphed(run: Callable[[int], Any], repetitions: int) -> Callable[[int], Any]
         for i in range(repetitions):
             run(i)
     return lambda _: graph.replay()
+
+
+class TimeLimit(Exception):
+    """What :func:`limit` raises."""
+
+
+@contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raise :class:`TimeLimit` in what lasts longer, as soon as Python runs again; at once where no time is left."""
+
+    def stop(*_: Any) -> None:
+        raise TimeLimit(f"it took more than {seconds:.0f} s")
+
+    if seconds <= 0:
+        raise TimeLimit("no time was left")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, 1e6))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def computes_bf16(device: torch.device) -> bool:

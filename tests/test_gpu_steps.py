@@ -1,0 +1,86 @@
+"""The benchmark of whole steps on a GPU, of tiny networks on the host, which plays graphs (host_graph.py)."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from host_graph import HostGraph
+
+from sparse_moon.capture import step as capture_step
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark_(monkeypatch, tmp_path):
+    """The benchmark's ``main`` with these arguments: its exit code and what it wrote."""
+    pytest.importorskip("timm")
+    if not (BENCHMARKS / "flops_and_time.py").exists():
+        pytest.skip("the benchmarks are not here")
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench
+    import flops_and_time
+
+    monkeypatch.setattr(bench, "ceilings", lambda device, seconds: {})  # takes seconds
+    monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)  # takes a minute a network
+
+    def run(*arguments):
+        out = tmp_path / "steps.json"
+        command = ["flops_and_time.py", "step", "--tiny", "--quick", "--json", str(out), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as exit_:
+            flops_and_time.main()
+        return exit_.value.code, json.loads(out.read_text()) if out.exists() else None
+
+    yield run
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+@pytest.mark.filterwarnings("ignore")  # of outputs without weights
+@pytest.mark.parametrize("case", ["vit_base", "gpt2_350m", "resnet18"])
+def test_every_case_has_its_figures(case, benchmark_):
+    code, found = benchmark_("--case", case, "--sparsity", "0.9", "--pattern", "block32", "vector16")
+    assert code == 0, found
+    assert found["commit"] and found["torch"] == torch.__version__
+    rows = {(row["pattern"], row["pass"], row["baseline"]): row for row in found["rows"]}
+    for pattern in ("block32", "vector16"):
+        for dense in ("eager", "compiled", "reduce-overhead", "max-autotune"):
+            row = rows[pattern, "sparse, rigl, moon", f"dense {dense}"]
+            assert row["speedup"] == pytest.approx(row["baseline_ms"] / row["ms"], rel=1e-3)
+    assert any("24 blocks from 2" in row["pass"] for row in found["rows"]) == (case == "gpt2_350m")
+    notes = [note for note in found["notes"] if "pattern" in note]
+    assert len(notes) == 2
+    assert all(note["products"] and note["update_share"] == note["update_share"] for note in notes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_case_that_fails_is_put_down_and_the_next_one_runs(benchmark_, monkeypatch):
+    import gpu_steps
+
+    sparse = gpu_steps._Steps._sparse
+
+    def fails(self, pattern, sparsity):
+        if sparsity == 0.9:
+            raise RuntimeError("out of memory")
+        sparse(self, pattern, sparsity)
+
+    monkeypatch.setattr(gpu_steps._Steps, "_sparse", fails)
+    arguments = ("--case", "vit_small", "--dense", "eager", "--sparsity", "0.9", "0.8", "--pattern", "block32")
+    code, found = benchmark_(*arguments)
+    assert code == 1
+    assert found["failures"] == {"vit_small block32 0.9": "RuntimeError: out of memory"}
+    assert [row["sparsity"] for row in found["rows"]] == [0.0, 0.8]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_there_is_no_time_for_is_left_out(benchmark_):
+    code, found = benchmark_("--case", "vit_small", "--seconds", "0")
+    assert code == 1
+    assert found["rows"] == []
+    assert all(error.startswith("TimeLimit") for error in found["failures"].values())
