@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sparse_moon as sm
 from sparse_moon.app import models
 
 
@@ -93,6 +94,27 @@ class GpuNetwork:
         layout = torch.channels_last if self.is_convolutional else torch.contiguous_format
         return model.to(device, memory_format=layout)
 
+    def sparsify(self, model: nn.Module, sparsity: float, pattern: str) -> None:
+        """Make all layers but those of ``keep_dense`` equally sparse, in place."""
+        there = {name for name, _ in model.named_modules()}
+        exclude = [name for name in self.keep_dense if name in there]
+        sm.sparsify(model, sparsity, "uniform", pattern=pattern, exclude=exclude, first_dense=False)
+
+    def layers(self) -> list[tuple[str, nn.Module, torch.Size]]:
+        """Name, layer without memory, and shape of its input, of those that become sparse; of one transformer block."""
+        found: list[tuple[str, nn.Module, torch.Size]] = []
+        meta = torch.device("meta")
+
+        def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append((name, layer, inputs[0].shape))
+
+        model = self.build(self.dense_outputs, meta, min(self.depth, 1))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and name not in self.keep_dense:
+                module.register_forward_pre_hook(partial(note, name))
+        model(self.batch(meta)[0])
+        return found
+
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Random inputs and targets."""
         if len(self.shape) == 2:
@@ -106,6 +128,8 @@ class GpuNetwork:
 
 def _vit(name: str, batch: int) -> GpuNetwork:
     def make(outputs: int, depth: int) -> nn.Module:
+        import timm  # not everyone who imports this file has it
+
         return timm.create_model(name, num_classes=outputs, depth=depth)
 
     shape = (batch, 3, 224, 224)
@@ -144,6 +168,8 @@ def tiny() -> list[GpuNetwork]:
     """Networks of the same make that a CPU trains in a second, under the same names."""
 
     def vit(outputs: int, depth: int) -> nn.Module:
+        import timm
+
         return timm.models.VisionTransformer(
             img_size=32, patch_size=16, embed_dim=128, depth=depth, num_heads=2, num_classes=outputs
         )

@@ -93,6 +93,8 @@ class _Steps:
         if not self.dense:
             return
         self._choose_baseline()
+        if arguments.dense_only:
+            return
         if self.network.whole_depth is not None:
             self._case(self._time_stems)
         for sparsity, pattern in itertools.product(arguments.sparsity, arguments.pattern):
@@ -198,9 +200,7 @@ class _Steps:
 
         def build() -> tuple[nn.Module, sm.Method]:
             model = network.build(network.classes + 1, self.device)
-            names = {name for name, _ in model.named_modules()}
-            exclude = [name for name in network.keep_dense if name in names]
-            sm.sparsify(model, sparsity, "uniform", pattern=pattern, exclude=exclude, first_dense=False)
+            network.sparsify(model, sparsity, pattern)
             return model, sm.RigL(model, self._optimizer(model), total_steps=10**9, interval=10**8)
 
         sparse = {"sparse": self._ready(build, self._moon(), None, True)}

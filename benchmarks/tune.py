@@ -4,20 +4,25 @@
     python benchmarks/tune.py                  # sparse_moon/ops/tables/crossover_cpu_avx512_intel.json and its like
     python benchmarks/tune.py --device cuda    # sparse_moon/ops/tables/crossover_cuda_sm90.json
     python benchmarks/tune.py --missing        # only what the table of this machine lacks
+    python benchmarks/tune.py --device cuda --case vit_base resnet50 --seconds 75    # layers of networks first of all
 
 Run it on an otherwise idle machine with as many threads as users have.
 """
 
 import argparse
+import copy
+import itertools
 import json
 import math
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_networks import NETWORKS
 from timing import environment, write_results
 from torch import nn
 
@@ -52,6 +57,20 @@ def cuda_cases() -> Iterator[Case]:
             yield nn.Conv2d(channels, channels, 3, padding=1, bias=False), shape, pattern, dtype
         yield nn.Conv2d(256, 1024, 1, bias=False), (256, 256, 8, 8), pattern, dtype
         yield nn.Conv2d(256, 512, 3, 2, padding=1, bias=False), (256, 256, 8, 8), pattern, dtype
+
+
+def network_cases(names: list[str], patterns: list[str]) -> Iterator[Case]:
+    """The layers of the networks whose steps are timed, once each, network by network: what decides their speed."""
+    seen: set[str] = set()
+    for network in NETWORKS:
+        if any(part in network.name for part in names):
+            for (_, layer, shape), pattern in itertools.product(network.layers(), patterns):
+                if (described := f"{layer} {tuple(shape)} {pattern}") not in seen:
+                    seen.add(described)
+                    real = copy.deepcopy(layer).to_empty(device="cpu")
+                    real._forward_pre_hooks.clear()
+                    real.reset_parameters()
+                    yield real, tuple(shape), pattern, torch.bfloat16
 
 
 def cpu_cases() -> Iterator[Case]:
@@ -197,26 +216,50 @@ def kept_table(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
     return {"kept": [*table.get("kept", []), measured], "rows": table["rows"]}
 
 
+def replaced_table(path: Path) -> dict[str, Any]:
+    """The table as it is, whose rows are replaced one by one, with what it says about them."""
+    if not path.exists():
+        return {"rows": []}
+    table = json.loads(path.read_text())
+    return {"kept": {key: value for key, value in table.items() if key != "rows"}, "rows": table["rows"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--missing", action="store_true", help="keep the rows that the table has")
+    parser.add_argument("--case", nargs="+", help="on CUDA: layers of networks whose name contains one of these; other "
+                        "rows stay")  # fmt: skip
+    parser.add_argument("--pattern", nargs="+", default=["block64", "block32", "block128", "vector16"],
+                        help="with --case")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no other layer after this time")
     arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
     device = torch.device(arguments.device)
     keep_freed_memory()  # as training does
     path, machine = TABLES / choice.table_name(device.type), environment(device)
-    kept = kept_table(path, machine) if arguments.missing else {"rows": []}
+    kept = {"rows": []}
+    if arguments.case or arguments.missing:
+        kept = replaced_table(path) if arguments.case else kept_table(path, machine)
     known = {work for work, _ in choice.table(device.type)} if arguments.missing else set()
-    cases = list(cpu_cases() if device.type == "cpu" else cuda_cases())
+    if arguments.case:
+        cases = list(network_cases(arguments.case, arguments.pattern))
+    else:
+        cases = list(cpu_cases() if device.type == "cpu" else cuda_cases())
     if device.type == "cuda":
         with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
             pool.map(compile_kernels, cases, chunksize=1)
     rows: list[dict[str, Any]] = []
-    for dense, shape, pattern, dtype in cases:
+    for done, (dense, shape, pattern, dtype) in enumerate(cases):
+        if time.monotonic() > end:
+            print(f"no time for {len(cases) - done} of {len(cases)} layers", flush=True)
+            break
         for layout in layouts(dense, device):
             rows += measure(dense.to(device, dtype), shape, pattern, layout, known)
-    if rows:
-        write_results(path, {**machine, **kept, "rows": kept["rows"] + rows})
+        if rows:
+            works = [row["work"] for row in rows]
+            others = [row for row in kept["rows"] if {**row["work"], "block": tuple(row["work"]["block"])} not in works]
+            write_results(path, {**machine, **kept, "rows": others + rows})
 
 
 if __name__ == "__main__":

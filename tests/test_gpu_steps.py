@@ -1,5 +1,6 @@
 """The benchmark of whole steps on a GPU, of tiny networks on the host, which plays graphs (host_graph.py)."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -84,3 +85,47 @@ def test_what_there_is_no_time_for_is_left_out(benchmark_):
     assert code == 1
     assert found["rows"] == []
     assert all(error.startswith("TimeLimit") for error in found["failures"].values())
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A file of the benchmarks by name."""
+    if not (BENCHMARKS / "tune.py").exists():
+        pytest.skip("the benchmarks are not here")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+def test_crossovers_of_networks_take_the_place_of_those_in_the_table(module, monkeypatch, tmp_path):
+    tune = module("tune")
+    linear = {"pass_": "forward", "batch": 8192, "inputs": 1024, "positions": 1, "taps": 1, "stride": 1, "groups": 1,
+              "device": "cuda", "block": [64, 64], "dtype": "bfloat16", "channels_last": False}  # fmt: skip
+    path = tmp_path / tune.choice.table_name("cpu")
+    rows = [{"work": {**linear, "outputs": n}, "crossover": 0.1} for n in (1024, 5)]
+    path.write_text(json.dumps({"gpu": "another", "rows": rows}))
+    monkeypatch.setattr(tune, "TABLES", tmp_path)
+
+    def measure(layer, shape, pattern, layout, known):
+        work = tune.choice.Work(**{**linear, "outputs": layer.out_features, "block": (64, 64)})
+        return [{"work": work._asdict(), "crossover": 0.2}]
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--case", "gpt2_350m", "--pattern", "block64"])
+    tune.main()
+    table = json.loads(path.read_text())
+    assert table["kept"] == {"gpu": "another"}
+    found = {row["work"]["outputs"]: row["crossover"] for row in table["rows"]}
+    assert found == {5: 0.1, 1024: 0.2, 3072: 0.2, 4096: 0.2}
+
+
+@pytest.mark.filterwarnings("ignore")  # of outputs without weights
+def test_the_kernels_that_a_network_launches_are_known_beforehand(module):
+    compile_kernels = module("compile_kernels")
+    (network,) = [n for n in compile_kernels.NETWORKS if n.name == "resnet18_32"]
+    found = list(compile_kernels.launches_of(network, "block64", 0.9))
+    assert {launch.kernel.fn.__name__ for launch in found} >= {"forward_kernel", "input_grad_kernel"}
+    assert {launch.arguments["p_values"].dtype for launch in found if "p_values" in launch.arguments} == {torch.bfloat16}

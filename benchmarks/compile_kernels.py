@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Compile the Triton kernels that training steps launch, in parallel and without a GPU, into Triton's cache.
+
+    python benchmarks/compile_kernels.py --case vit_base gpt2_1.3b resnet50 --pattern block32 block64
+
+A launch compiles what it does not find in the cache, and that in turn: minutes for a few networks. The cache holds for
+one version of Triton and for one architecture of GPUs; TRITON_CACHE_DIR says where it is.
+"""
+
+import argparse
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from gpu_networks import NETWORKS, GpuNetwork
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import sparse_moon as sm
+from sparse_moon.kernels.launch import Launch
+from sparse_moon.nn import SparseLayer, sparse_layers
+from sparse_moon.ops.plan import Geometry
+from sparse_moon.ops.sparse_conv2d import triton as conv2d
+from sparse_moon.ops.sparse_linear import triton as linear
+
+_launches: list[Launch] = []
+
+
+class _Target:
+    """A GPU as Triton sees it before it launches anything."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+def launches(layer: SparseLayer, shape: torch.Size) -> Iterator[Launch]:
+    """Of the forward pass and both gradients in bfloat16, on operands without memory."""
+
+    def empty(*shape: int) -> Tensor:
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+    x, values = empty(*shape), torch.empty_like(layer.values, dtype=torch.bfloat16, device="meta")
+    bias = None if layer.bias is None else empty(*layer.bias.shape)
+    call, Launch.__call__ = Launch.__call__, lambda launch: found.append(launch)  # type: ignore[method-assign]
+    found: list[Launch] = []
+    try:
+        if isinstance(layer, sm.SparseConv2d):
+            weight_shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+            sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            plan = layer.topology.plan(Geometry.of(weight_shape, *sizes))
+            y = conv2d.forward(x, values, bias, plan)
+            if conv2d.takes("input_grad", plan, torch.bfloat16):
+                conv2d.input_grad(y, values, shape, plan)
+            conv2d.values_grad(y, x, plan)
+        else:
+            plan = layer.topology.plan(None)
+            y = linear.forward(x, values, bias, None, plan)
+            linear.input_grad(y, values, plan)
+            linear.values_grad(y, x, plan)
+    finally:
+        Launch.__call__ = call  # type: ignore[method-assign]
+    yield from found
+
+
+def launches_of(network: GpuNetwork, pattern: str, sparsity: float) -> Iterator[Launch]:
+    """Of a network's sparse layers."""
+    shapes = {name: shape for name, _, shape in network.layers()}
+    model = network.build(network.classes + 1, torch.device("cpu"), min(network.depth, 1))
+    network.sparsify(model, sparsity, pattern)
+    seen: set[Any] = set()
+    for name, layer in sparse_layers(model).items():
+        key = shapes[name], layer.topology.shape, layer.topology.num_blocks
+        if key not in seen:
+            seen.add(key)
+            yield from launches(layer, shapes[name])
+
+
+def key(launch: Launch) -> tuple[Any, ...]:
+    """The same for launches of the same compiled kernel."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype
+        return value if not isinstance(value, int) or value == 1 else (value % 16 == 0, value.bit_length() > 31)
+
+    described = {
+        name: value if launch.kernel.params[i].is_constexpr else kind(value)
+        for i, name in enumerate(launch.kernel.arg_names)
+        for value in [launch.arguments[name]]
+    }
+    return launch.kernel, launch.num_warps, launch.num_stages, *described.items()
+
+
+def compile_one(number: int) -> str | None:
+    """Compile as the launch itself would; what went wrong, or None."""
+    launch = _launches[number]
+    try:
+        launch.kernel.warmup(
+            **launch.arguments, grid=launch.grid, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
+    except Exception as error:  # whatever the compiler raises is the finding
+        return f"{launch.kernel.fn.__name__}: {type(error).__name__}: {str(error)[:500]}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", default=[""], help="only networks whose name contains one of these")
+    parser.add_argument("--pattern", nargs="+", default=["block32", "block64", "block128", "vector16"])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95])
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # of outputs without weights
+    found: dict[tuple[Any, ...], Launch] = {}
+    for network in NETWORKS:
+        named = any(part in network.name for part in arguments.case)
+        for pattern in arguments.pattern if named else ():
+            for sparsity in arguments.sparsity:
+                found |= {key(launch): launch for launch in launches_of(network, pattern, sparsity)}
+    _launches.extend(found.values())
+    driver.set_active(_Target(arguments.capability))
+    # forked, because a launch's kernel cannot be sent to another process
+    with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
+        problems = [problem for problem in pool.map(compile_one, range(len(_launches)), chunksize=1) if problem]
+    print(f"{len(_launches)} kernels, {len(problems)} problems, triton {triton.__version__}", *problems, sep="\n")
+    raise SystemExit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
