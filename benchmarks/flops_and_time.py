@@ -193,8 +193,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, main cases only")
     parser.add_argument("--dense", nargs="+", choices=gpu_steps.DENSE, default=list(gpu_steps.DENSE), help="on CUDA "
                         "of 'step': the dense steps")  # fmt: skip
-    parser.add_argument("--dense-only", action="store_true", help="on CUDA of 'step': no sparse steps")
-    parser.add_argument("--compile-sparse", action="store_true", help="on CUDA of 'step': sparse steps compiled, too")
+    parser.add_argument("--compile-sparse", action="store_true", help="on CUDA of 'step': the sparse step of the "
+                        "first sparsity and pattern compiled, too")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="of 'step': what CUDA would run, of tiny networks")
     parser.add_argument("--case-seconds", type=float, default=math.inf, help="on CUDA of 'step': the most for a case")
     parser.add_argument("--seconds", type=float, help="on CUDA of 'step': the most for all; the rest is left out")

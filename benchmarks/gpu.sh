@@ -11,15 +11,16 @@
 #
 # Both compiled extensions can be brought along, built where there is no GPU with the same version of Python:
 # `python setup.py build_ext --inplace`. Where they are missing, they are built first, which takes minutes.
-# Triton's kernels and the dense networks are compiled in parallel before anything is timed.
+# Triton's kernels and the networks are compiled in parallel before anything is timed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bash benchmarks/gpu.sh OUT first|second|part ...}
-parts=${*:2}
+parts="${2:?usage: bash benchmarks/gpu.sh OUT first|second|part ...} ${*:3}"
 mkdir -p "$out"
 out=$(realpath "$out")
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
 python=${PYTHON:-python3}
 [ -e sparse_moon/kernels ] || ln -s ../kernels sparse_moon/kernels # what an installation calls sparse_moon.kernels
 
@@ -27,7 +28,7 @@ case " $parts " in
 *" first "*) parts="build compile compile_vit_base compile_gpt2_1.3b compile_resnet50 smoke crossovers steps_vit_base
     steps_gpt2_1.3b steps_resnet50" ;;
 *" second "*) parts="build compile_more tests racecheck csr bsr small autotune_vit_base autotune_resnet50 steps_resnet18
-    autotune_gpt2_1.3b compiled_vit_base layers_bf16 layers_fp32 steps_gpt2_350m steps_vit_small memcheck tune" ;;
+    autotune_gpt2_1.3b layers_bf16 layers_fp32 steps_gpt2_350m steps_vit_small memcheck tune" ;;
 esac
 parts=" $(echo $parts) "
 end=$((SECONDS + ${STAGE_SECONDS:-350}))
@@ -69,17 +70,17 @@ fi
 # at the same time: these are for the CPU's cores
 run compile 100 "$python" benchmarks/compile_kernels.py --case vit_base gpt2_1.3b resnet50 &
 for name in vit_base gpt2_1.3b resnet50; do
-    run "compile_$name" 100 $(steps $name --dense compiled --dense-only --json "$out/compile_$name.json") &
+    run "compile_$name" 100 $(steps $name --dense compiled --compile-sparse --sparsity 0.9 --pattern block64) &
 done
 wait
 
 run smoke 45 "${test_on_gpu[@]}" "${parallel[@]}" -k "triton_products or captured_step"
 run crossovers 70 "$python" benchmarks/tune.py --device cuda --case vit_base gpt2_1.3b resnet50 --seconds 60
 if [[ $parts == *" crossovers "* ]]; then cp sparse_moon/ops/tables/crossover_cuda_*.json "$out"; fi
-run steps_vit_base 75 $(steps vit_base --dense compiled eager $valued --seconds 70 --json "$out/cuda_step_vit_base.json")
-run steps_gpt2_1.3b 75 $(steps gpt2_1.3b --dense compiled eager $valued --seconds 70 --json "$out/cuda_step_gpt2_1.3b.json")
-run steps_resnet50 75 $(steps resnet50 --dense compiled eager --sparsity 0.9 0.95 0.8 --pattern block32 block64 block128 \
-    vector16 --seconds 70 --json "$out/cuda_step_resnet50.json")
+for name in vit_base gpt2_1.3b resnet50; do
+    run "steps_$name" 75 $(steps $name --dense compiled eager --compile-sparse $valued --seconds 70 \
+        --json "$out/cuda_step_$name.json")
+done
 
 run compile_more 40 "$python" benchmarks/compile_kernels.py --case resnet18 gpt2_350m vit_small &
 run tests 80 "${test_on_gpu[@]}" "${parallel[@]}"
@@ -99,8 +100,6 @@ run steps_resnet18 40 $(steps resnet18 --dense compiled eager --sparsity 0.9 --p
     --json "$out/cuda_step_resnet18.json")
 run autotune_gpt2_1.3b 60 $(steps gpt2_1.3b --dense compiled max-autotune reduce-overhead --sparsity 0.9 \
     --pattern block64 --json "$out/cuda_step_gpt2_1.3b_autotune.json")
-run compiled_vit_base 80 $(steps vit_base --dense compiled --compile-sparse --sparsity 0.9 --pattern block64 \
-    --json "$out/cuda_step_vit_base_compiled.json")
 run layers_bf16 40 $bench layers --graph --backend kernel --dtype bfloat16 --sparsity 0.9 0.95 \
     --pattern block32 block64 block128 vector16 --json "$out/cuda_layers_bf16.json"
 run layers_fp32 25 $bench layers --graph --backend kernel --sparsity 0.9 0.95 0.99 --json "$out/cuda_layers_fp32.json"

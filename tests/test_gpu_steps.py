@@ -46,7 +46,9 @@ def benchmark_(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of outputs without weights
 @pytest.mark.parametrize("case", ["vit_base", "gpt2_350m", "resnet18"])
 def test_every_case_has_its_figures(case, benchmark_):
-    code, found = benchmark_("--case", case, "--sparsity", "0.9", "--pattern", "block32", "vector16")
+    code, found = benchmark_(
+        "--case", case, "--sparsity", "0.9", "--pattern", "block32", "vector16", "--compile-sparse"
+    )
     assert code == 0, found
     assert found["commit"] and found["torch"] == torch.__version__
     rows = {(row["pattern"], row["pass"], row["baseline"]): row for row in found["rows"]}
@@ -54,6 +56,7 @@ def test_every_case_has_its_figures(case, benchmark_):
         for dense in ("eager", "compiled", "reduce-overhead", "max-autotune"):
             row = rows[pattern, "sparse, rigl, moon", f"dense {dense}"]
             assert row["speedup"] == pytest.approx(row["baseline_ms"] / row["ms"], rel=1e-3)
+    assert {p for p, pass_, _ in rows if pass_ == "sparse compiled, rigl, moon"} == {"block32"}
     assert any("24 blocks from 2" in row["pass"] for row in found["rows"]) == (case == "gpt2_350m")
     notes = [note for note in found["notes"] if "pattern" in note]
     assert len(notes) == 2
@@ -128,4 +131,5 @@ def test_the_kernels_that_a_network_launches_are_known_beforehand(module):
     (network,) = [n for n in compile_kernels.NETWORKS if n.name == "resnet18_32"]
     found = list(compile_kernels.launches_of(network, "block64", 0.9))
     assert {launch.kernel.fn.__name__ for launch in found} >= {"forward_kernel", "input_grad_kernel"}
-    assert {launch.arguments["p_values"].dtype for launch in found if "p_values" in launch.arguments} == {torch.bfloat16}
+    dtypes = {launch.arguments["p_values"].dtype for launch in found if "p_values" in launch.arguments}
+    assert dtypes == {torch.bfloat16}
