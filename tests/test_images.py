@@ -152,6 +152,13 @@ def test_batches_are_normalised() -> None:
     assert y.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_batches_in_channels_last_hold_the_same() -> None:
+    images = TensorImages(random_pixels(4, 3, 8, 8))
+    plain, last = (Batches(images, torch.zeros(3), torch.ones(3), 2, channels_last=last) for last in (False, True))
+    for (a, _), (b, _) in zip(plain, last, strict=True):
+        assert torch.equal(a, b) and a.is_contiguous() and b.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_images_without_labels_give_minus_one() -> None:
     images = TensorImages(random_pixels(3, 1, 2, 2))
     assert [y.tolist() for _, y in Batches(images, torch.zeros(1), torch.ones(1), 2)] == [[-1, -1], [-1]]

@@ -10,15 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from sparse_moon import files
 from sparse_moon.algorithms import RigL
-from sparse_moon.app import run_folder
+from sparse_moon.app import build, run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import load_run
+from sparse_moon.app.experiment import experiment
 from sparse_moon.app.report import write_report
+from sparse_moon.app.run_data import channels_last, load_dataset
 from sparse_moon.app.run_record import read_record
 from sparse_moon.app.train import train
+from sparse_moon.app.trainer import Trainer
 
 QUICK = TrainConfig(
     model="mlp", width=64, epochs=5, batch_size=64, interval=5, sparsity=0.8, ood=["digits-8-9", "noise"], lr=0.2
@@ -150,6 +154,36 @@ def test_other_methods(tmp_path, change):
     assert ("w" in rows[0]) == ("unknown" in results["ood"]["noise"]) == (config.reliability == "moon")
     if config.method == "dense":
         assert results["flops"]["train_ratio"] == 1.0
+
+
+@pytest.mark.parametrize(("asked", "device", "computes", "expected"), [
+    ("auto", "cpu", True, "none"), ("auto", "cuda:1", True, "bfloat16"), ("auto", "cuda", False, "none"),
+    ("none", "cuda", True, "none"), ("float16", "cuda", True, "float16"), ("bfloat16", "cpu", True, "bfloat16"),
+])  # fmt: skip
+def test_mixed_precision_is_what_dense_networks_train_in(asked, device, computes, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: computes)
+    config = replace(QUICK, amp=asked)
+    object.__setattr__(config, "device", device)  # which is not there
+    assert build.amp(config) == expected
+    assert channels_last(config) == (device != "cpu")
+    assert not channels_last(replace(config, device="cpu", memory_format="contiguous"))
+    if computes:
+        assert experiment(config.to_dict())["amp"] == expected  # as if it had been said
+
+
+def test_a_run_in_channels_last_is_the_same_run(tmp_path):
+    config = replace(QUICK, model="small-resnet", width=8, epochs=1, reliability="none", method="dense")
+    found = {}
+    for layout in ("auto", "channels_last"):
+        asked = replace(config, memory_format=layout)
+        trainer = Trainer(asked, load_dataset(asked))
+        assert trainer.batches.channels_last == (layout == "channels_last")
+        weights = [p for p in trainer.model.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+        assert {p.is_contiguous() for p in weights} == {layout == "auto"}
+        trainer.run_epoch(tqdm(disable=True))
+        found[layout] = trainer.history[0]["loss"]
+        assert experiment(asked.to_dict()) == experiment(config.to_dict())
+    assert found["channels_last"] == pytest.approx(found["auto"], rel=1e-3)
 
 
 def test_memory_at_95_percent_is_at_most_12_percent_of_dense(tmp_path):

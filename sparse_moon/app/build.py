@@ -14,7 +14,7 @@ from sparse_moon.algorithms import Method, TrainingRun
 from sparse_moon.app import datasets, models
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.pretrained import load_weights
-from sparse_moon.app.run_data import RunData
+from sparse_moon.app.run_data import RunData, channels_last
 from sparse_moon.distributed import rank, world_size
 from sparse_moon.nn import layer_densities, sparse_layers, sparsify
 from sparse_moon.nn.fusion import fuse, install
@@ -61,11 +61,13 @@ def build_run(config: TrainConfig, data: RunData) -> Run:
     batches = datasets.Batches(
         data.train, data.mean, data.std, config.batch_size, shuffle_seed=config.seed,
         augment=data.augment, resized_crops=config.crops == "resized",
-        device=config.device, rank=rank(), world_size=world_size(),
+        device=config.device, channels_last=channels_last(config), rank=rank(), world_size=world_size(),
         drop_last=len(data.train) >= config.batch_size,  # batch norm cannot train on a rest of one image
     )  # fmt: skip
     weights = None if config.weights is None else Path(config.weights)
     model = build_model(config, data, weights).to(config.device)
+    if channels_last(config):
+        model = model.to(memory_format=torch.channels_last)
     if config.recompute and config.device != "cpu":
         warnings.warn(f"recompute does nothing on {config.device}: batch norms are fused on the CPU only", stacklevel=2)
     reliability = config.make_reliability()
@@ -152,9 +154,18 @@ def captures_steps(config: TrainConfig) -> bool:
     return config.capture and torch.device(config.device).type == "cuda"
 
 
+def amp(config: TrainConfig) -> str:
+    """The run's mixed precision: what was asked for, or what dense networks train in on its device."""
+    if config.amp != "auto":
+        return config.amp
+    if torch.device(config.device).type != "cuda":
+        return "none"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "none"
+
+
 def autocast(config: TrainConfig) -> AbstractContextManager[Any]:
     """What a run's forward passes are in."""
-    dtype = _DTYPES.get(config.amp)
+    dtype = _DTYPES.get(amp(config))
     return nullcontext() if dtype is None else torch.autocast(torch.device(config.device).type, dtype)
 
 

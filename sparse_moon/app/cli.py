@@ -45,7 +45,7 @@ _GROUPS = {
     "reliability": ("reliability", "without", *(option.name for option in fields(ReliabilityOptions))),
     "optimisation": (
         "epochs", "batch_size", "lr", "lr_end", "lr_until", "lr_milestones", "lr_gamma", "lr_warmup", "momentum",
-        "weight_decay", "amp", "seed", "device", "capture",
+        "weight_decay", "amp", "memory_format", "seed", "device", "capture",
     ),
     "output": ("headline", "ece_bins", "diagnostics"),
 }  # fmt: skip

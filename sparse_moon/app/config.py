@@ -69,7 +69,8 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         interval: batches from topology update to topology update.
         drop_fraction: share of a layer's weights that the first update exchanges; falls to 0, mostly half a cosine.
         stop: share of the training after which the topology is frozen; sup-tickets goes on to the end.
-        amp: none, bfloat16 or float16 automatic mixed precision.
+        amp: none, bfloat16 or float16 automatic mixed precision; auto is bfloat16 on a GPU that computes it, else none.
+        memory_format: layout of images and network, contiguous or channels_last; auto is channels_last on a GPU only.
         seed: of initial weights, topology, data order and augmentation.
         device: cpu, cuda, cuda:1 ...
         capture: on a GPU make a training step one CUDA graph, see docs/gpu.md; a line says where it cannot be.
@@ -114,7 +115,8 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     interval: Annotated[int, AT_LEAST_1] = 50
     drop_fraction: Annotated[float, SHARE] = 0.3
     stop: Annotated[float, SHARE] = 0.7
-    amp: Literal["none", "bfloat16", "float16"] = "none"
+    amp: Literal["auto", "none", "bfloat16", "float16"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     seed: Annotated[int, AT_LEAST_0] = 0
     device: str = "cpu"
     capture: bool = False

@@ -13,7 +13,7 @@ from sparse_moon.options import MethodOptions, ReliabilityOptions
 NAMED = ("method", "reliability", "without", "sparsity")
 """Settings that every name of an experiment begins with."""
 
-PLACE = ("device", "capture", "data_root", "download", "workers", "ood", "headline")
+PLACE = ("device", "capture", "memory_format", "data_root", "download", "workers", "ood", "headline")
 """Settings that do not make two runs different: where they compute and find data, and what is looked at afterwards."""
 
 OPTIONS = {field.name for kind in (MethodOptions, ReliabilityOptions) for field in fields(kind)}
@@ -39,6 +39,8 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
     from sparse_moon.reliability import RELIABILITY
 
     content = {**_DEFAULTS, **settings}
+    if content["amp"] == "auto":
+        content["amp"] = "bfloat16" if str(content["device"]).startswith("cuda") else "none"
     own = content.pop("own", None) or {}
     method = _find(ALGORITHMS, content["method"])
     reliability = _find(RELIABILITY, content["reliability"])

@@ -248,6 +248,7 @@ class Batches:
         augment: crop at random after padding with 4 pixels of black, and mirror with probability 1/2.
         resized_crops: crop by `Images.random_crops` instead.
         device: where batches are put; they travel as uint8.
+        channels_last: whether they are in this layout there.
         drop_last: leave out the last batch if it is not full.
         rank, world_size: of every batch this process takes the ``rank``-th of ``world_size`` slices.
 
@@ -265,6 +266,7 @@ class Batches:
     augment: bool = False
     resized_crops: bool = False
     device: torch.device | str = "cpu"
+    channels_last: bool = False
     drop_last: bool = False
     rank: int = 0
     world_size: int = 1
@@ -333,7 +335,8 @@ class Batches:
                 mirrored = torch.randint(2, (count,), generator=generator).bool()
                 x = _crop_and_mirror(x, self._slice(corners), self._slice(mirrored))
             y = torch.full((len(mine),), -1) if self.images.labels is None else self.images.labels[mine]
-            yield (x.float() / 255 - mean) / std, y.to(self.device)
+            x = (x.float() / 255 - mean) / std
+            yield x.contiguous(memory_format=torch.channels_last) if self.channels_last else x, y.to(self.device)
 
     def _slice(self, batch: Tensor) -> Tensor:
         return batch.tensor_split(self.world_size)[self.rank]

@@ -116,4 +116,13 @@ def load_ood_sets(config: TrainConfig, dataset: datasets.DataSet) -> dict[str, d
 
 def plain_batches(images: datasets.Images, dataset: datasets.DataSet, config: TrainConfig) -> datasets.Batches:
     """Batches in order, without augmentation."""
-    return datasets.Batches(images, dataset.mean, dataset.std, config.batch_size, device=config.device)
+    return datasets.Batches(
+        images, dataset.mean, dataset.std, config.batch_size, device=config.device, channels_last=channels_last(config)
+    )
+
+
+def channels_last(config: TrainConfig) -> bool:
+    """Whether the run's images and its network are in this layout, which convolutions on a GPU want."""
+    if config.memory_format == "auto":
+        return torch.device(config.device).type == "cuda"
+    return config.memory_format == "channels_last"
