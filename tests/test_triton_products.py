@@ -21,7 +21,7 @@ from sparse_moon.ops.sparse_linear import dense as dense_linear
 from sparse_moon.ops.sparse_linear import gpu as linear
 from sparse_moon.topology import Topology
 
-pytest.importorskip("triton")
+Launch = pytest.importorskip("sparse_moon.kernels.launch").Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = [(8, 1), (16, 16), (2, 2)]  # Triton twice, and the reference, for which it has no kernel
@@ -69,6 +69,38 @@ def test_conv2d_products(block, layout):
         close(got, dense_conv2d.input_grad(grad, values, x.shape, plan))
         assert memory_format(got) == layout
         close(conv2d.values_grad(grad, x, plan), dense_conv2d.values_grad(grad, x, plan))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("block", "stride", "padding", "groups", "linear_"), [
+    ((16, 16), 1, 0, 1, True), ((16, 16), 2, 0, 1, False), ((16, 16), 1, 1, 1, False), ((16, 16), 1, 0, 2, False),
+    ((8, 1), 1, 0, 1, False),
+])  # fmt: skip
+@pytest.mark.usefixtures("no_tf32")
+def test_pointwise_convolutions_of_blocks_run_as_linear_layers(
+    block, stride, padding, groups, linear_, layout, monkeypatch
+):
+    geometry = Geometry((32, 64 // groups, 1, 1), (stride,) * 2, (padding,) * 2, (1, 1), groups)
+    topology = Topology.random((32, 64 // groups), 0.5, block).to(DEVICE)
+    values, bias = torch.randn(topology.values_shape, device=DEVICE), torch.randn(32, device=DEVICE)
+    x = torch.randn(3, 64, 5, 6, device=DEVICE).contiguous(memory_format=layout)
+    grad = torch.randn(3, 32, *geometry.output_size(x.shape), device=DEVICE).contiguous(memory_format=layout)
+    plan, launched, call = topology.plan(geometry), [], Launch.__call__
+
+    def note(launch):
+        launched.append(launch.kernel.fn.__module__)
+        call(launch)
+
+    monkeypatch.setattr(Launch, "__call__", note)
+    with choice.use_backend("triton"):
+        close(conv2d.forward(x, values, bias, None, plan), dense_conv2d.forward(x, values, bias, None, plan))
+        got = conv2d.input_grad(grad, values, x.shape, plan)
+        close(got, dense_conv2d.input_grad(grad, values, x.shape, plan))
+        close(conv2d.values_grad(grad, x, plan), dense_conv2d.values_grad(grad, x, plan))
+        empty = conv2d.forward(x[:0], values, bias, None, plan)
+        assert empty.shape == (0, *grad.shape[1:])
+    kind = "sparse_linear" if linear_ else "sparse_conv2d"
+    assert {module.split(".")[-1] for module in launched if "sum" not in module} == {f"{kind}_kernels"}
 
 
 @pytest.mark.parametrize(("block", "backend", "expected"), [

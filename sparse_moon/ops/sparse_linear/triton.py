@@ -13,6 +13,10 @@ def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def _allowed(allow_tf32: bool | None) -> bool:
+    return tf32() if allow_tf32 is None else allow_tf32
+
+
 def takes(block: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether there is a kernel for these blocks."""
     from sparse_moon.kernels import sparse_linear
@@ -26,28 +30,38 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
+def forward(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    plan: Plan,
+    allow_tf32: bool | None = None,
+) -> Tensor:
+    """``allow_tf32``: whether float32 products may round to TF32, here and below; by default what :func:`tf32` says."""
     from sparse_moon.kernels import sparse_linear as kernels
 
     output = fake_forward(input, values, bias, probe, plan)
     x, y = _rows(input), rows_of(output)
-    kernels.sparse_linear(x, values.contiguous(), bias, *plan.index[:2], y, allow_tf32=tf32())
+    kernels.sparse_linear(x, values.contiguous(), bias, *plan.index[:2], y, allow_tf32=_allowed(allow_tf32))
     return output
 
 
-def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
+def input_grad(grad: Tensor, values: Tensor, plan: Plan, allow_tf32: bool | None = None) -> Tensor:
     from sparse_moon.kernels import sparse_linear as kernels
 
     result = fake_input_grad(grad, values, plan)
     kernels.sparse_linear_input_grad(
-        _rows(grad), values.contiguous(), *plan.index[2:], rows_of(result), allow_tf32=tf32()
+        _rows(grad), values.contiguous(), *plan.index[2:], rows_of(result), allow_tf32=_allowed(allow_tf32)
     )
     return result
 
 
-def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
+def values_grad(grad: Tensor, input: Tensor, plan: Plan, allow_tf32: bool | None = None) -> Tensor:
     from sparse_moon.kernels import sparse_linear as kernels
 
     result = fake_values_grad(grad, input, plan)
-    kernels.sparse_linear_values_grad(_rows(grad), _rows(input), *plan.index[:2], result, allow_tf32=tf32())
+    kernels.sparse_linear_values_grad(
+        _rows(grad), _rows(input), *plan.index[:2], result, allow_tf32=_allowed(allow_tf32)
+    )
     return result
