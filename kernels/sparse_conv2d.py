@@ -60,14 +60,18 @@ class _Tiles(NamedTuple):
     num_stages: int
 
 
-def _tiles(narrow: int, dtype: torch.dtype, precision: str) -> _Tiles:
-    """Tiles of the forward and input gradient, for blocks of ``narrow`` channels."""
+def _tiles(block: tuple[int, ...], dtype: torch.dtype, precision: str) -> _Tiles:
+    """Tiles of the forward and input gradient."""
+    narrow = block[0]
+    # Rows have few steps, and what a third stage takes in shared memory is a program less side by side; not of blocks
+    # of 128, where registers allow two. Indices of vectors go through a stage, too.
+    stages = 2 if 1 < block[1] < 128 else 3
     if precision == "ieee":
         # CUDA cores: operands too come from registers, so tiles are small; of 64 and 128 the size at which none spill
-        return _Tiles(128 if narrow in (32, 128) else 64, 16, 8 if narrow == 128 else 4, 3)
+        return _Tiles(128 if narrow in (32, 128) else 64, 16, 8 if narrow == 128 else 4, stages)
     # 128 bytes of neighbouring channels or positions a row of the tile: full lines of shared memory
     # 128 x 128 accumulators need eight warps to stay in registers
-    return _Tiles(128, 128 // dtype.itemsize, 8 if narrow == 128 else 4, 3)
+    return _Tiles(128, 128 // dtype.itemsize, 8 if narrow == 128 else 4, stages)
 
 
 def _values_tiles(block: tuple[int, ...], dtype: torch.dtype, precision: str) -> _Tiles:
@@ -125,7 +129,7 @@ def _forward_launches(
     geometry: Geometry, allow_tf32: bool,
 ) -> Iterator[Launch]:  # fmt: skip
     precision = precision_of(input.dtype, allow_tf32)
-    tiles = _tiles(values.shape[1], input.dtype, precision)
+    tiles = _tiles(values.shape[1:], input.dtype, precision)
     for before, x, y, arguments in _gathered(input, output, values.shape[1:], geometry):
         yield from before
         grid = (arguments["rows"] * triton.cdiv(_positions(y, arguments), tiles.m),)
@@ -142,7 +146,7 @@ def _input_grad_launch(
     images, channels, height, width = output.shape
     outputs, channels_per_group, kh, kw = geometry.weight_shape
     side, precision = values.shape[1], precision_of(grad.dtype, allow_tf32)
-    tiles = _tiles(side, grad.dtype, precision)
+    tiles = _tiles(values.shape[1:], grad.dtype, precision)
     column_blocks = geometry.groups * channels_per_group // side
     grid = (column_blocks * triton.cdiv(images * height * width, tiles.m),)
     return Launch(input_grad_kernel, grid, dict(
@@ -189,7 +193,8 @@ def _check(block: tuple[int, ...], geometry: Geometry, *images: Tensor) -> None:
     dtype = images[0].dtype
     if not takes(block, geometry.weight_shape, geometry.groups, dtype):
         raise ValueError(
-            f"no kernel for block {tuple(block)}, weight {tuple(geometry.weight_shape)}, "
+            f"no kernel for block {tuple(block)}, weight {tuple(geometry.weight_shape)} (of at most "
+            f"{_LONGEST_KERNEL} taps each way), "
             f"{geometry.groups} groups and {dtype}"
         )
     for tensor in images:
@@ -199,14 +204,14 @@ def _check(block: tuple[int, ...], geometry: Geometry, *images: Tensor) -> None:
 
 BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (8, 1), (16, 1), (32, 1)]
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+_LONGEST_KERNEL = 15  # taps each way: which of them are on the plane is a word of 31 bits
 
 
 def takes(block: tuple[int, ...], weight_shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> bool:
     """Whether the kernels below work for this block, weight (O, C/groups, kh, kw) and element type."""
     outputs, channels = weight_shape[:2]
-    return (
-        dtype in _DTYPES and tuple(block) in BLOCKS and outputs % (groups * block[0]) == 0 and channels % block[1] == 0
-    )
+    divides = outputs % (groups * block[0]) == 0 and channels % block[1] == 0
+    return dtype in _DTYPES and tuple(block) in BLOCKS and divides and max(weight_shape[2:]) <= _LONGEST_KERNEL
 
 
 def sparse_conv2d(

@@ -107,6 +107,8 @@ GEOMETRIES = {
     "5 x 5": dict(kernel=(5, 5), padding=(2, 2)),
     "3 x 5, padding (0, 2)": dict(kernel=(3, 5), padding=(0, 2)),
     "1 x 3": dict(kernel=(1, 3), padding=(0, 1)),
+    "1 x 15": dict(kernel=(1, 15), padding=(0, 7)),
+    "15 x 1": dict(kernel=(15, 1), padding=(7, 0)),
     "dilation 2": dict(kernel=(3, 3), padding=(2, 2), dilation=(2, 2)),
     "dilation (1, 2), stride (1, 2)": dict(kernel=(3, 3), padding=(2, 1), dilation=(1, 2), stride=(1, 2)),
     "padding beyond the kernel": dict(kernel=(1, 3), padding=(2, 2)),
@@ -188,6 +190,8 @@ def test_takes():
     assert kernels.takes((8, 1), (64, 3, 7, 7), 1, torch.float32)
     assert not kernels.takes((32, 32), (64, 48, 3, 3), 1, torch.float16)
     assert not kernels.takes((32, 32), (96, 32, 3, 3), 2, torch.float16)
+    assert kernels.takes((32, 32), (64, 64, 15, 15), 1, torch.float16)
+    assert not kernels.takes((32, 32), (64, 64, 1, 16), 1, torch.float16)
     assert not kernels.takes((1, 1), (64, 64, 3, 3), 1, torch.float32)
     assert not kernels.takes((8, 8), (64, 64, 3, 3), 1, torch.float32)
     assert not kernels.takes((32, 32), (64, 64, 3, 3), 1, torch.float64)
