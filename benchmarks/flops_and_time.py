@@ -204,7 +204,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     kept = keep_freed_memory()  # what sparse layers in training do by themselves, so that dense sides always have it
-    torch.backends.cudnn.benchmark = True  # as dense users have it
+    if torch.device(arguments.device).type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as dense users have it
     bench = Bench(arguments, kept)
     print(", ".join(f"{k} {v:.0f}" for k, v in bench.ceilings.items()))
     sections = [arguments.section] if isinstance(arguments.section, str) else arguments.section  # the default is one

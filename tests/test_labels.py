@@ -102,7 +102,7 @@ def device_that_cannot_raise(monkeypatch):
         value, statistics = OnDevice.apply(logits, target, w)
         return value, ops.LossStatistics(*statistics.unbind())
 
-    for name in ("abstention", "logit_norm", "mixup"):
+    for name in ("abstention", "logit_norm", "mixing"):
         monkeypatch.setattr(sys.modules[f"sparse_moon.losses.{name}"], "known_labels", known)
     monkeypatch.setattr(sys.modules["sparse_moon.ops.unknown_aware_loss"], "known_labels_reference", known)
     monkeypatch.setattr(ops, "unknown_aware_loss", loss)

@@ -67,11 +67,12 @@ class TopKAST(SET):
         # layers that end dense have no idle weights, so the others' share of all weights is what counts
         dense = sum(sizes[name] for name in densities if densities[name] >= 1.0)
         active = sum(density * sizes[name] for name, density in densities.items() if density < 1.0)
-        if math.isclose(active, (1.0 - sparsity) * (total - dense)):  # an allocation that does not count dense layers
-            trained = (1.0 - sparsity) * total / options.forward_share
+        kept, counted = (1.0 - sparsity) * total, (1.0 - sparsity) * (total - dense)
+        if abs(active - counted) <= abs(active - (kept - dense)):  # an allocation that does not count dense layers
+            trained = kept / options.forward_share
         else:
-            trained = dense + active / options.forward_share
-        return min(1.0 - trained / total, sparsity)  # which rounding may pass by a little
+            trained = dense + (kept - dense) / options.forward_share
+        return min(1.0 - trained / total, sparsity)  # which a tiny network whose layers end dense would pass
 
     @classmethod
     def arguments(cls, options: TopKASTOptions, run: TrainingRun) -> dict[str, Any]:
