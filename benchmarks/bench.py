@@ -95,12 +95,23 @@ class Network:
     batch: int = 128
     classes: int = 10
     steps_per_epoch: int = 390
+    convolutional: bool = True
+    sparse_layout: torch.memory_format = torch.contiguous_format
+    """In which its sparse step is the faster one on a CPU."""
 
     def build(self, outputs: int) -> nn.Module:
         return models.build(self.name, outputs, in_channels=self.image_shape[0], image_size=self.image_shape[1])
 
 
-NETWORKS = [Network("resnet18", (3, 32, 32)), Network("wrn-22-2", (3, 32, 32)), Network("mlp", (1, 28, 28))]
+NETWORKS = [
+    Network("resnet18", (3, 32, 32)), Network("wrn-22-2", (3, 32, 32)), Network("mlp", (1, 28, 28), convolutional=False)
+]  # fmt: skip
+# whose steps are timed where --case names them
+LARGER_NETWORKS = [
+    Network("torchvision:resnet50", (3, 96, 96), 16, 100, sparse_layout=torch.channels_last),
+    Network("torchvision:mobilenet_v2", (3, 96, 96), 32, 100, sparse_layout=torch.channels_last),
+    Network("timm:vit_small_patch16_224", (3, 224, 224), 32, 100, convolutional=False),
+]
 
 
 class Bench:

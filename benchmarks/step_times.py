@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import NETWORKS, Bench, Network, Row, autocast
+from bench import LARGER_NETWORKS, NETWORKS, Bench, Network, Row, autocast
 from timing import computes_bf16
 from torch import Tensor, nn
 
@@ -26,8 +26,9 @@ def step(bench: Bench) -> None:
     Baselines are the fastest dense step in float32, of both layouts and fused or not, the fastest that is not fused,
     and that in bfloat16.
     """
-    for network in NETWORKS:
-        if not bench.arguments.case or any(part in network.name for part in bench.arguments.case):
+    cases = bench.arguments.case
+    for network in [*NETWORKS, *LARGER_NETWORKS] if cases else NETWORKS:
+        if not cases or any(part in network.name for part in cases):
             _step(bench, network)
 
 
@@ -36,7 +37,9 @@ def _step(bench: Bench, network: Network) -> None:
     x = torch.randn(network.batch, *network.image_shape)
     y = torch.randint(network.classes, (network.batch,))
 
-    def training(model: nn.Module, method: sm.Method, loss: nn.Module, x: Tensor = x) -> Callable[[int], Any]:
+    sparse_x = x.contiguous(memory_format=network.sparse_layout)
+
+    def training(model: nn.Module, method: sm.Method, loss: nn.Module, x: Tensor = sparse_x) -> Callable[[int], Any]:
         def run(_: int) -> None:
             loss(model(x), y).backward()
             method.step()
@@ -83,7 +86,7 @@ def _dense_steps(
     network: Network, x: Tensor, training: Callable[..., Callable[[int], Any]], device: torch.device
 ) -> Iterator[tuple[str, Callable[[int], Any]]]:
     """The dense training step, in the layouts and precisions that dense users choose from, and fused by ``sm.fuse``."""
-    convolutional = network.name != "mlp"
+    convolutional = network.convolutional
     x_last = x.contiguous(memory_format=torch.channels_last) if convolutional else x
     layouts = {"": torch.contiguous_format} | ({" channels_last": torch.channels_last} if convolutional else {})
     for fused in (False, True) if convolutional else (False,):
@@ -108,7 +111,7 @@ def _sparse_steps(
     rigl, moon, cigl = (
         sm.sparsify(
             network.build(outputs), sparsity, allocation, pattern=pattern, recompute=bench.arguments.recompute
-        )
+        ).to(memory_format=network.sparse_layout)
         for outputs in (network.classes, network.classes + 1, network.classes)
     )  # fmt: skip
     changing = copy.deepcopy(rigl)
