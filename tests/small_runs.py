@@ -1,6 +1,9 @@
-"""Finished runs of made-up figures."""
+"""Finished runs of made-up figures, and ones that are cut off."""
 
+from contextlib import contextmanager
 from dataclasses import asdict
+
+import pytest
 
 from sparse_moon import files
 from sparse_moon.app import run_folder
@@ -26,3 +29,18 @@ def write_run(folder, config, *, accuracy, near, far, seconds, name=None, near_s
     }
     files.write_json(path / run_folder.RESULTS, results)
     run_folder.write_checkpoint(path, {"model": {}, "config": {}, "epoch": 2, "finished": True})
+
+
+@contextmanager
+def killed_after(epoch):
+    """A training inside the block is interrupted when it has written the checkpoint of this epoch."""
+    write = run_folder.write_checkpoint
+
+    def killed(folder, state):
+        write(folder, state)
+        if state["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder, "write_checkpoint", killed)
+        yield

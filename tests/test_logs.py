@@ -6,6 +6,7 @@ import pytest
 
 import sparse_moon as sm
 from small_frameworks import EXTRA
+from small_runs import killed_after
 from sparse_moon.app import run_folder
 from sparse_moon.app.cli import main
 
@@ -39,20 +40,11 @@ def events(folder):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
-def test_event_files_of_a_resumed_run_have_each_epoch_once(tmp_path, monkeypatch):
+def test_event_files_of_a_resumed_run_have_each_epoch_once(tmp_path):
     pytest.importorskip("tensorboard", reason=f"tensorboard {EXTRA}")
     folder = tmp_path / "run"
-    write = run_folder.write_checkpoint
-
-    def killed(folder, state):
-        write(folder, state)
-        if state["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_folder, "write_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(2):
         sm.train(SETTINGS, epochs=4, out=folder, progress=False, log=["csv", "tensorboard"])
-    monkeypatch.undo()
     assert [step for step, _ in events(folder)["loss"]] == [1]  # it was killed before it had logged the second
     sm.train(SETTINGS, epochs=4, out=folder, progress=False, resume=True, log=["csv", "tensorboard"])
     metrics, found = run_folder.read_metrics(folder, 4), events(folder)

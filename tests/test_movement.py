@@ -8,6 +8,7 @@ import torch
 
 import sparse_moon as sm
 from small_mlp import mlp, train
+from small_runs import killed_after
 from sparse_moon import files
 from sparse_moon.app import plots, run_folder
 from sparse_moon.app.report import write_report
@@ -91,18 +92,9 @@ def test_a_run_records_what_its_report_shows(runs):
     assert titles(runs / "dense") == []
 
 
-def test_a_resumed_run_has_moved_as_one_that_was_not_cut_off(runs, tmp_path, monkeypatch):
-    write = run_folder.write_checkpoint
-
-    def killed(folder, state):
-        write(folder, state)
-        if state["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_folder, "write_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_resumed_run_has_moved_as_one_that_was_not_cut_off(runs, tmp_path):
+    with killed_after(1):
         sm.train(SETTINGS, out=tmp_path / "run", progress=False)
-    monkeypatch.undo()
     sm.train(SETTINGS, out=tmp_path / "run", progress=False, resume=True)
     moved = [[row["moved"] for row in run_folder.read_metrics(f, 3)] for f in (tmp_path / "run", runs / "rigl")]
     assert moved[0] == moved[1]

@@ -1,11 +1,11 @@
 """The ``Conv1D`` of transformers, GPT-2's linear layer: its weight is (in, out), a linear layer's is (out, in)."""
 
 import sys
-from typing import Any, Self, cast
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from sparse_moon.nn.layers import Pattern, Selection, SparseLinear
+from sparse_moon.nn.layers import SparseLinear
 
 
 class TransposedLinear(nn.Linear):
@@ -22,20 +22,9 @@ class SparseConv1D(SparseLinear):
 
     conv1d: type[nn.Module]
 
-    @classmethod
-    def from_dense(
-        cls,
-        dense: nn.Linear,
-        mask: Tensor | None = None,
-        *,
-        sparsity: float | None = None,
-        pattern: Pattern = "unstructured",
-        selection: Selection = "random",
-    ) -> Self:
-        """As :meth:`SparseLinear.from_dense`, of what ``sparsify`` makes of a ``Conv1D`` first."""
-        self = super().from_dense(dense, mask, sparsity=sparsity, pattern=pattern, selection=selection)
+    def _take_over(self, dense: nn.Linear | nn.Conv2d) -> None:
+        super()._take_over(dense)
         self.conv1d = cast(TransposedLinear, dense).conv1d
-        return self
 
     def to_dense(self) -> Any:
         """Dense copy, a ``Conv1D`` with zeros where nothing exists."""
