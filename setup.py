@@ -16,7 +16,8 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 # Files with these endings are compiled for an instruction set of their own and used where the processor has it; a
 # binary built here runs on any processor of the same architecture (no -march=native).
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISA_FLAGS = {"_avx512.cpp": ["-mavx512f", "-mfma"], "_avx2.cpp": ["-mavx2", "-mfma"]} if X86 else {}
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"]
+ISA_FLAGS = {"_avx512.cpp": AVX512, "_avx2.cpp": ["-mavx2", "-mfma"]} if X86 else {}
 # torch's own copy of the OpenMP library is used, because torch is imported first.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 

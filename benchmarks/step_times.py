@@ -24,7 +24,7 @@ def step(bench: Bench) -> None:
     """Whole steps on a CPU of what ``sparsify`` makes of a network, updates and averaging spread over their intervals.
 
     Baselines are the fastest dense step in float32, of both layouts and fused or not, the fastest that is not fused,
-    and that in bfloat16.
+    and that in bfloat16. RigL's step is timed under autocast to bfloat16, too.
     """
     cases = bench.arguments.case
     for network in [*NETWORKS, *LARGER_NETWORKS] if cases else NETWORKS:
@@ -60,7 +60,7 @@ def _step(bench: Bench, network: Network) -> None:
     fastest = [min(names, key=times.__getitem__) for names in (fp32, unfused)]
     baselines = {name: times[name] for name in (*fastest, "dense bf16") if name in times}
     for variant in variants:
-        own = {name: times[f"{variant} {name}"] for name in ("rigl", "moon", "cigl", "update", "average")}
+        own = {name: times[f"{variant} {name}"] for name in ("rigl", "rigl bf16", "moon", "cigl", "update", "average")}
         own["more loss"] = losses["moon"] - losses["cross-entropy"]
         _report_step(bench, network, variant, costs[variant], own, baselines)
 
@@ -106,7 +106,8 @@ def _dense_steps(
 def _sparse_steps(
     network: Network, variant: tuple[float, Any, str], training: Callable[..., Callable[[int], Any]], bench: Bench
 ) -> tuple[dict[str, Callable[[int], Any]], tuple[float, float]]:
-    """Steps of RigL, with MOON and with CigL, one with a topology update, an averaging; forward FLOPs of both kinds."""
+    """Steps of RigL, in bfloat16, with MOON and with CigL, one with a topology update, an averaging; forward FLOPs of
+    both kinds."""
     sparsity, allocation, pattern = variant
     rigl, moon, cigl = (
         sm.sparsify(
@@ -128,8 +129,10 @@ def _sparse_steps(
         mask.draw()
         masked_step(i)
 
+    rigl_step = training(rigl, sm.RigL(rigl, _sgd(rigl), total_steps=10**9, interval=10**8), cross_entropy)
     return {
-        "rigl": training(rigl, sm.RigL(rigl, _sgd(rigl), total_steps=10**9, interval=10**8), cross_entropy),
+        "rigl": rigl_step,
+        "rigl bf16": autocast(rigl_step, bench.device),
         "moon": training(moon, sm.RigL(moon, _sgd(moon), total_steps=10**9, interval=10**8), unknown_aware),
         "cigl": cigl_step,
         "update": training(changing, updating, cross_entropy),
@@ -152,6 +155,9 @@ def _report_step(
     )  # fmt: skip
     for name, time in baselines.items():
         bench.add(replace(row, baseline=name, baseline_ms=time, speedup=time / rigl))
+    lowered = times["rigl bf16"] + update_ms / INTERVAL
+    for name, time in {**baselines, "rigl": rigl}.items():
+        bench.add(replace(row, dtype="bf16", ms=lowered, baseline=name, baseline_ms=time, speedup=time / lowered))
     parts = rigl + times["more loss"] + average_ms
     for name, time in (("moon", moon), ("moon (sum of parts)", parts), ("cigl", cigl)):
         bench.add(replace(row, pass_=name, ms=time, baseline="rigl", baseline_ms=rigl, speedup=rigl / time))
@@ -181,12 +187,13 @@ def memory(bench: Bench) -> None:
 
     dense = peak("dense", 0.0)
     for sparsity in bench.arguments.sparsity:
-        sparse = peak("sparse", sparsity)
-        named = {"dense_mb": round(dense, 1), "sparse_mb": round(sparse, 1)}
+        sparse, lowered = peak("sparse", sparsity), peak("sparse bf16", sparsity)
+        named = {"dense_mb": round(dense, 1), "sparse_mb": round(sparse, 1), "sparse_bf16_mb": round(lowered, 1)}
         bench.peaks.append({"network": NETWORKS[0].name, "sparsity": sparsity, **named})
         print(
             f"memory  {NETWORKS[0].name}_b{NETWORKS[0].batch}  {sparsity:.2f}  peak resident "
-            f"{sparse:.0f} MB, dense training {dense:.0f} MB, {sparse / dense:.2f} x",
+            f"{sparse:.0f} MB, under autocast {lowered:.0f} MB, dense training {dense:.0f} MB, {sparse / dense:.2f} x "
+            f"and {lowered / dense:.2f} x",
             flush=True,
         )
 
@@ -194,13 +201,15 @@ def memory(bench: Bench) -> None:
 def _peak_mb(kind: str, sparsity: float, recompute: bool) -> float:
     network = NETWORKS[0]
     model = network.build(network.classes)
-    if kind == "sparse":
+    if kind != "dense":
         model = sm.sparsify(model, sparsity, "uniform", recompute=recompute)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
     method = sm.Dense(model, optimizer) if kind == "dense" else sm.RigL(model, optimizer, total_steps=100, interval=2)
     x, y = torch.randn(network.batch, *network.image_shape), torch.randint(network.classes, (network.batch,))
     for _ in range(4):
-        F.cross_entropy(model(x), y).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind.endswith("bf16")):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
         method.step()
         optimizer.zero_grad()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

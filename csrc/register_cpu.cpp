@@ -56,17 +56,18 @@ struct FromPython<MaskedDense> {
     }
 };
 
-// (images, channels, plane), channels_last, activation, batch_statistics, eps, then the addresses of weight, bias, input,
-// mean and var; the number of threads comes for itself.
+// (images, channels, plane), channels_last, bfloat16, activation, batch_statistics, eps, then the addresses of weight,
+// bias, input, mean and var; the number of threads comes for itself.
 template <>
 struct FromPython<BatchNormReLU> {
-    using Type = std::tuple<std::array<int64_t, 3>, bool, int, bool, double, Address, Address, Address, Address,
+    using Type = std::tuple<std::array<int64_t, 3>, bool, bool, int, bool, double, Address, Address, Address, Address,
                             Address>;
     static BatchNormReLU convert(const Type& b) {
-        const auto& [shape, channels_last, activation, batch_statistics, eps, weight, bias, input, mean, var] = b;
-        return {shape[0], shape[1], shape[2], channels_last, static_cast<Activation>(activation), batch_statistics, eps,
-                pointer<const float>(weight), pointer<const float>(bias), pointer<const float>(input),
-                pointer<float>(mean), pointer<float>(var), 1, nullptr};
+        const auto& [shape, channels_last, bfloat16, activation, batch_statistics, eps, weight, bias, input, mean,
+                     var] = b;
+        return {shape[0], shape[1], shape[2], channels_last, bfloat16, static_cast<Activation>(activation),
+                batch_statistics, eps, pointer<const float>(weight), pointer<const float>(bias),
+                pointer<const void>(input), pointer<float>(mean), pointer<float>(var), 1, nullptr};
     }
 };
 
@@ -89,6 +90,13 @@ KeptMatrix kept_matrix(int64_t rows, int64_t cols, int64_t block_rows, int64_t b
     return {matrix, runs};
 }
 
+Conv2d convolution(int64_t batch, const std::array<int64_t, 3>& input, const std::array<int64_t, 3>& output,
+                   const std::array<int64_t, 2>& kernel, const std::array<int64_t, 2>& stride,
+                   const std::array<int64_t, 2>& padding, const std::array<int64_t, 2>& dilation, int64_t groups,
+                   bool bfloat16) {
+    return {conv2d<int64_t>(batch, input, output, kernel, stride, padding, dilation, groups), bfloat16};
+}
+
 void set_flat_panels_where(const std::string& where) {
     if (where == "faster") return set_flat_panels(FlatPanels::kWhereFaster);
     if (where == "possible") return set_flat_panels(FlatPanels::kWherePossible);
@@ -96,12 +104,12 @@ void set_flat_panels_where(const std::string& where) {
     throw std::invalid_argument("where must be faster, possible or never, got " + where);
 }
 
-void forward(BatchNormReLU norm, const float* residual, float* output, int threads) {
+void forward(BatchNormReLU norm, const void* residual, void* output, int threads) {
     norm.threads = threads;
     batch_norm_relu({norm, residual, output});
 }
 
-void backward(BatchNormReLU norm, const float* grad, const float* output, float* input_grad, float* residual_grad,
+void backward(BatchNormReLU norm, const void* grad, const void* output, void* input_grad, void* residual_grad,
               float* weight_grad, float* bias_grad, int threads) {
     norm.threads = threads;
     batch_norm_relu_backward({norm, grad, output, input_grad, residual_grad, weight_grad, bias_grad});
@@ -160,15 +168,18 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init(&kept_matrix), py::arg("rows"), py::arg("cols"), py::arg("block_rows"), py::arg("block_cols"),
              py::arg("row_ptr"), py::arg("col"), py::arg("t_ptr"), py::arg("t_row"), py::arg("t_perm"));
     py::class_<Conv2d>(m, "Conv2d")
-        .def(py::init(&conv2d<int64_t>), py::arg("batch"), py::arg("input"), py::arg("output"), py::arg("kernel"),
-             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"));
+        .def(py::init(&convolution), py::arg("batch"), py::arg("input"), py::arg("output"), py::arg("kernel"),
+             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+             py::arg("bfloat16") = false);
 
-    def("sparse_linear", &sparse_linear, "tokens", "weight", "input", "bias", "output", "threads");
-    def("sparse_linear_input_grad", &sparse_linear_input_grad, "tokens", "weight", "grad", "input_grad", "threads");
-    def("sparse_linear_values_grad", &sparse_linear_values_grad, "tokens", "weight", "grad", "input", "values_grad",
+    def("sparse_linear", &sparse_linear, "tokens", "weight", "input", "bias", "output", "bfloat16",
         "threads");
+    def("sparse_linear_input_grad", &sparse_linear_input_grad, "tokens", "weight", "grad", "input_grad", "bfloat16",
+        "threads");
+    def("sparse_linear_values_grad", &sparse_linear_values_grad, "tokens", "weight", "grad", "input", "values_grad",
+        "bfloat16", "threads");
     def("sparse_linear_grads", &sparse_linear_grads, "tokens", "weight", "grad", "input", "input_grad", "values_grad",
-        "bias_grad", "threads");
+        "bias_grad", "bfloat16", "threads");
 
     def("sparse_conv2d", &sparse_conv2d, "conv", "weight", "input", "bias", "output", "channels_last", "threads");
     def("sparse_conv2d_input_grad", &sparse_conv2d_input_grad, "conv", "weight", "grad", "input_grad", "channels_last",

@@ -94,15 +94,16 @@ void check_linear(int64_t tokens, int64_t in, int64_t out, int64_t bh, int64_t b
     for (const std::string& isa : supported_isas()) {
         set_isa(isa);
         std::vector<float> got_y(y.size(), NAN), got_dx(dx.size(), NAN), got_dv(dv.size(), NAN);
-        sparse_linear(tokens, weight.matrix, x.data(), bias.data(), got_y.data(), 2);
-        sparse_linear_input_grad(tokens, weight.matrix, grad.data(), got_dx.data(), 2);
-        sparse_linear_values_grad(tokens, weight.matrix, grad.data(), x.data(), got_dv.data(), 2);
+        sparse_linear(tokens, weight.matrix, x.data(), bias.data(), got_y.data(), false, 2);
+        sparse_linear_input_grad(tokens, weight.matrix, grad.data(), got_dx.data(), false, 2);
+        sparse_linear_values_grad(tokens, weight.matrix, grad.data(), x.data(), got_dv.data(), false, 2);
         compare("sparse_linear", isa, got_y, y);
         compare("sparse_linear_input_grad", isa, got_dx, dx);
         compare("sparse_linear_values_grad", isa, got_dv, dv);
         std::vector<float> got_db(db.size(), NAN);
         got_dx.assign(dx.size(), NAN), got_dv.assign(dv.size(), NAN);
-        sparse_linear_grads(tokens, weight.matrix, grad.data(), x.data(), got_dx.data(), got_dv.data(), got_db.data(), 2);
+        sparse_linear_grads(tokens, weight.matrix, grad.data(), x.data(), got_dx.data(), got_dv.data(), got_db.data(),
+                            false, 2);
         compare("sparse_linear_grads: input", isa, got_dx, dx);
         compare("sparse_linear_grads: values", isa, got_dv, dv);
         compare("sparse_linear_grads: bias", isa, got_db, db);
@@ -236,7 +237,7 @@ void check_batch_norm(int64_t images, int64_t channels, int64_t plane, bool chan
         if (batch_statistics) got_mean.assign(channels, NAN), got_var.assign(channels, NAN);
         std::vector<float> got_y(size, NAN), got_dx(size, NAN), got_dr(size, NAN), got_dw(channels, NAN);
         std::vector<float> got_db(channels, NAN);
-        const BatchNormReLU norm = {images, channels, plane, channels_last, activation, batch_statistics, eps,
+        const BatchNormReLU norm = {images, channels, plane, channels_last, false, activation, batch_statistics, eps,
                                     weight.data(), bias.data(), x.data(), got_mean.data(), got_var.data(), 2, nullptr};
         batch_norm_relu({norm, with_residual ? residual.data() : nullptr, got_y.data()});
         batch_norm_relu_backward({norm, grad.data(), masked ? got_y.data() : nullptr, got_dx.data(),

@@ -230,10 +230,11 @@ def batch_norm_relu(draw: Draw) -> None:
         shape = (2, *shape[1:])
     leaves = [laid_out(draw, "input", shape, dtype)]
     affine, summed, known = draw.chance("affine", 0.7), draw.chance("residual", 0.5), draw.chance("running", 0.7)
-    leaves += [torch.randn(channels, dtype=dtype) for _ in range(2)] if affine else []
+    vectors = draw("vectors", (dtype, torch.float32)) if dtype is torch.bfloat16 else dtype
+    leaves += [torch.randn(channels, dtype=vectors) for _ in range(2)] if affine else []
     leaves += [laid_out(draw, "residual_layout", shape, dtype)] if summed else []
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    running = (torch.randn(channels).to(dtype), (torch.rand(channels) + 0.5).to(dtype))
+    running = (torch.randn(channels).to(vectors), (torch.rand(channels) + 0.5).to(vectors))
     grad = laid_out(draw, "grad", shape, dtype).clone()
 
     def run(fused: bool, convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:

@@ -29,7 +29,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 SKIP = 77
-_ISA_FLAGS = {"kernels_avx512": ["-mavx512f", "-mfma"], "kernels_avx2": ["-mavx2", "-mfma"]}  # as in setup.py
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"]
+_ISA_FLAGS = {"kernels_avx512": _AVX512, "kernels_avx2": ["-mavx2", "-mfma"]}  # as in setup.py
 _SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 

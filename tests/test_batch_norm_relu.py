@@ -203,6 +203,38 @@ def test_reference_gradients(training, with_residual, activation):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+def as_under_autocast(function, tensors, with_residual, **options):
+    """As :func:`results`, of activations that are rounded to bfloat16, with vectors in float32."""
+    x, weight, bias, residual, mean, var, grad = (t.clone() for t in tensors)
+    leaves = [t.requires_grad_() for t in (x.bfloat16(), weight, bias, residual.bfloat16())]
+    x, weight, bias, residual = leaves
+    y = function(x, mean, var, weight, bias, residual if with_residual else None, **options)
+    inputs = leaves if with_residual else leaves[:3]
+    return (y.detach(), *torch.autograd.grad(y, inputs, grad.bfloat16()), mean, var)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (2, 33, 4, 4), (5, 64, 8, 8), (2, 5, 20, 20)], ids=str)
+def test_bfloat16_as_precise_as_torch(isa, monkeypatch, shape, layout, training, with_residual, activation):
+    """The kernel takes what autocast makes: activations in bfloat16, all else in float32."""
+    tensors = list(make(shape, layout))
+    for place in (0, 3, 6):
+        tensors[place] = tensors[place].bfloat16().float()
+    options = {"training": training, "activation": activation}
+    exact = results(torch_s_own, torch.float64, tensors, with_residual, **options)
+    theirs = as_under_autocast(torch_s_own, tensors, with_residual, **options)
+    if native is not None:
+        monkeypatch.setattr(torch, "batch_norm", lambda *inputs: pytest.fail("not the kernel"))
+    ours = as_under_autocast(batch_norm_relu, tensors, with_residual, **options)
+    for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype, i
+        rounding = 2**-8 if a.dtype is torch.bfloat16 else 2**-22
+        assert (a - e).norm() <= 2 * (b - e).norm() + rounding * e.norm(), i
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_take_torch_s_own(dtype):
     tensors = make((3, 4, 5, 6))

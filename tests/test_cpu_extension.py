@@ -40,7 +40,8 @@ print(open("/proc/self/maps").read())
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path, sanitizing_compiler):
     compile_ = sanitizing_compiler("-O0", "-g1", "-fopenmp")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    extra = {"kernels_avx512": ["-mavx512f", "-mfma"], "kernels_avx2": ["-mavx2", "-mfma"]} if x86 else {}
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"]
+    extra = {"kernels_avx512": avx512, "kernels_avx2": ["-mavx2", "-mfma"]} if x86 else {}
     names = ("kernels_*", "dispatch", "transpose_index", "sparse_*", "conv2d_winograd", "bias_grad", "batch_norm_relu")
     sources = [source for name in names for source in sorted((ROOT / "csrc" / "cpu").glob(f"{name}.cpp"))]
     sources.append(ROOT / "tests" / "cpu_kernels.cpp")

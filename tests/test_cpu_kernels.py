@@ -278,7 +278,7 @@ def test_conv2d_by_winograd(batch, size, padding, channels, block, density, bias
     x = in_layout(torch.randn(batch, channels[0], *size), layouts[0])
     assume(min(geometry.output_size(x.shape)) >= 4)
     with by_winograd():
-        assert conv2d.shapes_of(x.shape, geometry, torch.contiguous_format).winograd
+        assert conv2d.shapes_of(x.shape, geometry, torch.contiguous_format, x.dtype).winograd
     check_conv2d(x, geometry, block, density, layouts[1], bias, ("winograd",))
 
 

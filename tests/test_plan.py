@@ -3,6 +3,7 @@
 import copy
 import io
 from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -200,6 +201,28 @@ def test_a_choice_is_kept_until_another_is_measured(monkeypatch):
         choice.forget()
         for other, crossover in before.items():
             choice.remember(other, crossover)
+
+
+@pytest.mark.parametrize("crossover", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_choice_under_autocast_is_kept(monkeypatch, kind, crossover):
+    if native is None:
+        pytest.skip("needs the compiled kernels")
+    layer = sm.SparseLinear(12, 16, sparsity=0.9) if kind == "linear" else sm.SparseConv2d(12, 16, 3, sparsity=0.9)
+    x = torch.randn((5, 12) if kind == "linear" else (5, 12, 6, 7), requires_grad=True)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))]
+
+    monkeypatch.setattr(choice, "crossover", lambda work: crossover)
+    first = step()
+    module = import_module(f"sparse_moon.ops.sparse_{kind}.cpu")
+    monkeypatch.setattr(module, "kernel_takes", lambda *inputs: pytest.fail("asked again"))
+    for a, b in zip(step(), first, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])

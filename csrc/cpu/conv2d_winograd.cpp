@@ -10,7 +10,8 @@ namespace sparse_moon {
 namespace {
 
 using conv2d::kFloat;
-using conv2d::planes;
+using conv2d::input_planes;
+using conv2d::output_planes;
 
 constexpr int64_t kProducts = 16;
 // Tiles a chunk: enough of them that loading and storing sums (or weights) is little work, few enough for the cache.
@@ -86,16 +87,16 @@ void correlate(int64_t batch, const Planes& source, const Planes& target, const 
 void winograd_conv2d(const Conv2d& conv, const float* weight, const float* input, const float* bias, float* output,
                      bool channels_last, int threads) {
     const WinogradWeight taps{weight, conv.out_channels, conv.in_channels, conv.in_channels * 9, 9, false, nullptr, 1};
-    correlate(conv.batch, planes(input, conv.in_channels, conv.in_size, channels_last),
-              planes(output, conv.out_channels, conv.out_size, channels_last), conv.padding, taps, bias, threads);
+    correlate(conv.batch, input_planes(conv, input, channels_last),
+              output_planes(conv, output, channels_last), conv.padding, taps, bias, threads);
 }
 
 void winograd_input_grad(const Conv2d& conv, const float* weight, const float* grad, float* input_grad,
                          bool channels_last, int threads) {
     const WinogradWeight taps{weight, conv.in_channels, conv.out_channels, 9, conv.in_channels * 9, true, nullptr, 1};
     const int64_t padding[2] = {2 - conv.padding[0], 2 - conv.padding[1]};
-    correlate(conv.batch, planes(grad, conv.out_channels, conv.out_size, channels_last),
-              planes(input_grad, conv.in_channels, conv.in_size, channels_last), padding, taps, nullptr, threads);
+    correlate(conv.batch, output_planes(conv, grad, channels_last),
+              input_planes(conv, input_grad, channels_last), padding, taps, nullptr, threads);
 }
 
 void winograd_weight_grad(const Conv2d& conv, const float* grad, bool grad_channels_last, const float* input,
@@ -107,8 +108,8 @@ void winograd_weight_grad(const Conv2d& conv, const float* grad, bool grad_chann
     const int64_t chunk = std::clamp(kTileBytes / tile_bytes, kLeastChunk, kChunk);
     const int affordable = std::min(threads, static_cast<int>(kThreadsBytes / (kSumBytes + kTileBytes)));
     WinogradWeightGrad job{
-        cut_into_tiles(conv.batch, planes(input, conv.in_channels, conv.in_size, input_channels_last),
-                       planes(grad, conv.out_channels, conv.out_size, grad_channels_last), conv.padding, chunk,
+        cut_into_tiles(conv.batch, input_planes(conv, input, input_channels_last),
+                       output_planes(conv, grad, grad_channels_last), conv.padding, chunk,
                        affordable),
         weight_grad, 0, 0};
     for (; job.first < conv.out_channels; job.first += part) {

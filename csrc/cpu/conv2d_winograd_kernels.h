@@ -57,7 +57,7 @@ inline void pack_band(const Planes& planes, const PanelShape& shape, int64_t ima
             lanes.image[l] = channel + l < planes.channels ? image * planes.channels + channel + l : -1;
             first_row[l] = row;
         }
-        return pack_contiguous(single, shape, lanes, first_row, shape.rows, panel);
+        return pack_contiguous<float>(single, shape, lanes, first_row, shape.rows, panel);
     }
     const int count = static_cast<int>(smaller(planes.channels - channel, kLanes));
     for (int64_t i = 0; i < shape.rows; ++i) {
@@ -66,7 +66,8 @@ inline void pack_band(const Planes& planes, const PanelShape& shape, int64_t ima
             std::memset(out, 0, planes.width * kVecBytes);
             continue;
         }
-        const float* from = planes.data + (image * planes.height + row + i) * planes.width * planes.channels + channel;
+        const float* from =
+            planes.numbers<float>() + (image * planes.height + row + i) * planes.width * planes.channels + channel;
         for (int64_t x = 0; x < planes.width; ++x, from += planes.channels, out += kLanes) {
             store(out, count == kLanes ? load_unaligned(from) : load_range(from, 0, count));
         }
@@ -78,11 +79,11 @@ inline void unpack_band(const float* panel, int64_t pitch, int64_t rows, int64_t
                         bool streaming, const Planes& planes) {
     rows = smaller(rows, planes.height - row);
     if (!planes.channels_last) {
-        Destination to;
+        Destination<float> to;
         for (int64_t l = 0; l < kLanes; ++l) {
             const bool used = channel + l < planes.channels;
             const int64_t plane = used ? image * planes.channels + channel + l : 0;
-            to.start[l] = planes.data + (plane * planes.height + row) * planes.width;
+            to.start[l] = planes.numbers<float>() + (plane * planes.height + row) * planes.width;
             to.rows[l] = used ? rows : 0;
         }
         to.streaming = streaming;
@@ -92,7 +93,8 @@ inline void unpack_band(const float* panel, int64_t pitch, int64_t rows, int64_t
     const int count = static_cast<int>(smaller(planes.channels - channel, kLanes));
     for (int64_t i = 0; i < rows; ++i) {
         const float* from = panel + i * pitch * kLanes;
-        float* to = planes.data + (image * planes.height + row + i) * planes.width * planes.channels + channel;
+        float* to =
+            planes.numbers<float>() + (image * planes.height + row + i) * planes.width * planes.channels + channel;
         for (int64_t x = 0; x < planes.width; ++x, from += kLanes, to += planes.channels) {
             if (count < kLanes) {
                 store_first(to, load(from), count);

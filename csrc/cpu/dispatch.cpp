@@ -28,7 +28,9 @@ namespace {
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) found.push_back(&avx512::kKernels);
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (avx512) found.push_back(&avx512::kKernels);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kKernels);
 #endif
     found.push_back(&generic::kKernels);

@@ -43,11 +43,18 @@ struct Axis {
     int64_t first, last;  // smallest and largest shift over all taps
 };
 
-// A batch of planes in memory, (batch, channels, height, width) in logical order.
+// A batch of planes in memory, (batch, channels, height, width) in logical order, of float32 or of bfloat16.
 struct Planes {
-    float* data;
+    void* data;
     int64_t channels, height, width;
     bool channels_last;
+    bool bfloat16 = false;
+
+    int64_t bytes(int64_t batch) const { return batch * channels * height * width * (bfloat16 ? 2 : 4); }
+    template <class T>
+    T* numbers() const {
+        return static_cast<T*>(data);
+    }
 };
 
 // How a batch is spread over lanes and units of work. Full groups take one image a lane; the rest of the batch spreads
@@ -208,9 +215,10 @@ struct LinearJob {
     SparseMatrix matrix;
     bool transposed;
     int64_t tokens;
-    const float* input;
+    bool bfloat16;  // input and output, which are float32 otherwise
+    const void* input;
     const float* bias;  // or null
-    float* output;
+    void* output;
     bool streaming;  // as in CorrelateJob
     char* scratch;
     int threads;
@@ -245,7 +253,8 @@ struct LinearRunsJob {
 struct LinearDotsJob {
     SparseMatrix matrix;
     int64_t tokens;
-    const float *grad, *input;
+    bool bfloat16;  // grad and input, which are float32 otherwise
+    const void *grad, *input;
     float* sums;
     float* bias_grad;  // [rows] or null
     char* scratch;

@@ -56,13 +56,14 @@ inline void clear_margins(const PanelShape& shape, float* panel) {
 
 // Rows of all channels of contiguous planes into a panel. A run is what is loaded as one: all rows where they are
 // neighbours in the plane, else a row.
-inline void pack_contiguous(const Planes& planes, const PanelShape& shape, const Lanes& lanes, const int64_t* first_row,
-                            int64_t rows, float* panel) {
+template <class T>
+void pack_contiguous(const Planes& planes, const PanelShape& shape, const Lanes& lanes, const int64_t* first_row,
+                     int64_t rows, float* panel) {
     const int64_t width = planes.width, area = planes.height * width;
     const int64_t run_rows = shape.row_step == 1 ? rows : 1;
     const int64_t length = run_rows * width;
     for (int64_t run = 0; run < rows / run_rows; ++run) {
-        const float* start[kLanes];
+        const T* start[kLanes];
         int64_t begin[kLanes], end[kLanes], last_begin = 0, first_end = length;
         for (int l = 0; l < kLanes; ++l) {
             const bool used = lanes.image[l] >= 0;
@@ -71,7 +72,7 @@ inline void pack_contiguous(const Planes& planes, const PanelShape& shape, const
             end[l] = used ? larger(smaller(area - row * width, length), begin[l]) : length;
             last_begin = larger(last_begin, begin[l]);
             first_end = smaller(first_end, begin[l] < end[l] ? end[l] : 0);
-            start[l] = planes.data + (used ? lanes.image[l] * planes.channels * area + row * width : 0);
+            start[l] = planes.numbers<T>() + (used ? lanes.image[l] * planes.channels * area + row * width : 0);
         }
         for (int64_t c = 0; c < planes.channels; ++c) {
             float* out = panel + (c * shape.channel_stride + run * shape.pitch + shape.margin) * kLanes;
@@ -117,16 +118,18 @@ inline void pack_contiguous(const Planes& planes, const PanelShape& shape, const
 }
 
 // Rows of all channels of channels_last planes into a panel.
-inline void pack_channels_last(const Planes& planes, const PanelShape& shape, const Lanes& lanes,
-                               const int64_t* first_row, int64_t rows, float* panel) {
+template <class T>
+void pack_channels_last(const Planes& planes, const PanelShape& shape, const Lanes& lanes, const int64_t* first_row,
+                        int64_t rows, float* panel) {
     const int64_t channels = planes.channels, width = planes.width;
     for (int64_t i = 0; i < rows; ++i) {
-        const float* start[kLanes];
+        const T* start[kLanes];
         bool all = true;
         for (int l = 0; l < kLanes; ++l) {
             const int64_t row = first_row[l] + i * shape.row_step;
             const bool used = lanes.image[l] >= 0 && row >= 0 && row < planes.height;
-            start[l] = used ? planes.data + (lanes.image[l] * planes.height + row) * width * channels : nullptr;
+            const int64_t place = (lanes.image[l] * planes.height + row) * width * channels;
+            start[l] = used ? planes.numbers<T>() + place : nullptr;
             all = all && used;
         }
         for (int64_t x = 0; x < width; ++x) {
@@ -164,27 +167,29 @@ inline void pack(const Planes& planes, const Axis& height, const PanelShape& sha
     const int64_t rows = shape.rows - (shape.block_rows - lanes.rows) * shape.grid_step;
     int64_t first_row[kLanes];
     for (int l = 0; l < kLanes; ++l) first_row[l] = lanes.row[l] * height.step + height.first;
-    if (planes.channels_last) {
-        pack_channels_last(planes, shape, lanes, first_row, rows, panel);
-    } else {
-        pack_contiguous(planes, shape, lanes, first_row, rows, panel);
-    }
+    with_number_type(planes.bfloat16, [&](auto number) {
+        using T = decltype(number);
+        planes.channels_last ? pack_channels_last<T>(planes, shape, lanes, first_row, rows, panel)
+                             : pack_contiguous<T>(planes, shape, lanes, first_row, rows, panel);
+    });
 }
 
 // Where a finished tile goes: for each lane the address of its first element, and how many of its rows exist.
+template <class T>
 struct Destination {
-    float* start[kLanes];
+    T* start[kLanes];
     int64_t rows[kLanes];
     bool streaming;  // past the caches, where whole aligned lines are written
 };
 
-SPARSE_MOON_INLINE void advance(Destination& to, int64_t elements) {
+template <class T>
+SPARSE_MOON_INLINE void advance(Destination<T>& to, int64_t elements) {
     for (int l = 0; l < kLanes; ++l) to.start[l] += to.rows[l] > 0 ? elements : 0;
 }
 
 // Vector l to address(l) in every lane that has row `row`, its first `count` elements.
-template <class Address>
-SPARSE_MOON_INLINE void store_lanes(const Vec (&vectors)[kLanes], const Destination& to, int64_t row, int count,
+template <class T, class Address>
+SPARSE_MOON_INLINE void store_lanes(const Vec (&vectors)[kLanes], const Destination<T>& to, int64_t row, int count,
                                     Address address) {
     bool all = count == kLanes;
     uintptr_t misaligned = 0;
@@ -210,8 +215,9 @@ SPARSE_MOON_INLINE void store_lanes(const Vec (&vectors)[kLanes], const Destinat
 
 // One channel's tile [rows][tile_cols] vectors, of which `cols` columns go to rows of a contiguous plane, `stride`
 // elements apart.
-inline void unpack_contiguous(const float* tile, int64_t rows, int64_t cols, int64_t tile_cols, const Destination& to,
-                              int64_t stride) {
+template <class T>
+void unpack_contiguous(const float* tile, int64_t rows, int64_t cols, int64_t tile_cols, const Destination<T>& to,
+                       int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = 0; j < cols; j += kLanes) {
             const int count = static_cast<int>(smaller(kLanes, cols - j));
@@ -232,8 +238,9 @@ inline void unpack_contiguous(const float* tile, int64_t rows, int64_t cols, int
 
 // `channels` <= kLanes channels' tiles [channels][rows][tile_cols] vectors, of which `cols` columns go to rows of
 // channels_last planes, `stride` elements apart, columns `channel_count` apart.
-inline void unpack_channels_last(const float* tile, int64_t channels, int64_t rows, int64_t cols, int64_t tile_cols,
-                                 const Destination& to, int64_t stride, int64_t channel_count) {
+template <class T>
+void unpack_channels_last(const float* tile, int64_t channels, int64_t rows, int64_t cols, int64_t tile_cols,
+                          const Destination<T>& to, int64_t stride, int64_t channel_count) {
     const int count = static_cast<int>(channels);
     const int64_t size = rows * tile_cols * kLanes;
     for (int64_t r = 0; r < rows; ++r) {

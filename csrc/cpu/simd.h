@@ -9,6 +9,8 @@
 #include <cstring>
 #include <utility>
 
+#include "bfloat16.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -86,6 +88,48 @@ SPARSE_MOON_INLINE void store_first(float* p, Vec v, int n) {
 #endif
 }
 
+// The same of bfloat16: each lane is the upper half of a float32. Stores round to the nearest number, to the even one
+// where two are equally near; what is not a number becomes the one that torch writes.
+typedef uint32_t UnsignedVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+
+SPARSE_MOON_INLINE Vec widen(HalfVec halves) {
+    return reinterpret_cast<Vec>(__builtin_convertvector(halves, UnsignedVec) << 16);
+}
+SPARSE_MOON_INLINE HalfVec round_to_halves(Vec v) {
+    const UnsignedVec bits = reinterpret_cast<UnsignedVec>(v), even = (bits >> 16) & 1u;
+    const UnsignedVec rounded = (bits + (even + 0x7FFFu)) >> 16, nan = UnsignedVec{} + 0x7FC0u;
+    return __builtin_convertvector(v == v ? rounded : nan, HalfVec);
+}
+
+SPARSE_MOON_INLINE Vec load_unaligned(const BFloat16* p) {
+    HalfVec halves;
+    std::memcpy(&halves, p, sizeof(halves));
+    return widen(halves);
+}
+SPARSE_MOON_INLINE Vec load_range(const BFloat16* p, int begin, int end) {
+    HalfVec halves{};
+#if defined(__AVX512F__)
+    const __mmask16 mask = static_cast<__mmask16>(((1u << end) - 1u) & ~((1u << begin) - 1u));
+    halves = reinterpret_cast<HalfVec>(_mm256_maskz_loadu_epi16(mask, p));
+#else
+    for (int i = begin; i < end; ++i) halves[i] = p[i].bits;
+#endif
+    return widen(halves);
+}
+SPARSE_MOON_INLINE void store_unaligned(BFloat16* p, Vec v) {
+    const HalfVec halves = round_to_halves(v);
+    std::memcpy(p, &halves, sizeof(halves));
+}
+SPARSE_MOON_INLINE void store_first(BFloat16* p, Vec v, int n) {
+    const HalfVec halves = round_to_halves(v);
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), reinterpret_cast<__m256i>(halves));
+#else
+    for (int i = 0; i < n; ++i) p[i].bits = halves[i];
+#endif
+}
+
 // Stores that bypass the caches write whole lines or they cost more than they save.
 constexpr bool kStreams = kVecBytes == 64;
 
@@ -97,6 +141,9 @@ SPARSE_MOON_INLINE void store_streaming(float* p, Vec v) {
     store(p, v);
 #endif
 }
+
+// A vector of bfloat16 is half a line.
+SPARSE_MOON_INLINE void store_streaming(BFloat16* p, Vec v) { store_unaligned(p, v); }
 
 SPARSE_MOON_INLINE void stream_fence() {
 #if defined(__AVX512F__)

@@ -39,10 +39,10 @@ Conv2d with_even_rows(Conv2d conv) {
 
 }  // namespace
 
-void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const float* input, const float* bias,
-                   float* output, bool channels_last, int threads) {
+void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const void* input, const float* bias,
+                   void* output, bool channels_last, int threads) {
     if (is_linear(given, channels_last)) {
-        return sparse_linear(positions(given), weight, input, bias, output, threads);
+        return sparse_linear(positions(given), weight, input, bias, output, given.bfloat16, threads);
     }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
@@ -52,10 +52,10 @@ void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const float*
     conv2d::panels_forward(conv, weight, input, bias, output, channels_last, threads);
 }
 
-void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, const float* grad, float* input_grad,
+void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, const void* grad, void* input_grad,
                               bool channels_last, int threads) {
     if (is_linear(given, channels_last)) {
-        return sparse_linear_input_grad(positions(given), weight, grad, input_grad, threads);
+        return sparse_linear_input_grad(positions(given), weight, grad, input_grad, given.bfloat16, threads);
     }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
@@ -65,11 +65,11 @@ void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, c
     conv2d::panels_input_grad(conv, weight, grad, input_grad, channels_last, threads);
 }
 
-void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, const float* grad,
-                               bool grad_channels_last, const float* input, bool input_channels_last,
+void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, const void* grad,
+                               bool grad_channels_last, const void* input, bool input_channels_last,
                                float* values_grad, int threads) {
     if (is_linear(given, grad_channels_last && input_channels_last)) {
-        return sparse_linear_values_grad(positions(given), weight, grad, input, values_grad, threads);
+        return sparse_linear_values_grad(positions(given), weight, grad, input, values_grad, given.bfloat16, threads);
     }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) {
@@ -83,16 +83,16 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
                                threads);
 }
 
-void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
-                         const float* input, bool input_channels_last, float* input_grad, float* values_grad,
+void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const void* grad, bool grad_channels_last,
+                         const void* input, bool input_channels_last, void* input_grad, float* values_grad,
                          float* bias_grad, int threads) {
     if (is_linear(given, grad_channels_last && input_channels_last)) {
-        return sparse_linear_grads(positions(given), weight, grad, input, input_grad, values_grad, bias_grad, threads);
+        return sparse_linear_grads(positions(given), weight, grad, input, input_grad, values_grad, bias_grad,
+                                   given.bfloat16, threads);
     }
     const Conv2d conv = with_even_rows(given);
     if (bias_grad) {
-        const int64_t plane = conv.out_size[0] * conv.out_size[1];
-        sparse_moon::bias_grad(grad, conv.batch, conv.out_channels, plane, grad_channels_last, bias_grad, threads);
+        sparse_moon::bias_grad(conv2d::output_planes(conv, grad, grad_channels_last), conv.batch, bias_grad, threads);
     }
     if (conv.batch > 0 && conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, input, input_grad, values_grad, threads);

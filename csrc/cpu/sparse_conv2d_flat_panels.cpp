@@ -92,7 +92,7 @@ FlatCorrelateJob flat_job(const Conv2d& conv, const FlatPanel& panel, Planes sou
     job.source = source;
     job.target = target;
     job.threads = threads;
-    expect_writes(target.data, conv.batch * target.channels * target.height * target.width * kFloat);
+    expect_writes(target.data, target.bytes(conv.batch));
     return job;
 }
 
@@ -118,13 +118,13 @@ bool goes_flat(const Conv2d& conv, const SparseMatrix& weight, bool channels_las
            entry_count(weight) <= flat_entries(conv) * (conv.in_channels + conv.out_channels);
 }
 
-void flat_forward(const Conv2d& conv, const SparseMatrix& weight, const float* input, const float* bias, float* output,
+void flat_forward(const Conv2d& conv, const SparseMatrix& weight, const void* input, const float* bias, void* output,
                   int threads) {
     const Dimension height = forward_dimension(conv, 0), width = forward_dimension(conv, 1);
     FlatCorrelateJob job =
         flat_job(conv, flat_panel(conv, height.axis, width.axis, threads),
-                 planes(input, conv.in_channels, conv.in_size, false),
-                 planes(output, conv.out_channels, conv.out_size, false), threads);
+                 input_planes(conv, input, false),
+                 output_planes(conv, output, false), threads);
     const std::vector<int64_t> starts = row_starts(weight);
     job.entries = forward_entries(conv, weight, flat_offsets(job.panel, height, width), starts, threads);
     job.starts = starts.data();
@@ -132,16 +132,16 @@ void flat_forward(const Conv2d& conv, const SparseMatrix& weight, const float* i
     run(job);
 }
 
-void flat_grads(const Conv2d& conv, const SparseMatrix& weight, const float* grad, const float* input,
-                float* input_grad, float* values_grad, int threads) {
+void flat_grads(const Conv2d& conv, const SparseMatrix& weight, const void* grad, const void* input,
+                void* input_grad, float* values_grad, int threads) {
     const Dimension height = input_grad_dimension(conv, 0), width = input_grad_dimension(conv, 1);
     const FlatPanel grad_panel = flat_panel(conv, height.axis, width.axis, threads);
-    const Planes grads = planes(grad, conv.out_channels, conv.out_size, false);
+    const Planes grads = output_planes(conv, grad, false);
     const int used = values_grad ? affordable_threads(weight, threads) : threads;
     FlatCorrelateJob job{};
     std::vector<int64_t> starts;
     if (input_grad) {
-        job = flat_job(conv, grad_panel, grads, planes(input_grad, conv.in_channels, conv.in_size, false), used);
+        job = flat_job(conv, grad_panel, grads, input_planes(conv, input_grad, false), used);
         Entry* entries = reinterpret_cast<Entry*>(scratch(Slot::kLists, entry_count(weight) * sizeof(Entry)));
         input_grad_entries(conv, weight, flat_offsets(grad_panel, height, width), 1, threads, entries, starts);
         job.entries = entries;
@@ -153,7 +153,7 @@ void flat_grads(const Conv2d& conv, const SparseMatrix& weight, const float* gra
     dots.batch = conv.batch;
     dots.panel = flat_panel(conv, down.axis, across.axis, threads);
     dots.grad_panel = grad_panel;
-    dots.source = planes(input, conv.in_channels, conv.in_size, false);
+    dots.source = input_planes(conv, input, false);
     dots.grad = grads;
     dots.input_grad = input_grad ? &job : nullptr;
     dots.threads = used;

@@ -2,6 +2,8 @@
 // panel as they are, where other panels transpose them, so that a product costs less beside its entries; an entry costs
 // more, because vectors cross cache lines and cover what lies between rows.
 #pragma once
+#include <type_traits>
+
 #include "tile_kernels.h"
 
 namespace sparse_moon {
@@ -23,19 +25,20 @@ SPARSE_MOON_INLINE int64_t flat_line_floats(const FlatPanel& panel) {
 }
 
 // Whole vectors, the last of which overlaps the one before: copies of a part of a vector take several times as long.
-SPARSE_MOON_INLINE void copy_floats(const float* from, float* to, int64_t n) {
+template <class From, class To>
+SPARSE_MOON_INLINE void copy_numbers(const From* from, To* to, int64_t n) {
     if (n >= kLanes) {
         for (int64_t i = 0; i < n - kLanes; i += kLanes) store_unaligned(to + i, load_unaligned(from + i));
         store_unaligned(to + n - kLanes, load_unaligned(from + n - kLanes));
         return;
     }
     constexpr int64_t kQuarter = 4;
-    if (n < kQuarter) {
-        for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    if (std::is_same_v<From, To> && n >= kQuarter) {
+        for (int64_t i = 0; i < n - kQuarter; i += kQuarter) std::memcpy(to + i, from + i, sizeof(From) * kQuarter);
+        std::memcpy(to + n - kQuarter, from + n - kQuarter, sizeof(From) * kQuarter);
         return;
     }
-    for (int64_t i = 0; i < n - kQuarter; i += kQuarter) std::memcpy(to + i, from + i, sizeof(float) * kQuarter);
-    std::memcpy(to + n - kQuarter, from + n - kQuarter, sizeof(float) * kQuarter);
+    store_first(to, load_range(from, 0, static_cast<int>(n)), static_cast<int>(n));
 }
 
 // Some images, and the block of their rows from `row` on.
@@ -69,17 +72,18 @@ SPARSE_MOON_INLINE int64_t flat_numbers(const FlatPanel& panel, const FlatUnit& 
 }
 
 // A unit's source into a panel that is zero but for such rows.
-inline void flat_pack(const Planes& planes, const FlatPanel& shape, const FlatUnit& unit, float* panel) {
+template <class T>
+void flat_pack_from(const Planes& planes, const FlatPanel& shape, const FlatUnit& unit, float* panel) {
     const int64_t height = planes.height, width = planes.width, area = height * width;
     const int64_t begin = shape.block_rows ? unit.row - shape.above : 0;
     const int64_t end = shape.block_rows ? unit.row + shape.block_rows + shape.below : height;
     for (int64_t i = 0; i < unit.images; ++i) {
-        const float* from = planes.data + (unit.first + i) * planes.channels * area;
+        const T* from = planes.numbers<T>() + (unit.first + i) * planes.channels * area;
         float* to = panel + shape.lead + i * shape.image_stride - unit.row * shape.pitch;
         for (int64_t c = 0; c < planes.channels; ++c, from += area, to += shape.channel_stride) {
             for (int64_t y = begin; y < end; ++y) {
                 if (y >= 0 && y < height) {
-                    copy_floats(from + y * width, to + y * shape.pitch, width);
+                    copy_numbers(from + y * width, to + y * shape.pitch, width);
                 } else {
                     std::memset(to + y * shape.pitch, 0, width * sizeof(float));
                 }
@@ -93,16 +97,22 @@ inline void flat_pack(const Planes& planes, const FlatPanel& shape, const FlatUn
     }
 }
 
+inline void flat_pack(const Planes& planes, const FlatPanel& shape, const FlatUnit& unit, float* panel) {
+    with_number_type(planes.bfloat16,
+                     [&](auto number) { flat_pack_from<decltype(number)>(planes, shape, unit, panel); });
+}
+
 // One channel's rows [row, row + rows) of planes out of its line, from image `first` on.
+template <class T>
 SPARSE_MOON_INLINE void flat_unpack(const FlatCorrelateJob& job, const float* line, int64_t first, int64_t images,
                                     int64_t row, int64_t rows, int64_t channel) {
     const Planes& target = job.target;
     for (int64_t i = 0; i < images; ++i) {
         const int64_t plane = (first + i) * target.channels + channel;
-        float* to = target.data + (plane * target.height + row) * target.width;
+        T* to = target.numbers<T>() + (plane * target.height + row) * target.width;
         const float* from = line + i * job.panel.image_stride;
         for (int64_t y = 0; y < rows; ++y) {
-            copy_floats(from + y * job.panel.pitch, to + y * target.width, target.width);
+            copy_numbers(from + y * job.panel.pitch, to + y * target.width, target.width);
         }
     }
 }
@@ -131,7 +141,9 @@ inline void flat_correlate_unit(const FlatCorrelateJob& job, const float* panel,
                 tile.out = line + begin * kLanes;
                 product_row_kernel<Start::kConstant, EntryList>(end - begin)(tile);
             }
-            flat_unpack(job, line, images.first, images.images, unit.row, rows, o);
+            with_number_type(job.target.bfloat16, [&](auto number) {
+                flat_unpack<decltype(number)>(job, line, images.first, images.images, unit.row, rows, o);
+            });
         }
     }
 }

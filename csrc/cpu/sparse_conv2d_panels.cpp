@@ -71,9 +71,8 @@ CorrelateJob make_job(const Conv2d& conv, const Dimension& height, const Dimensi
     job.target = target;
     job.splits = split_count(job.groups, target.channels, lanes, threads);
     job.threads = threads;
-    const int64_t bytes = conv.batch * target.channels * target.height * target.width * kFloat;
-    job.streaming = bytes >= kStreamBytes;
-    expect_writes(target.data, bytes);
+    job.streaming = target.bytes(conv.batch) >= kStreamBytes;
+    expect_writes(target.data, target.bytes(conv.batch));
     return job;
 }
 
@@ -144,11 +143,11 @@ void run(CorrelateJob& job) {
 
 }  // namespace
 
-void panels_forward(const Conv2d& conv, const SparseMatrix& weight, const float* input, const float* bias,
-                    float* output, bool channels_last, int threads) {
+void panels_forward(const Conv2d& conv, const SparseMatrix& weight, const void* input, const float* bias,
+                    void* output, bool channels_last, int threads) {
     const Dimension height = forward_dimension(conv, 0), width = forward_dimension(conv, 1);
-    CorrelateJob job = make_job(conv, height, width, planes(input, conv.in_channels, conv.in_size, channels_last),
-                                planes(output, conv.out_channels, conv.out_size, channels_last), threads);
+    CorrelateJob job = make_job(conv, height, width, input_planes(conv, input, channels_last),
+                                output_planes(conv, output, channels_last), threads);
     const Offsets offsets(job.panel, height, width, kernels().lanes);
     const std::vector<int64_t> starts = row_starts(weight);
     const Entry* entries = forward_entries(conv, weight, offsets, starts, threads);
@@ -158,11 +157,11 @@ void panels_forward(const Conv2d& conv, const SparseMatrix& weight, const float*
     run(job);
 }
 
-void panels_input_grad(const Conv2d& conv, const SparseMatrix& weight, const float* grad, float* input_grad,
+void panels_input_grad(const Conv2d& conv, const SparseMatrix& weight, const void* grad, void* input_grad,
                        bool channels_last, int threads) {
     const Dimension height = input_grad_dimension(conv, 0), width = input_grad_dimension(conv, 1);
-    CorrelateJob job = make_job(conv, height, width, planes(grad, conv.out_channels, conv.out_size, channels_last),
-                                planes(input_grad, conv.in_channels, conv.in_size, channels_last), threads);
+    CorrelateJob job = make_job(conv, height, width, output_planes(conv, grad, channels_last),
+                                input_planes(conv, input_grad, channels_last), threads);
     const Offsets offsets(job.panel, height, width, kernels().lanes);
     Entry* entries = reinterpret_cast<Entry*>(scratch(Slot::kLists, entry_count(weight) * sizeof(Entry)));
     std::vector<int64_t> starts;
@@ -172,10 +171,10 @@ void panels_input_grad(const Conv2d& conv, const SparseMatrix& weight, const flo
     run(job);
 }
 
-void panels_values_grad(const Conv2d& conv, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
-                        const float* input, bool input_channels_last, float* values_grad, int threads) {
-    ValuesGrad product(conv, planes(grad, conv.out_channels, conv.out_size, grad_channels_last),
-                       planes(input, conv.in_channels, conv.in_size, input_channels_last));
+void panels_values_grad(const Conv2d& conv, const SparseMatrix& weight, const void* grad, bool grad_channels_last,
+                        const void* input, bool input_channels_last, float* values_grad, int threads) {
+    ValuesGrad product(conv, output_planes(conv, grad, grad_channels_last),
+                       input_planes(conv, input, input_channels_last));
     product.job.groups =
         make_groups(product.height.axis, product.width.axis, conv.batch, conv.in_channels, kernels().lanes, threads);
     const Axis rows{conv.out_size[0], conv.out_size[0], conv.out_size[0], 1, 1, 0, 0};
@@ -185,8 +184,8 @@ void panels_values_grad(const Conv2d& conv, const SparseMatrix& weight, const fl
     product.run(weight, values_grad, threads);
 }
 
-bool panels_grads(const Conv2d& conv, const SparseMatrix& weight, const float* grad, bool grad_channels_last,
-                  const float* input, bool input_channels_last, float* input_grad, float* values_grad, int threads) {
+bool panels_grads(const Conv2d& conv, const SparseMatrix& weight, const void* grad, bool grad_channels_last,
+                  const void* input, bool input_channels_last, void* input_grad, float* values_grad, int threads) {
     const Dimension height = input_grad_dimension(conv, 0), width = input_grad_dimension(conv, 1);
     const int64_t lanes = kernels().lanes;
     const int64_t channels = std::max(conv.in_channels, conv.out_channels);
@@ -196,8 +195,8 @@ bool panels_grads(const Conv2d& conv, const SparseMatrix& weight, const float* g
         affordable_threads(weight, threads) < threads) {
         return false;
     }
-    CorrelateJob job = make_job(conv, height, width, planes(grad, conv.out_channels, conv.out_size, grad_channels_last),
-                                planes(input_grad, conv.in_channels, conv.in_size, grad_channels_last), threads,
+    CorrelateJob job = make_job(conv, height, width, output_planes(conv, grad, grad_channels_last),
+                                input_planes(conv, input_grad, grad_channels_last), threads,
                                 &groups);
     const Offsets offsets(job.panel, height, width, lanes);
     Entry* entries = reinterpret_cast<Entry*>(scratch(Slot::kLists, entry_count(weight) * sizeof(Entry)));
@@ -207,7 +206,7 @@ bool panels_grads(const Conv2d& conv, const SparseMatrix& weight, const float* g
     job.starts = starts.data();
     const std::vector<int64_t> cuts = cut_entries(job);
 
-    ValuesGrad product(conv, job.source, planes(input, conv.in_channels, conv.in_size, input_channels_last));
+    ValuesGrad product(conv, job.source, input_planes(conv, input, input_channels_last));
     product.job.groups = groups;
     product.job.grad_height = job.height;
     product.job.grad_panel = job.panel;

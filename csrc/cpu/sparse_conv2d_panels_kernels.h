@@ -93,11 +93,12 @@ inline int64_t region_bytes(const CorrelateJob& job) {
 SPARSE_MOON_INLINE int64_t row_bytes(const PanelShape& shape) { return shape.grid_step * shape.pitch * kVecBytes; }
 
 // Of `rows` rows from grid position (row, col) on.
-inline Destination destination(const CorrelateJob& job, const Lanes& lanes, int64_t row, int64_t rows, int64_t channel,
-                               int64_t col) {
+template <class T>
+Destination<T> destination(const CorrelateJob& job, const Lanes& lanes, int64_t row, int64_t rows, int64_t channel,
+                           int64_t col) {
     const Planes& target = job.target;
     const int64_t x = col * job.width.phases;
-    Destination to;
+    Destination<T> to;
     for (int l = 0; l < kLanes; ++l) {
         const int64_t y = (lanes.row[l] + row) * job.height.phases;
         to.rows[l] = lanes.image[l] < 0 ? 0 : smaller(target.height - y, rows * job.height.phases);
@@ -107,7 +108,7 @@ inline Destination destination(const CorrelateJob& job, const Lanes& lanes, int6
         } else {
             index += (channel * target.height + y) * target.width + x;
         }
-        to.start[l] = target.data + (to.rows[l] > 0 ? index : 0);
+        to.start[l] = target.numbers<T>() + (to.rows[l] > 0 ? index : 0);
     }
     to.streaming = job.streaming;
     return to;
@@ -154,9 +155,9 @@ inline void compute_region(const CorrelateJob& job, const float* panel, TileShap
     }
 }
 
-// Target channels [first, last) of a unit whose source is packed; `results` has region_bytes(job).
-inline void correlate_unit(const CorrelateJob& job, const Lanes& lanes, const float* panel, float* results,
-                           int64_t first, int64_t last) {
+template <class T>
+void correlate_unit_to(const CorrelateJob& job, const Lanes& lanes, const float* panel, float* results, int64_t first,
+                       int64_t last) {
     const Planes& target = job.target;
     const TileShape shape = tile_shape(job, lanes.rows);
     Region region = region_shape(job, shape, lanes.rows);
@@ -168,7 +169,7 @@ inline void correlate_unit(const CorrelateJob& job, const Lanes& lanes, const fl
         for (int64_t j = 0; j < job.width.grid; j += region.cols) {
             const int64_t col = smaller(j, job.width.grid - region.cols);
             const int64_t cols = smaller(pitch, target.width - col * job.width.phases);
-            Destination to = destination(job, lanes, row, region.rows, first, col);
+            Destination<T> to = destination<T>(job, lanes, row, region.rows, first, col);
             bool whole = cols == target.width && cols == pitch;
             for (int l = 0; l < kLanes; ++l) whole = whole && (to.rows[l] <= 0 || to.rows[l] == rows);
             for (int64_t o = first; o < last; o += region.channels) {
@@ -191,6 +192,14 @@ inline void correlate_unit(const CorrelateJob& job, const Lanes& lanes, const fl
             }
         }
     }
+}
+
+// Target channels [first, last) of a unit whose source is packed; `results` has region_bytes(job).
+inline void correlate_unit(const CorrelateJob& job, const Lanes& lanes, const float* panel, float* results,
+                           int64_t first, int64_t last) {
+    with_number_type(job.target.bfloat16, [&](auto number) {
+        correlate_unit_to<decltype(number)>(job, lanes, panel, results, first, last);
+    });
 }
 
 inline int64_t correlate_scratch(const CorrelateJob& job) {

@@ -43,8 +43,13 @@ Dimension input_grad_dimension(const Conv2d& conv, int d) {
     return result;
 }
 
-Planes planes(const float* data, int64_t channels, const int64_t* size, bool channels_last) {
-    return {const_cast<float*>(data), channels, size[0], size[1], channels_last};
+Planes input_planes(const Conv2d& conv, const void* data, bool channels_last) {
+    return {const_cast<void*>(data), conv.in_channels, conv.in_size[0], conv.in_size[1], channels_last, conv.bfloat16};
+}
+
+Planes output_planes(const Conv2d& conv, const void* data, bool channels_last) {
+    return {const_cast<void*>(data), conv.out_channels, conv.out_size[0], conv.out_size[1], channels_last,
+            conv.bfloat16};
 }
 
 int64_t entry_count(const SparseMatrix& weight) {

@@ -29,7 +29,8 @@ Dimension forward_dimension(const Conv2d& conv, int d);
 // in[g stride + phase] reads out[g + shift] where g stride + phase = (g + shift) stride + k dilation - padding.
 Dimension input_grad_dimension(const Conv2d& conv, int d);
 
-Planes planes(const float* data, int64_t channels, const int64_t* size, bool channels_last);
+Planes input_planes(const Conv2d& conv, const void* data, bool channels_last);
+Planes output_planes(const Conv2d& conv, const void* data, bool channels_last);
 
 // Offset in a panel of a channel shifted by a tap of each dimension, in bytes.
 class Offsets {

@@ -39,7 +39,7 @@ LinearJob prepared(LinearJob job) {
     check_size(job.matrix);
     job.threads = useful_threads(job.matrix, job.tokens, job.threads);
     const int64_t outputs = job.transposed ? job.matrix.cols : job.matrix.rows;
-    const int64_t bytes = job.tokens * outputs * static_cast<int64_t>(sizeof(float));
+    const int64_t bytes = job.tokens * outputs * (job.bfloat16 ? 2 : 4);
     job.streaming = bytes >= kStreamBytes;
     expect_writes(job.output, bytes);
     return job;
@@ -73,15 +73,15 @@ void run_dots(LinearDotsJob job) {
 
 }  // namespace
 
-void sparse_linear(int64_t tokens, const SparseMatrix& weight, const float* input, const float* bias, float* output,
-                   int threads) {
-    const LinearJob job = prepared({weight, false, tokens, input, bias, output, false, nullptr, threads});
+void sparse_linear(int64_t tokens, const SparseMatrix& weight, const void* input, const float* bias, void* output,
+                   bool bfloat16, int threads) {
+    const LinearJob job = prepared({weight, false, tokens, bfloat16, input, bias, output, false, nullptr, threads});
     takes_runs(job) ? run_runs(job) : run(job);
 }
 
-void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const float* grad, float* input_grad,
-                              int threads) {
-    LinearJob job = prepared({weight, true, tokens, grad, nullptr, input_grad, false, nullptr, threads});
+void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const void* grad, void* input_grad,
+                              bool bfloat16, int threads) {
+    LinearJob job = prepared({weight, true, tokens, bfloat16, grad, nullptr, input_grad, false, nullptr, threads});
     if (takes_runs(job)) return run_runs(job);
     if (weight.block_rows * weight.block_cols == 1) {
         // Once here rather than for every block of tokens: the places are anywhere in memory.
@@ -94,15 +94,16 @@ void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const 
     run(job);
 }
 
-void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
-                               float* values_grad, int threads) {
-    run_dots({weight, tokens, grad, input, values_grad, nullptr, nullptr, threads});
+void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const void* grad, const void* input,
+                               float* values_grad, bool bfloat16, int threads) {
+    run_dots({weight, tokens, bfloat16, grad, input, values_grad, nullptr, nullptr, threads});
 }
 
-void sparse_linear_grads(int64_t tokens, const SparseMatrix& weight, const float* grad, const float* input,
-                         float* input_grad, float* values_grad, float* bias_grad, int threads) {
-    sparse_linear_input_grad(tokens, weight, grad, input_grad, threads);
-    run_dots({weight, tokens, grad, input, values_grad, bias_grad, nullptr, threads});
+void sparse_linear_grads(int64_t tokens, const SparseMatrix& weight, const void* grad, const void* input,
+                         void* input_grad, float* values_grad, float* bias_grad, bool bfloat16,
+                         int threads) {
+    sparse_linear_input_grad(tokens, weight, grad, input_grad, bfloat16, threads);
+    run_dots({weight, tokens, bfloat16, grad, input, values_grad, bias_grad, nullptr, threads});
 }
 
 }  // namespace sparse_moon

@@ -46,14 +46,15 @@ inline int64_t chunk_features(int64_t features, int64_t block, int64_t entries, 
 
 // Tokens [first, first + groups kLanes) of features [begin, end) into a panel, whose first feature is `begin`; tokens
 // past the end become zeros.
-inline void pack_tokens(const float* x, int64_t tokens, int64_t features, int64_t first, const TokenBlocks& blocks,
-                        int64_t begin, int64_t end, float* panel) {
+template <class T>
+void pack_tokens_from(const T* x, int64_t tokens, int64_t features, int64_t first, const TokenBlocks& blocks,
+                      int64_t begin, int64_t end, float* panel) {
     for (int64_t run = begin; run < end; run += kRunFeatures) {
         for (int64_t g = 0; g < blocks.groups; ++g) {
             const int64_t token = first + g * kLanes;
             for (int64_t f = run; f < smaller(run + kRunFeatures, end); f += kLanes) {
                 const int count = static_cast<int>(smaller(kLanes, end - f));
-                const float* start = x + token * features + f;
+                const T* start = x + token * features + f;
                 Vec rows[kLanes];
                 if (count == kLanes && token + kLanes <= tokens) {
 #pragma GCC unroll 16
@@ -80,9 +81,17 @@ inline void pack_tokens(const float* x, int64_t tokens, int64_t features, int64_
     }
 }
 
-// Up to kLanes outputs [outputs][groups] vectors to y (tokens, total outputs), from output `first_output` on.
-inline void unpack_tokens(const float* tile, int64_t outputs, const TokenBlocks& blocks, int64_t first, int64_t tokens,
-                          int64_t first_output, int64_t total, bool streaming, float* y) {
+inline void pack_tokens(const void* x, bool bfloat16, int64_t tokens, int64_t features, int64_t first,
+                        const TokenBlocks& blocks, int64_t begin, int64_t end, float* panel) {
+    with_number_type(bfloat16, [&](auto number) {
+        const auto* numbers = static_cast<const decltype(number)*>(x);
+        pack_tokens_from(numbers, tokens, features, first, blocks, begin, end, panel);
+    });
+}
+
+template <class T>
+void unpack_tokens_to(const float* tile, int64_t outputs, const TokenBlocks& blocks, int64_t first, int64_t tokens,
+                      int64_t first_output, int64_t total, bool streaming, T* y) {
     const int count = static_cast<int>(outputs);
     for (int64_t g = 0; g < blocks.groups; ++g) {
         Vec columns[kLanes];
@@ -90,7 +99,7 @@ inline void unpack_tokens(const float* tile, int64_t outputs, const TokenBlocks&
         for (int i = 0; i < kLanes; ++i) columns[i] = i < count ? load(tile + (i * blocks.groups + g) * kLanes) : Vec{};
         transpose(columns);
         const int64_t token = first + g * kLanes;
-        float* out = y + token * total + first_output;
+        T* out = y + token * total + first_output;
         if (count == kLanes && token + kLanes <= tokens) {
             const bool aligned = reinterpret_cast<uintptr_t>(out) % kVecBytes == 0 && total % kLanes == 0;
             if (kStreams && streaming && aligned) {
@@ -109,6 +118,15 @@ inline void unpack_tokens(const float* tile, int64_t outputs, const TokenBlocks&
             store_first(out + l * total, load(buffer + l * kLanes), count);
         }
     }
+}
+
+// Up to kLanes outputs [outputs][groups] vectors to y (tokens, total outputs), from output `first_output` on.
+inline void unpack_tokens(const LinearJob& job, const float* tile, int64_t outputs, const TokenBlocks& blocks,
+                          int64_t first, int64_t first_output, int64_t total) {
+    with_number_type(job.bfloat16, [&](auto number) {
+        auto* y = static_cast<decltype(number)*>(job.output);
+        unpack_tokens_to(tile, outputs, blocks, first, job.tokens, first_output, total, job.streaming, y);
+    });
 }
 
 // A matrix, or its transpose, as rows of weights over features.
@@ -246,13 +264,13 @@ void linear_unit(const LinearJob& job, const LinearPlan& plan, char* scratch, in
     for (int64_t row = begin; row < end; ++row) cursors[row - begin] = rows.starts()[row / rows.block()];
 
     const auto unpack = [&](const float* tile, int64_t row) {
-        unpack_tokens(tile, smaller(kLanes, end - row), blocks, token, job.tokens, row, rows.count(), job.streaming,
-                      job.output);
+        unpack_tokens(job, tile, smaller(kLanes, end - row), blocks, token, row, rows.count());
     };
     ProductTile<Entries> tile{};
     tile.out_step = 1;
     for (int64_t base = 0; base == 0 || base < features; base += plan.chunk) {
-        pack_tokens(job.input, job.tokens, features, token, blocks, base, smaller(base + plan.chunk, features), panel);
+        pack_tokens(job.input, job.bfloat16, job.tokens, features, token, blocks, base,
+                    smaller(base + plan.chunk, features), panel);
         tile.panel = reinterpret_cast<const char*>(panel) - base * feature_bytes;
         const ProductKernel<Entries> kernel = base == 0 ? from_bias : from_stored;
         for (int64_t row = begin; row < end; ++row) {
@@ -357,7 +375,7 @@ inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& pla
     int32_t* cursors = reinterpret_cast<int32_t*>(lists + plan.list);
     for (int64_t row = begin; row < end; ++row) cursors[row - begin] = matrix.row_ptr[row / bh];
 
-    pack_tokens(job.grad, job.tokens, matrix.rows, token, blocks, begin, end, grad);
+    pack_tokens(job.grad, job.bfloat16, job.tokens, matrix.rows, token, blocks, begin, end, grad);
     if (job.bias_grad) add_rows(grad, end - begin, blocks, linear_dots_biases(plan, scratch));
     DotTile tile{};
     tile.rows = 1;
@@ -365,7 +383,7 @@ inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& pla
     tile.panel_step = kVecBytes;
     for (int64_t base = 0; base < matrix.cols; base += plan.chunk) {
         const int64_t last = smaller(base + plan.chunk, matrix.cols);
-        pack_tokens(job.input, job.tokens, matrix.cols, token, blocks, base, last, panel);
+        pack_tokens(job.input, job.bfloat16, job.tokens, matrix.cols, token, blocks, base, last, panel);
         tile.panel = reinterpret_cast<const char*>(panel) - base * bytes;
         for (int64_t row = begin; row < end; ++row) {
             const int64_t start = cursors[row - begin];
@@ -393,19 +411,20 @@ inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& pla
 
 // Rows [begin, end) for a few tokens, in whose lanes most of a vector would be empty: the loads of each entry are what
 // takes time, and packing would add to them.
-template <int T>
+template <class Number, int T>
 void linear_dots_few(const LinearDotsJob& job, int64_t begin, int64_t end) {
     const SparseMatrix& matrix = job.matrix;
+    const auto *given = static_cast<const Number*>(job.grad), *input = static_cast<const Number*>(job.input);
     const int64_t bh = matrix.block_rows, bw = matrix.block_cols;
     for (int64_t row = begin; row < end; ++row) {
         float grad[T];
         double total = 0.0;
-        for (int t = 0; t < T; ++t) total += grad[t] = job.grad[t * matrix.rows + row];
+        for (int t = 0; t < T; ++t) total += grad[t] = as_float(given[t * matrix.rows + row]);
         if (job.bias_grad) job.bias_grad[row] = static_cast<float>(total);
         const auto dot = [&](int64_t feature) {
             float sum = 0.0f;
 #pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) sum += grad[t] * job.input[t * matrix.cols + feature];
+            for (int t = 0; t < T; ++t) sum += grad[t] * as_float(input[t * matrix.cols + feature]);
             return sum;
         };
         const int64_t first = matrix.row_ptr[row / bh], last = matrix.row_ptr[row / bh + 1];
@@ -420,9 +439,11 @@ void linear_dots_few(const LinearDotsJob& job, int64_t begin, int64_t end) {
     }
 }
 
-inline void linear_dots_few(const LinearDotsJob& job) {
+template <class Number>
+void linear_dots_few(const LinearDotsJob& job) {
     static constexpr void (*kFew[])(const LinearDotsJob&, int64_t, int64_t) = {
-        linear_dots_few<0>, linear_dots_few<1>, linear_dots_few<2>, linear_dots_few<3>, linear_dots_few<4>};
+        linear_dots_few<Number, 0>, linear_dots_few<Number, 1>, linear_dots_few<Number, 2>, linear_dots_few<Number, 3>,
+        linear_dots_few<Number, 4>};
     static_assert(sizeof(kFew) / sizeof(*kFew) == kFewTokens + 1, "one for each number of tokens");
     const Rows rows{job.matrix, false};
 #pragma omp parallel num_threads(job.threads)
@@ -434,7 +455,9 @@ inline void linear_dots_few(const LinearDotsJob& job) {
 }
 
 inline void linear_dots(const LinearDotsJob& job) {
-    if (job.tokens <= kFewTokens) return linear_dots_few(job);
+    if (job.tokens <= kFewTokens) {
+        return with_number_type(job.bfloat16, [&](auto number) { linear_dots_few<decltype(number)>(job); });
+    }
     const SparseMatrix& matrix = job.matrix;
     const Rows rows{matrix, false};
     const LinearDotsPlan plan = linear_dots_plan(job);

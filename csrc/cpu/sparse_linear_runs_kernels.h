@@ -13,13 +13,12 @@ constexpr int64_t kPackedFeatures = 4096;             // at a time: a panel of 1
 constexpr int64_t kFeatureBytes = kRunGroups * kVecBytes;
 
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t ShortVec __attribute__((vector_size(2 * kLanes)));
 
 // Columns, integers that were loaded as floats, as places in a chunk.
 SPARSE_MOON_INLINE void store_features(uint16_t* feature, Vec columns, int32_t first_feature) {
     IntVec bits;
     std::memcpy(&bits, &columns, sizeof(bits));
-    const ShortVec places = __builtin_convertvector(bits - first_feature, ShortVec);
+    const HalfVec places = __builtin_convertvector(bits - first_feature, HalfVec);
     std::memcpy(feature, &places, sizeof(places));
 }
 
@@ -136,7 +135,7 @@ inline void linear_runs_unit(const LinearRunsJob& job, const RunsPlan& plan, cha
     for (int64_t chunks = 0; chunks < runs.chunks; chunks += plan.packed) {
         const int64_t last_chunk = smaller(chunks + plan.packed, runs.chunks);
         const int64_t base = chunks * runs.chunk_features;
-        pack_tokens(linear.input, linear.tokens, features, token, tokens, base,
+        pack_tokens(linear.input, linear.bfloat16, linear.tokens, features, token, tokens, base,
                     smaller(last_chunk * runs.chunk_features, features), panel);
         for (int64_t part = begin; part < end; ++part) {
             const int64_t first = part * runs.block_rows, last = smaller(first + runs.block_rows, rows.count());
@@ -155,8 +154,8 @@ inline void linear_runs_unit(const LinearRunsJob& job, const RunsPlan& plan, cha
             }
             if (last_chunk < runs.chunks) continue;
             for (int64_t row = first; row < last; row += kLanes) {
-                unpack_tokens(sums + (row - first) * groups * kLanes, smaller(kLanes, last - row), tokens, token,
-                              linear.tokens, row, rows.count(), linear.streaming, linear.output);
+                unpack_tokens(linear, sums + (row - first) * groups * kLanes, smaller(kLanes, last - row), tokens,
+                              token, row, rows.count());
             }
         }
     }

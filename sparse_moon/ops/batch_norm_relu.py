@@ -5,6 +5,7 @@ xhat = (x - mean) / sqrt(var + eps), y = activation(weight xhat + bias + residua
 with the mean and the biased variance of each channel, of the batch or given (Ioffe and Szegedy 2015).
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -130,10 +131,12 @@ define("batch_norm_relu_backward(Tensor grad, Tensor input, Tensor? output, Tens
        _backward_reference, _backward_fake)  # fmt: skip
 
 
-def _kernel_takes(*tensors: Tensor | None) -> bool:
-    return native is not None and all(
-        t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0) for t in tensors
-    )
+def _kernel_takes(input: Tensor, alike: Iterable[Tensor | None], vectors: Iterable[Tensor | None]) -> bool:
+    """Whether activations are all in float32 or all in bfloat16, and what has a number for each channel in float32."""
+    if native is None or input.device.type != "cpu" or input.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    types = [(t, input.dtype) for t in (input, *alike)] + [(t, torch.float32) for t in vectors]
+    return all(t is None or (t.dtype is dtype and t.device.type == "cpu" and t.numel() > 0) for t, dtype in types)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -154,7 +157,7 @@ def _norm(
     n, channels, height, width = input.shape
     channels_last = memory_format(input) == torch.channels_last or height * width == 1
     addresses = (_address(t) for t in (weight, bias, input, mean, var))
-    return (n, channels, height * width), channels_last, *scalars, *addresses
+    return (n, channels, height * width), channels_last, input.dtype is torch.bfloat16, *scalars, *addresses
 
 
 def _cpu(
@@ -167,7 +170,7 @@ def _cpu(
     eps: float,
     activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _kernel_takes(input, residual, weight, bias, mean, var):
+    if not _kernel_takes(input, (residual,), (weight, bias, mean, var)):
         return _forward(input, residual, weight, bias, mean, var, eps, activation)
     assert native is not None
     layout = memory_format(input)
@@ -194,7 +197,7 @@ def _backward_cpu(
     batch_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     masked = activation != 0 or output is None  # the kernel reads an output for nothing else
-    if not (masked and _kernel_takes(grad, input, output, weight, bias, mean, var)):
+    if not (masked and _kernel_takes(input, (grad, output), (weight, bias, mean, var))):
         return _backward_reference(grad, input, output, weight, bias, mean, var, eps, activation, batch_statistics)
     assert native is not None
     layout = memory_format(input)
@@ -336,8 +339,8 @@ def batch_norm_relu(
 ) -> Tensor:
     """``activation(batch_norm(input) + residual)`` as torch computes it, in fewer passes over memory.
 
-    The compiled kernel takes float32 on the CPU, where the result is differentiable once; everything else runs torch's
-    own operators.
+    The compiled kernel takes float32 on the CPU, and as under autocast activations in bfloat16 with all else in
+    float32; there the result is differentiable once. Everything else runs torch's own operators.
 
     Args:
         input: (N, C, H, W) floating point; the output has its layout, contiguous or channels_last.
@@ -370,7 +373,7 @@ def batch_norm_relu(
     if training and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
 
-    if transformed() or not _kernel_takes(input, residual, *vectors.values()):
+    if transformed() or not _kernel_takes(input, (residual,), vectors.values()):
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         in_place = not transformed()  # nobody else has the output
         if residual is not None:

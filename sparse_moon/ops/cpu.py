@@ -1,6 +1,7 @@
 """What the compiled CPU kernels of both products have in common."""
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,17 @@ from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
 
-# A dense product in bfloat16 is about this much faster than in float32, so the kernel pays at densities as much lower;
-# but no faster than Winograd's in float32 (23.4 and 23.5 ms for 64 channels, 128 images of 32 x 32, on Zen 4).
-_BFLOAT16_DENSE_SPEED = 2.0
+# By how much torch's convolutions in float32 are slower than Winograd's, which are not there in bfloat16.
+_WINOGRAD_SPEED = 2.0
 
 # What new_empty takes dtype and device from, in less time than from arguments.
 _LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 Grads = Callable[[Tensor, Tensor, Tensor, Plan], tuple[Tensor, Tensor]]
+
+# How activations may be stored for the kernels, which compute in float32.
+TYPES = {torch.float32, torch.bfloat16}
 
 kernels: Any = native
 """The compiled extension; what reads it is registered only where it was built."""
@@ -45,17 +48,19 @@ def decided(
     plan: Plan, key: Hashable, first: Tensor, values: Tensor, third: Tensor | None,
     layout: torch.memory_format = torch.contiguous_format, third_layout: torch.memory_format = torch.contiguous_format,
 ) -> Decision | None:  # fmt: skip
-    """What was decided for these operands, where all are in float32 and without gaps in these layouts; else None."""
+    """What was decided for these operands, where all have one type and no gaps in these layouts; else None.
+
+    The key tells the type, which is one of :data:`TYPES` where there is a decision.
+    """
     decision: Decision | None = plan.decisions.get(key)
     if (
         decision is not None
         and decision.generation == choice.generation
         and not choice.open_blocks()
-        and first.dtype is torch.float32
-        and values.dtype is torch.float32
+        and values.dtype is first.dtype
         and first.is_contiguous(memory_format=layout)
         and values.is_contiguous()
-        and (third is None or (third.dtype is torch.float32 and third.is_contiguous(memory_format=third_layout)))
+        and (third is None or (third.dtype is first.dtype and third.is_contiguous(memory_format=third_layout)))
     ):
         return decision
     return None
@@ -69,9 +74,16 @@ def decide(plan: Plan, key: Hashable, size: Any, *blanks: Tensor, keep: bool, sp
     return decision
 
 
-def blank(shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+def one_type(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether all are of one of :data:`TYPES`."""
+    return first.dtype in TYPES and all(t is None or t.dtype is first.dtype for t in others)
+
+
+def blank(
+    shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """A tensor without memory, for ``empty_like``: that takes half as long as what makes a tensor from a shape."""
-    result = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
+    result = torch.empty(shape, dtype=dtype, device="cpu", memory_format=layout)
     result.untyped_storage().resize_(0)
     return result
 
@@ -80,16 +92,28 @@ def kernel_takes(work: Work, plan: Plan, *operands: Tensor | None) -> bool:
     """Whether the kernel takes operands of these dtypes and pays for them."""
     first = operands[0]
     assert first is not None
-    dtype, density = first.dtype, plan.density
-    for other in operands:
-        if other is not None and other.dtype is not dtype:
-            return False
-    if dtype is not torch.float32:
-        if dtype is not torch.bfloat16:
-            return False
-        if not winograd_pays(work):
-            density *= _BFLOAT16_DENSE_SPEED
+    if not one_type(first, *operands):
+        return False
+    density = plan.density
+    if first.dtype is torch.bfloat16:
+        density *= bfloat16_speed() / (_WINOGRAD_SPEED if winograd_pays(work) else 1)
     return kernel_pays(work, density)
+
+
+@cache
+def bfloat16_speed() -> float:
+    """How many times as fast torch's dense products are in bfloat16 as in float32 on this processor.
+
+    The kernel pays at densities as much lower. Convolutions and linear layers were 1.8 to 2.2 times as fast on Zen 4,
+    and 0.5 to 0.7 times on Emerald Rapids without its matrix unit, which is said to make them several times as fast.
+    Without AVX-512 torch emulates them, a hundred times slower.
+    """
+    has = torch.cpu.get_capabilities()
+    if has.get("amx_bf16"):
+        return 4.0
+    if not has.get("avx512_f"):
+        return 0.01
+    return 2.0 if has.get("avx512_bf16") and native is not None and native.vendor() == "amd" else 0.6
 
 
 def matrix(plan: Plan, values: Tensor | None) -> tuple[Any, int]:
@@ -106,17 +130,22 @@ def matrix(plan: Plan, values: Tensor | None) -> tuple[Any, int]:
 
 
 def packed(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """The tensor in float32 and without gaps."""
-    if tensor.dtype is torch.float32 and tensor.is_contiguous(memory_format=layout):
-        return tensor
-    return tensor.float().contiguous(memory_format=layout)
+    """The tensor without gaps."""
+    return tensor if tensor.is_contiguous(memory_format=layout) else tensor.contiguous(memory_format=layout)
 
 
-def empty(shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+def as_float32(tensor: Tensor) -> Tensor:
+    """Values or a bias as the kernels take them, in float32 and without gaps."""
+    return packed(tensor if tensor.dtype is torch.float32 else tensor.float())
+
+
+def empty(
+    shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Memory for a result that is shaped like no operand."""
-    if layout is torch.contiguous_format:
+    if layout is torch.contiguous_format and dtype is torch.float32:
         return _LIKE.new_empty(shape)
-    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=layout)
 
 
 def as_dtype(dtype: torch.dtype, result: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The compiled CPU kernels of ``sparse_conv2d``.
 
-They compute in float32, and run where :mod:`sparse_moon.ops.choice` finds that they pay; bfloat16 operands are
-converted to float32 and back. Everything else is a dense product: of a 3 x 3 convolution in float32 by Winograd's
-products, which take about half of torch's time, else by torch's.
+They compute in float32, and run where :mod:`sparse_moon.ops.choice` finds that they pay; activations in bfloat16 are
+converted as they are read and written. Everything else is a dense product: of a 3 x 3 convolution in float32 by
+Winograd's products, which take about half of torch's time, else by torch's.
 """
 
 import math
@@ -17,6 +17,7 @@ from sparse_moon.ops.choice import PASSES, Pass, Work, dense_instead, or_dense, 
 from sparse_moon.ops.cpu import (
     address,
     as_dtype,
+    as_float32,
     blank,
     decide,
     decided,
@@ -24,6 +25,7 @@ from sparse_moon.ops.cpu import (
     kernel_takes,
     kernels,
     matrix,
+    one_type,
     packed,
     with_bias_grad,
 )
@@ -58,8 +60,10 @@ class Shapes(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def shapes_of(input_shape: tuple[int, ...], geometry: Geometry, layout: torch.memory_format) -> Shapes:
-    """Those of inputs of this shape and layout."""
+def shapes_of(
+    input_shape: tuple[int, ...], geometry: Geometry, layout: torch.memory_format, dtype: torch.dtype
+) -> Shapes:
+    """Those of inputs of this shape, layout and type."""
     (outputs, inputs, *kernel), *rest, groups = geometry
     batch, in_shape = input_shape[0], input_shape[1:]
     out_size = geometry.output_size(input_shape)
@@ -67,7 +71,8 @@ def shapes_of(input_shape: tuple[int, ...], geometry: Geometry, layout: torch.me
     works = {pass_: Work(pass_, *sizes, channels_last=layout == torch.channels_last) for pass_ in PASSES}
     plain = kernel == [3, 3] and geometry.dilation == (1, 1) and min(*input_shape[2:], *out_size) >= _LEAST_SIZE
     winograd = plain and winograd_pays(works["forward"])
-    convolution = kernels.Conv2d(batch, in_shape, (outputs, *out_size), tuple(kernel), *rest, groups)
+    half = dtype is torch.bfloat16
+    convolution = kernels.Conv2d(batch, in_shape, (outputs, *out_size), tuple(kernel), *rest, groups, half)
     return Shapes(works, winograd, convolution, (batch, outputs, *out_size))
 
 
@@ -82,20 +87,22 @@ _separate_grads = with_bias_grad(separate_grads, bias_grad)
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
     given = input, values, bias, probe, plan
     dtype, layout = input.dtype, memory_format(input)
-    key = "forward", input.shape, layout
+    key = "forward", input.shape, layout, dtype
     decision = decided(plan, key, input, values, bias, layout)
     if decision is None:
-        shapes = shapes_of(input.shape, geometry_of(plan), layout)
+        shapes = shapes_of(input.shape, geometry_of(plan), layout, dtype)
         sparse = kernel_takes(shapes.works["forward"], plan, input, values, bias)
         check_entries(values, plan.index[1])
         size = shapes.convolution if sparse else shapes
-        decision = decide(
-            plan, key, size, blank(shapes.output, layout), sparse=sparse, keep=_all_float32(input, values, bias)
-        )
+        result = blank(shapes.output, layout, dtype)
+        decision = decide(plan, key, size, result, sparse=sparse, keep=one_type(input, values, bias))
         if sparse:
-            input, values, bias = packed(input, layout), packed(values), None if bias is None else packed(bias)
+            input, values = packed(input, layout), as_float32(values)
+            bias = None if bias is None else as_float32(bias)
     if not decision.sparse:
         return _dense_forward(decision.size, layout, input, values, bias, probe, plan)
+    if dtype is torch.bfloat16:
+        values, bias = as_float32(values), None if bias is None else as_float32(bias)
     output = torch.empty_like(decision.blanks[0])
     try:
         kernels.sparse_conv2d(
@@ -104,7 +111,7 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
         )  # fmt: skip
     except kernels.TooLarge as error:
         return dense_instead(error, dense.forward, *given)
-    return output if dtype is torch.float32 else output.to(dtype)
+    return output
 
 
 def _dense_forward(
@@ -124,12 +131,12 @@ def _dense_forward(
 
 def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: Plan) -> Tensor:
     layout = memory_format(grad)
-    shapes = shapes_of(tuple(input_shape), geometry_of(plan), layout)
+    shapes = shapes_of(tuple(input_shape), geometry_of(plan), layout, grad.dtype)
     sparse = kernel_takes(shapes.works["input_grad"], plan, grad, values)
     if not sparse and not (shapes.winograd and _all_float32(grad, values)):
         return dense.input_grad(grad, values, list(input_shape), plan)
-    dtype, grad, values = grad.dtype, packed(grad, layout), packed(values)
-    result = empty(input_shape, layout)
+    grad, values = packed(grad, layout), as_float32(values)
+    result = empty(input_shape, layout, grad.dtype)
     if not sparse:
         weight = backward_weight(values, plan)
         kernels.winograd_input_grad(
@@ -141,12 +148,12 @@ def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: P
         shapes.convolution, matrix(plan, values), grad.data_ptr(), result.data_ptr(), layout == torch.channels_last,
         get_num_threads(),
     )  # fmt: skip
-    return as_dtype(dtype, result)
+    return result
 
 
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     grad_layout, layout = memory_format(grad), memory_format(input)
-    shapes = shapes_of(input.shape, geometry_of(plan), layout)
+    shapes = shapes_of(input.shape, geometry_of(plan), layout, input.dtype)
     if not kernel_takes(shapes.works["values_grad"], plan, grad, input):
         return dense.values_grad(grad, input, plan)
     dtype, grad, input = grad.dtype, packed(grad, grad_layout), packed(input, layout)
@@ -162,7 +169,7 @@ def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Te
     """The dense weight's gradient as a matrix; ``parts`` are those of a :class:`Geometry`."""
     geometry = Geometry.of(*parts)
     grad_layout, layout = memory_format(grad), memory_format(input)
-    shapes = shapes_of(input.shape, geometry, layout)
+    shapes = shapes_of(input.shape, geometry, layout, input.dtype)
     if not (shapes.winograd and _all_float32(grad, input)):
         return dense.dense_grad(grad, input, block_width, *parts)
     grad, input = packed(grad, grad_layout), packed(input, layout)
@@ -177,21 +184,23 @@ def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Te
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
     given = grad, input, values, plan, with_bias
     dtype, grad_layout, layout = grad.dtype, memory_format(grad), memory_format(input)
-    key = "grads", input.shape, grad_layout, layout
+    key = "grads", input.shape, grad_layout, layout, dtype
     decision = decided(plan, key, grad, values, input, grad_layout, layout)
     if decision is None:
-        shapes = shapes_of(input.shape, geometry_of(plan), layout)
+        shapes = shapes_of(input.shape, geometry_of(plan), layout, dtype)
         sparse = kernel_takes(shapes.works["grads"], plan, grad, input, values)
         float32 = _all_float32(grad, input, values)
         check_entries(values, plan.index[1])
         size = shapes.convolution if sparse else _separate_grads if shapes.winograd and float32 else _dense_grads
-        blanks = blank(input.shape, grad_layout), blank(plan.bias_shape)
-        decision = decide(plan, key, size, *blanks, sparse=sparse, keep=float32)
+        blanks = blank(input.shape, grad_layout, dtype), blank(plan.bias_shape)
+        decision = decide(plan, key, size, *blanks, sparse=sparse, keep=one_type(grad, input, values))
         if sparse:
-            grad, input, values = packed(grad, grad_layout), packed(input, layout), packed(values)
+            grad, input, values = packed(grad, grad_layout), packed(input, layout), as_float32(values)
     if not decision.sparse:
         results: tuple[Tensor, ...] = decision.size(*given)
         return results
+    if dtype is torch.bfloat16:
+        values = as_float32(values)
     d_input, d_values = torch.empty_like(decision.blanks[0]), torch.empty_like(values)
     d_bias = torch.empty_like(decision.blanks[1]) if with_bias else None
     try:

@@ -1,7 +1,7 @@
 """The compiled CPU kernels of ``sparse_linear``.
 
-They compute in float32, and run where :mod:`sparse_moon.ops.choice` finds that they pay; bfloat16 operands are
-converted to float32 and back. Everything else is a dense product.
+They compute in float32, and run where :mod:`sparse_moon.ops.choice` finds that they pay; activations in bfloat16 are
+converted as they are read and written. Everything else is a dense product.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, get_num_threads
 from sparse_moon.ops.choice import Pass, Work, dense_instead, or_dense
 from sparse_moon.ops.cpu import (
     as_dtype,
+    as_float32,
     blank,
     decide,
     decided,
@@ -21,6 +22,7 @@ from sparse_moon.ops.cpu import (
     kernel_takes,
     kernels,
     matrix,
+    one_type,
     packed,
     with_bias_grad,
 )
@@ -55,38 +57,43 @@ _separate_grads = with_bias_grad(
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
     given = input, values, bias, probe, plan
-    dtype, key = input.dtype, ("forward", input.shape)
+    dtype, key = input.dtype, ("forward", input.shape, input.dtype)
     decision = decided(plan, key, input, values, bias)
     if decision is None:
         shapes = shapes_of("forward", input.shape, plan.shape)
         sparse = kernel_takes(shapes.work, plan, input, values, bias)
-        decision = decide(plan, key, shapes.tokens, blank(shapes.result), sparse=sparse, keep=dtype is torch.float32)
+        result = blank(shapes.result, dtype=dtype)
+        decision = decide(plan, key, shapes.tokens, result, sparse=sparse, keep=one_type(input, values, bias))
         if sparse:
             check_entries(values, plan.index[1])
-            input, values, bias = packed(input), packed(values), None if bias is None else packed(bias)
+            input, values, bias = packed(input), as_float32(values), None if bias is None else as_float32(bias)
     if not decision.sparse:
         return dense.forward(input, values, bias, probe, plan)
+    half = dtype is torch.bfloat16
+    if half:
+        values, bias = as_float32(values), None if bias is None else as_float32(bias)
     output = torch.empty_like(decision.blanks[0])
     try:
         kernels.sparse_linear(
             decision.size, (decision.weight, values.data_ptr()), input.data_ptr(),
-            0 if bias is None else bias.data_ptr(), output.data_ptr(), get_num_threads(),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(), half, get_num_threads(),
         )  # fmt: skip
     except kernels.TooLarge as error:
         return dense_instead(error, dense.forward, *given)
-    return output if dtype is torch.float32 else output.to(dtype)
+    return output
 
 
 def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
     shapes = shapes_of("input_grad", grad.shape, plan.shape)
     if not kernel_takes(shapes.work, plan, grad, values):
         return dense.input_grad(grad, values, plan)
-    dtype, grad, values = grad.dtype, packed(grad), packed(values)
-    result = empty(shapes.result)
+    dtype, grad, values = grad.dtype, packed(grad), as_float32(values)
+    result = empty(shapes.result, dtype=dtype)
     kernels.sparse_linear_input_grad(
-        shapes.tokens, matrix(plan, values), grad.data_ptr(), result.data_ptr(), get_num_threads()
-    )
-    return as_dtype(dtype, result)
+        shapes.tokens, matrix(plan, values), grad.data_ptr(), result.data_ptr(), dtype is torch.bfloat16,
+        get_num_threads(),
+    )  # fmt: skip
+    return result
 
 
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
@@ -96,39 +103,43 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     dtype, grad, input = grad.dtype, packed(grad), packed(input)
     result = empty(plan.values_shape)
     kernels.sparse_linear_values_grad(
-        shapes.tokens, matrix(plan, None), grad.data_ptr(), input.data_ptr(), result.data_ptr(), get_num_threads()
-    )
+        shapes.tokens, matrix(plan, None), grad.data_ptr(), input.data_ptr(), result.data_ptr(),
+        dtype is torch.bfloat16, get_num_threads(),
+    )  # fmt: skip
     return as_dtype(dtype, result)
 
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
     given = grad, input, values, plan, with_bias
-    dtype, key = grad.dtype, ("grads", grad.shape)
+    dtype, key = grad.dtype, ("grads", grad.shape, grad.dtype)
     decision = decided(plan, key, grad, values, input)
     if decision is None:
         first = shapes_of("input_grad", grad.shape, plan.shape)
         second = shapes_of("values_grad", grad.shape, plan.shape)
         sparse = kernel_takes(first.work, plan, grad, values, input) + kernel_takes(second.work, plan, grad, input)
         check_entries(values, plan.index[1])
-        blanks = blank(first.result), blank(plan.bias_shape)
-        decision = decide(plan, key, first.tokens, *blanks, sparse=sparse, keep=dtype is torch.float32)
+        blanks = blank(first.result, dtype=dtype), blank(plan.bias_shape)
+        decision = decide(plan, key, first.tokens, *blanks, sparse=sparse, keep=one_type(grad, input, values))
         if sparse == 2:
-            grad, input, values = packed(grad), packed(input), packed(values)
+            grad, input, values = packed(grad), packed(input), as_float32(values)
     if decision.sparse == 0:
         return _dense_grads(*given)
     if decision.sparse == 1:
         return _separate_grads(*given)
+    half = dtype is torch.bfloat16
+    if half:
+        values = as_float32(values)
     d_input, d_values = torch.empty_like(decision.blanks[0]), torch.empty_like(values)
     d_bias = torch.empty_like(decision.blanks[1]) if with_bias else None
     try:
         kernels.sparse_linear_grads(
             decision.size, (decision.weight, values.data_ptr()), grad.data_ptr(), input.data_ptr(), d_input.data_ptr(),
-            d_values.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(), get_num_threads(),
+            d_values.data_ptr(), 0 if d_bias is None else d_bias.data_ptr(), half, get_num_threads(),
         )  # fmt: skip
     except kernels.TooLarge as error:
         return dense_instead(error, _dense_grads, *given)
     results = (d_input, d_values) if d_bias is None else (d_input, d_values, d_bias)
-    return results if dtype is torch.float32 else tuple(result.to(dtype) for result in results)
+    return tuple(result.to(dtype) for result in results) if half else results
 
 
 if native is not None:

@@ -1,0 +1,28 @@
+// Activations may be stored in bfloat16: they become float32 where they are read, and are rounded where they are
+// written, so that memory moves half of the bytes; everything between is as with float32.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace sparse_moon {
+
+// The upper half of a float32.
+struct BFloat16 {
+    uint16_t bits;
+};
+
+static inline float as_float(float x) { return x; }
+static inline float as_float(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+// Calls run(a number of the type that activations have).
+template <class Run>
+static inline void with_number_type(bool bfloat16, Run run) {
+    bfloat16 ? run(BFloat16{}) : run(float{});
+}
+
+}  // namespace sparse_moon

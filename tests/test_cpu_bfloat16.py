@@ -1,0 +1,106 @@
+"""The compiled CPU products of activations in bfloat16, bit for bit as of float32 that is rounded afterwards."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_moon.ops import Geometry, use_backend
+from sparse_moon.ops.cpu import matrix
+from sparse_moon.ops.layout import memory_format
+from sparse_moon.ops.native import native
+from sparse_moon.ops.sparse_conv2d import cpu as conv2d
+from sparse_moon.ops.sparse_linear import cpu as linear
+from sparse_moon.topology import Topology
+
+if native is None:
+    pytest.skip("the compiled kernels were not built", allow_module_level=True)
+
+ISAS = native.supported_isas()
+
+
+@pytest.fixture(params=product(ISAS, ("possible", "never")), ids="-flat-".join)
+def kernels(request):
+    """Each instruction set in turn, with and without flat panels."""
+    isa, flat = request.param
+    native.set_isa(isa)
+    native.set_flat_panels(flat)
+    with use_backend("kernel"):
+        yield
+    native.set_isa(ISAS[0])
+    native.set_flat_panels("faster")
+
+
+def in_layout(tensor: Tensor, channels_last: bool) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def assert_bfloat16_is_float32_rounded(run, values: Tensor, *operands: Tensor) -> None:
+    """Of operators from operands to results, of which some have the shape of the values."""
+    halves = [t.bfloat16() for t in (values, *operands)]
+    ours, exact = run(*halves), run(*(t.float() for t in halves))
+    for result, expected in zip(ours, exact, strict=True):
+        assert result.dtype == torch.bfloat16 and torch.equal(result, expected.bfloat16())
+        assert result.is_contiguous(memory_format=memory_format(expected))
+
+
+@pytest.mark.parametrize(
+    "tokens, features, outputs, block, density",
+    [(3, 40, 30, (1, 1), 0.5), (1, 40, 30, (2, 2), 0.5), (70, 64, 128, (1, 1), 0.5), (300, 300, 200, (4, 4), 0.3),
+     (40, 2000, 64, (1, 1), 0.5), (0, 5, 6, (1, 1), 0.5), (300, 17, 33, (1, 1), 0.9)],
+)  # fmt: skip
+def test_linear_in_bfloat16(kernels, tokens, features, outputs, block, density):
+    """Activations are converted as they are read and written, to the bits of a conversion before and after."""
+    topology = Topology.random((outputs, features), density, block)
+    plan = topology.plan()
+
+    def run(values: Tensor, bias: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        return (
+            linear.forward(x, values, bias, None, plan), linear.forward(x, values, None, None, plan),
+            linear.input_grad(grad, values, plan), linear.values_grad(grad, x, plan),
+            *linear.grads(grad, x, values, plan, True),
+        )  # fmt: skip
+
+    sizes = topology.values_shape, (outputs,), (tokens, features), (tokens, outputs)
+    assert_bfloat16_is_float32_rounded(run, *(torch.randn(size) for size in sizes))
+
+
+@pytest.mark.parametrize("layouts", [(False, False), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    "shape, size, batch, stride, padding, dilation, groups",
+    [((32, 16, 3, 3), (9, 7), 20, 1, 1, 1, 1), ((6, 3, 3, 3), (8, 8), 3, 1, 1, 1, 1),
+     ((16, 32, 1, 1), (7, 7), 33, 1, 0, 1, 1), ((8, 8, 3, 3), (11, 13), 5, 2, 1, 1, 1),
+     ((16, 8, 5, 5), (14, 14), 1, 1, 2, 1, 2), ((64, 64, 1, 1), (8, 8), 17, 2, 0, 1, 1),
+     ((16, 16, 3, 3), (4, 4), 16, 1, 2, 2, 1), ((16, 16, 3, 3), (33, 32), 18, 1, 1, 1, 1)],
+)  # fmt: skip
+def test_conv2d_in_bfloat16(kernels, shape, size, batch, stride, padding, dilation, groups, layouts):
+    geometry = Geometry(shape, *((n, n) for n in (stride, padding, dilation)), groups)
+    topology = Topology.random((shape[0], shape[1] * shape[2] * shape[3]), 0.3)
+    plan, x_shape = topology.plan(geometry), (batch, shape[1] * groups, *size)
+    values, bias, x = torch.randn(topology.values_shape), torch.randn(shape[0]), torch.randn(x_shape)
+    grad = torch.randn(batch, shape[0], *geometry.output_size(x_shape))
+
+    def run(values: Tensor, bias: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        x, grad = in_layout(x, layouts[0]), in_layout(grad, layouts[1])
+        return (
+            conv2d.forward(x, values, bias, None, plan), conv2d.forward(x, values, None, None, plan),
+            conv2d.input_grad(grad, values, x.shape, plan), conv2d.values_grad(grad, x, plan),
+            *conv2d.grads(grad, x, values, plan, True),
+        )  # fmt: skip
+
+    assert_bfloat16_is_float32_rounded(run, values, bias, x, grad)
+
+
+def test_rounding_to_bfloat16(kernels):
+    """Ties, what overflows, denormals, and what is not a number, of either sign: as torch rounds."""
+    bits = [0x3F808000, 0x3F818000, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0x00012345, 0x00008000, 0x7FFFFFFF, 0x7F800001]
+    numbers = torch.tensor([*bits, *(n - (1 << 31) for n in bits)], dtype=torch.int32).view(torch.float32)
+    plan = Topology.from_mask(torch.zeros(len(numbers), 1, dtype=torch.bool)).plan()
+    for tokens in (1, 40):
+        x = torch.zeros(tokens, 1, dtype=torch.bfloat16)
+        y = x.new_empty(tokens, len(numbers))
+        weight = matrix(plan, torch.empty(0))
+        native.sparse_linear(tokens, weight, x.data_ptr(), numbers.data_ptr(), y.data_ptr(), True, 1)
+        expected = numbers.bfloat16().expand_as(y)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
