@@ -143,6 +143,7 @@ setup(
         "sparse_moon.nn",
         "sparse_moon.ood",
         "sparse_moon.ops",
+        "sparse_moon.ops.batch_norm_relu",
         "sparse_moon.ops.sparse_conv2d",
         "sparse_moon.ops.sparse_linear",
         "sparse_moon.reliability",

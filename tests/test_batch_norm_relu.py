@@ -11,7 +11,7 @@ from torch.library import opcheck
 from sparse_moon.nn import batch_norm_relu as nn_batch_norm_relu
 from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
 from sparse_moon.ops.activations import FUNCTIONS, LAST_FLAT, NAMES
-from sparse_moon.ops.batch_norm_relu import batch_norm_relu
+from sparse_moon.ops.batch_norm_relu.api import batch_norm_relu
 from sparse_moon.ops.native import native
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_moon.ops.activations import FUNCTIONS, NAMES, Activation
-from sparse_moon.ops.batch_norm_relu import batch_norm_relu
+from sparse_moon.ops.batch_norm_relu.api import batch_norm_relu
 
 FEWEST = 1 << 16
 """Inputs with fewer numbers a thread run torch's operators, whose calls cost the host less: 60 to 130 us less forward

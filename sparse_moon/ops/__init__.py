@@ -1,4 +1,4 @@
-"""Operators: a file each, and a folder each for the two products: reference, registration, kernels, public function."""
+"""Operators: a file each, a folder for the larger ones: reference, registration, kernels, public function."""
 
 # imported for what they register
 import sparse_moon.ops.sparse_conv2d.cpu
@@ -6,7 +6,7 @@ import sparse_moon.ops.sparse_conv2d.gpu
 import sparse_moon.ops.sparse_linear.cpu
 import sparse_moon.ops.sparse_linear.gpu  # noqa: F401
 from sparse_moon.ops.average_ import average_
-from sparse_moon.ops.batch_norm_relu import batch_norm_relu
+from sparse_moon.ops.batch_norm_relu.api import batch_norm_relu
 from sparse_moon.ops.bernoulli_mask import bernoulli_mask
 from sparse_moon.ops.choice import Backend, use_backend
 from sparse_moon.ops.drop_and_grow import drop_and_grow
