@@ -16,7 +16,7 @@ from sparse_moon.nn.inspect import Inputs, weights
 from sparse_moon.nn.layers import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
 from sparse_moon.nn.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped
 from sparse_moon.nn.projections import as_linear_layers
-from sparse_moon.ops.native import native
+from sparse_moon.ops.native import has_triton, native
 from sparse_moon.topology import block_shape
 
 # Outputs without a weight are said from this many and this share of a layer on: one of 128 is chance, and no news.
@@ -87,8 +87,9 @@ def sparsify(
             of arguments); when given, layers are ordered by their first use in one forward pass instead of by
             definition, which matters for what "first" is.
         fuse: ``"auto"`` runs batch norm, activation and the residual addition between them as one operation wherever
-            that is exact and faster (on the CPU, with compiled kernels), and leaves what cannot be traced as it is;
-            ``True`` says in one warning what that is; ``False`` changes nothing. See :func:`sparse_moon.fuse`.
+            that is exact and faster (on the CPU with compiled kernels, on a GPU with Triton in channels_last), and
+            leaves what cannot be traced as it is; ``True`` says in one warning what that is; ``False`` changes nothing.
+            See :func:`sparse_moon.fuse`.
         recompute: with ``fuse``, less memory for more time: what batch norm and activation make for a sparse
             convolution is not kept for the backward pass; see :class:`sparse_moon.BatchNormReLU2d`.
 
@@ -126,7 +127,7 @@ def sparsify(
         for layer, reason in plan.dense_because.items():
             layer.dense_because = reason  # type: ignore[assignment]  # for summary
         notes = plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + without_weights(done)
-    if fuse is True or (fuse == "auto" and native is not None):
+    if fuse is True or (fuse == "auto" and (native is not None or has_triton())):
         untraced = fusion.install(model, recompute)
         notes += untraced if fuse is True else []
     _say(notes)

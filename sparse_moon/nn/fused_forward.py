@@ -46,7 +46,7 @@ class FusedForward:
     The module, its class and all in it stay what they were. Modules are looked up when they are called. Where what the
     graph leaves out would show, the forward pass of the class runs as ever: hooks on a batch norm or an activation that
     would not be called, another type of module in such a place, attributes that have changed, arguments beside the
-    required ones or that are no tensors on the CPU, and compilers, which fuse by themselves.
+    required ones or that are no tensors on a CPU or a GPU, and compilers, which fuse by themselves.
 
     Attributes:
         norms: paths of the batch norms, from the module.
@@ -100,7 +100,7 @@ class FusedForward:
 
     def _serves(self, args: tuple[Any, ...]) -> bool:
         for arg in args:
-            if not isinstance(arg, Tensor) or not arg.is_cpu:
+            if not isinstance(arg, Tensor) or not (arg.is_cpu or arg.is_cuda):
                 return False
         return self.holds()
 

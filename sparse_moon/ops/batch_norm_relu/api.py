@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_moon.ops.activations import FUNCTIONS, LAST_FLAT, NAMES, Activation, times_derivative
-from sparse_moon.ops.batch_norm_relu import cpu
+from sparse_moon.ops.batch_norm_relu import cpu, gpu
 from sparse_moon.ops.batch_norm_relu.checks import check_operands
 from sparse_moon.ops.batch_norm_relu.reference import OP, forward_reference
 from sparse_moon.ops.recompute import hang_recipe
@@ -94,8 +94,10 @@ def batch_norm_relu(
 ) -> Tensor:
     """``activation(batch_norm(input) + residual)`` as torch computes it, in fewer passes over memory.
 
-    The compiled kernel takes float32 on the CPU, and as under autocast activations in bfloat16 with all else in
-    float32; there the result is differentiable once. Everything else runs torch's own operators.
+    On the CPU the compiled kernel takes float32, and activations in bfloat16 with all else in float32, as autocast has
+    them; on a GPU Triton's take channels_last inputs in float32, float16 and bfloat16, with weights and statistics in
+    that dtype or in float32. There the result is differentiable once by kernels. Everything else runs torch's own
+    operators.
 
     Args:
         input: (N, C, H, W) floating point; the output has its layout, contiguous or channels_last.
@@ -128,7 +130,8 @@ def batch_norm_relu(
     if training and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
 
-    if transformed() or not cpu.takes(input, (residual,), tuple(vectors.values())):
+    takes = gpu.takes if input.is_cuda else cpu.takes
+    if transformed() or not takes(input, (residual,), tuple(vectors.values())):
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         in_place = not transformed()  # nobody else has the output
         if residual is not None:
@@ -143,6 +146,6 @@ def batch_norm_relu(
         hang_recipe(output, partial(_again, eps, number), input, weight, bias, mean, var)
     if training and running_mean is not None and running_var is not None:
         with torch.no_grad():
-            running_mean.lerp_(batch_mean, momentum)
-            running_var.lerp_(batch_var * (count / (count - 1)), momentum)
+            running_mean.lerp_(batch_mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((batch_var * (count / (count - 1))).to(running_var.dtype), momentum)
     return FUNCTIONS[after](output)
