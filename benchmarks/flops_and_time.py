@@ -21,6 +21,7 @@ import gpu_steps
 import step_times
 import torch
 import torch.nn.functional as F
+from batch_norm_times import batch_norm
 from bench import CUDA_CASES, DTYPES, MAIN_CASES, NETWORKS, Bench, Row
 from layer_times import choice, layers
 from step_times import memory
@@ -173,7 +174,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 SECTIONS = {"layers": layers, "step": step, "update": update, "loss": loss, "average": average, "memory": memory}
-LONG_SECTIONS = {"choice": choice}  # not part of "all"
+LONG_SECTIONS = {"choice": choice, "batch_norm": batch_norm}  # not part of "all"
 
 
 def main() -> None:
@@ -183,7 +184,8 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--pattern", nargs="+", default=["unstructured"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="of 'choice'")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"], help="of 'layers'")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"], help="of 'layers' and "
+                        "'batch_norm'")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="auto, kernel, triton or cuda: which kernels may run")
     parser.add_argument("--case", nargs="+", help="only cases whose name contains one of these")
     parser.add_argument("--peers", action="store_true", help="also time SparseProp, where it is installed")
@@ -195,7 +197,8 @@ def main() -> None:
                         "of 'step': the dense steps")  # fmt: skip
     parser.add_argument("--compile-sparse", action="store_true", help="on CUDA of 'step': the sparse step of the "
                         "first sparsity and pattern compiled, too")  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="of 'step': what CUDA would run, of tiny networks")
+    parser.add_argument("--tiny", action="store_true", help="of 'step' and 'batch_norm': what CUDA would "
+                        "run, of tiny networks")  # fmt: skip
     parser.add_argument("--case-seconds", type=float, default=math.inf, help="on CUDA of 'step': the most for a case")
     parser.add_argument("--seconds", type=float, help="on CUDA of 'step': the most for all; the rest is left out")
     parser.add_argument("--json", type=Path, help="results file to write, after each case")

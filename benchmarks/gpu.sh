@@ -27,7 +27,7 @@ python=${PYTHON:-python3}
 case " $parts " in
 *" first "*) parts="build compile compile_vit_base compile_gpt2_1.3b compile_resnet50 smoke crossovers steps_vit_base
     steps_gpt2_1.3b steps_resnet50" ;;
-*" second "*) parts="build compile_more tests racecheck csr bsr small autotune_vit_base autotune_resnet50 steps_resnet18
+*" second "*) parts="build compile_more tests racecheck norms csr bsr small autotune_vit_base autotune_resnet50 steps_resnet18
     autotune_gpt2_1.3b layers_bf16 layers_fp32 steps_gpt2_350m steps_vit_small memcheck tune" ;;
 esac
 parts=" $(echo $parts) "
@@ -74,7 +74,7 @@ for name in vit_base gpt2_1.3b resnet50; do
 done
 wait
 
-run smoke 45 "${test_on_gpu[@]}" "${parallel[@]}" -k "triton_products or captured_step"
+run smoke 45 "${test_on_gpu[@]}" "${parallel[@]}" -k "triton_products or triton_batch_norm or captured_step"
 run crossovers 70 "$python" benchmarks/tune.py --device cuda --case vit_base gpt2_1.3b resnet50 --seconds 60
 if [[ $parts == *" crossovers "* ]]; then cp sparse_moon/ops/tables/crossover_cuda_*.json "$out"; fi
 for name in vit_base gpt2_1.3b resnet50; do
@@ -88,6 +88,7 @@ wait
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 run racecheck 50 compute-sanitizer --tool racecheck --error-exitcode 1 "${sanitize[@]}"
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
+run norms 45 $bench batch_norm --graph --dtype bfloat16 --json "$out/cuda_batch_norm.json"
 run csr 20 $bench layers --backend kernel --case linear --sparsity 0.9 0.95 0.99 --json "$out/cuda_layers_csr.json"
 run bsr 20 $bench layers --backend kernel --case linear --dtype bfloat16 --sparsity 0.8 0.9 0.95 \
     --pattern block64 block128 --json "$out/cuda_layers_bsr.json"

@@ -257,7 +257,7 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
 
 
-@pytest.mark.parametrize("amp", [None, torch.float16 if DEVICE == "cpu" else torch.bfloat16])
+@pytest.mark.parametrize("amp", [None, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_sparsified_models_reach_the_kernels(amp, launched):
     """By themselves, under autocast as well; as the same model unfused."""
     torch.manual_seed(0)
