@@ -103,12 +103,18 @@ def _moments(p_x, p_parts, rows, rows_a_part, channels, ROWS: tl.constexpr, COLS
     mean = tl.zeros([ROWS, COLS], tl.float32)
     squares = tl.zeros([ROWS, COLS], tl.float32)
     seen = 0.0
-    for row in tl.range(0, count, ROWS, num_stages=3):
-        m_x = (row + o_row < count)[:, None] & m_col[None, :]
-        x = tl.load(p_x + tl.cast(row, tl.int64) * channels + o_tile, m_x, 0.0).to(tl.float32)
+    whole = count // ROWS * ROWS
+    for row in tl.range(0, whole, ROWS, num_stages=3):
+        x = tl.load(p_x + tl.cast(row, tl.int64) * channels + o_tile, m_col[None, :], 0.0).to(tl.float32)
         seen += 1.0
-        distance = tl.where(m_x, x - mean, 0.0)
+        distance = x - mean
         mean += distance * (1 / seen)
+        squares += distance * (x - mean)
+    if whole < count:
+        m_x = (whole + o_row < count)[:, None] & m_col[None, :]
+        x = tl.load(p_x + tl.cast(whole, tl.int64) * channels + o_tile, m_x, 0.0).to(tl.float32)
+        distance = tl.where(m_x, x - mean, 0.0)
+        mean += distance * (1 / (seen + 1))
         squares += distance * (x - mean)
     mean, squares = _merge((count - o_row + ROWS - 1) // ROWS, mean, squares, count)
     p_parts += part * channels + o_col
