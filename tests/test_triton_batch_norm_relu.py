@@ -278,6 +278,22 @@ def test_sparsified_models_reach_the_kernels(amp, launched):
     assert launched.count("_forward") == 4 and launched.count("_moments") == 4
 
 
+def test_recomputed_to_the_same_bits(launched):
+    """In place of its input a sparse convolution keeps what the batch norm keeps anyway."""
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = sm.sparsify(nn.Sequential(Block(16), Block(16)), 0.5, "uniform", recompute=recompute)
+        model.to(DEVICE, memory_format=LAST)
+        leaf = torch.randn(3, 16, 6, 5, device=DEVICE).contiguous(memory_format=LAST).requires_grad_()
+        y = model(leaf)
+        grads = torch.autograd.grad(y.square().mean(), (leaf, *model.parameters()))
+        found.append((y.detach(), *grads))
+        assert launched.count("_forward") == 4 + 2 * recompute  # without a residual
+        launched.clear()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_capture_finds_nothing_forbidden(monkeypatch):
     """Forward and backward pass on the host: no look at a number, no size that depends on one."""
     launches = []

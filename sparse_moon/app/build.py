@@ -19,7 +19,7 @@ from sparse_moon.distributed import rank, world_size
 from sparse_moon.nn import layer_densities, sparse_layers, sparsify
 from sparse_moon.nn.fusion import fuse, install
 from sparse_moon.ood import CosineHead, classifier_head
-from sparse_moon.ops.native import native
+from sparse_moon.ops.native import has_triton, native
 from sparse_moon.reliability import Reliability
 from sparse_moon.schedules import Cosine, Step
 
@@ -68,8 +68,9 @@ def build_run(config: TrainConfig, data: RunData) -> Run:
     model = build_model(config, data, weights).to(config.device)
     if channels_last(config):
         model = model.to(memory_format=torch.channels_last)
-    if config.recompute and config.device != "cpu":
-        warnings.warn(f"recompute does nothing on {config.device}: batch norms are fused on the CPU only", stacklevel=2)
+    if config.recompute and config.device != "cpu" and not (channels_last(config) and has_triton()):
+        reason = "there batch norms are fused in channels_last, by Triton"
+        warnings.warn(f"recompute does nothing on {config.device}: {reason}", stacklevel=2)
     reliability = config.make_reliability()
     reliability.attach(model, data.num_classes)
     captures = captures_steps(config)  # then the learning rate is read from the device
@@ -145,7 +146,7 @@ def fuse_network(model: nn.Module, config: TrainConfig) -> None:
     """Fuse a network as the settings say, in place; dense ones too, which sparse ones' times are compared with."""
     if config.recompute:
         fuse(model, recompute=True)  # says what it cannot do, as it was asked for
-    elif config.fuse and native is not None:
+    elif config.fuse and (native is not None or has_triton()):
         install(model, recompute=False)
 
 

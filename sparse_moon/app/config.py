@@ -54,8 +54,8 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         allocation: erk, er or uniform.
         selection: weights at the start: random, the largest (magnitude) or constant_fan_in; by default the method's.
         exclude: layers to keep dense, by name with * and ?.
-        fuse: batch norm, activation and residual addition are one operation on the CPU, in dense networks too.
-        recompute: compute what a sparse convolution reads again in the backward pass (less memory, on the CPU).
+        fuse: batch norm, activation and residual addition are one operation, on a GPU in channels_last.
+        recompute: compute what a sparse convolution reads again in the backward pass (less memory).
         epochs: passes over the training data; with weights 0, too.
         batch_size: images a batch, over all processes.
         lr: learning rate at the start; it falls along half a cosine to lr_end at lr_until and then stays.

@@ -65,8 +65,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         num_features ... dtype: as ``nn.BatchNorm2d``.
         activation: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
         recompute: whether sparse convolutions of the output compute it again in the backward pass, in place of keeping
-            it (on the CPU, without a residual, from :data:`FEWEST` numbers on): a layer's activations take half the
-            memory, for another pass over them.
+            it (where a kernel runs, without a residual; on the CPU from :data:`FEWEST` numbers on): a layer's
+            activations take half the memory, for another pass over them.
 
     Shapes:
         input and residual (N, C, H, W), contiguous or channels_last; the output follows the input. A residual that has
