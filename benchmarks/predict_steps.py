@@ -22,15 +22,19 @@ import torch
 from gpu_networks import NETWORKS, GpuNetwork
 from torch import nn
 
+from sparse_moon.nn.batch_norm_relu import FEWEST_ON_A_GPU
+
 STREAM, DENSE_STREAM = 3.3e12, 3.0e12
 L2_LINEAR, L2_CONV, L2_CONV_GRAD = 12e12, 8.5e12, 4.3e12
 NODE = 1.5e-6
 ATTENTION = 250e12  # e
 # Reads and writes of (M, D) by what stands between the products of a transformer block, forward and backward (e).
 BLOCK_PASSES = {"compiled": 43.0, "eager": 66.0}
-# Of a convolution's output by batch norm, rectifier and sum, forward and backward: compiled (e), and by our kernels 8,
-# with a sum 11, as counted in kernels/batch_norm_relu.py; ResNet-50 has a sum behind 54 % of its convolutions' outputs.
-NORM_PASSES = {"compiled": 10.0, "eager": 9.6}
+# Of a convolution's output by batch norm, rectifier and sum, forward and backward: compiled and by torch's operators
+# (e), and by our kernels 8, with a sum 11, as counted in kernels/batch_norm_relu.py; ResNet-50 has a sum behind 54 % of
+# its convolutions' outputs.
+NORM_PASSES = {"compiled": 10.0, "eager": 13.0}
+OWN_NORM_PASSES = 9.6
 KERNELS = {"compiled": 0.5, "eager": 1.0}  # of what stands between, relative to eager's 14 a layer
 
 
@@ -87,7 +91,10 @@ def others(network: GpuNetwork, layers: list[Layer], kind: str, weights: float) 
     """What is no sparse product, without the head, of a network with so many weights in its products."""
     time = weights * ((28 if network.adam else 20) + 12) / STREAM + 14 * KERNELS[kind] * len(layers) * NODE
     if network.is_convolutional:
-        return time + 2.0 * sum(layer.m * layer.outputs for layer in layers) * NORM_PASSES[kind] / STREAM
+        sizes = [layer.m * layer.outputs for layer in layers]
+        own = OWN_NORM_PASSES if kind == "eager" else NORM_PASSES[kind]
+        moved = [2.0 * size * (own if size >= FEWEST_ON_A_GPU else NORM_PASSES[kind]) for size in sizes]
+        return time + sum(moved) / STREAM
     m, width = layers[0].m, layers[0].inputs
     tokens = m // network.shape[0]
     pairs = 0.5 if len(network.shape) == 2 else 1.0  # causal
