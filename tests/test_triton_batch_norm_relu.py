@@ -28,9 +28,10 @@ infinities = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 @pytest.fixture(autouse=True)
 def _on_this_device(monkeypatch):
-    """Without a GPU the CPU's tensors go where a GPU's would."""
+    """At any size; without a GPU the CPU's tensors go where a GPU's would."""
+    for fewest in ("FEWEST", "FEWEST_ON_A_GPU"):
+        monkeypatch.setattr(nn_batch_norm_relu, fewest, 0)
     if DEVICE == "cpu":
-        monkeypatch.setattr(nn_batch_norm_relu, "FEWEST", 0)
         monkeypatch.setattr(cpu, "takes", gpu.takes)
         for operator in OPERATORS:
             monkeypatch.setitem(KERNELS, (operator, "cpu"), KERNELS[operator, "cuda"])

@@ -45,8 +45,9 @@ def normalise(
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     use_running = not norm.training or norm.track_running_stats
     mean, var = (norm.running_mean, norm.running_var) if use_running else (None, None)
-    fewest = FEWEST * torch.get_num_threads() if input.is_cpu else FEWEST_ON_A_GPU
-    few = not torch.compiler.is_compiling() and input.numel() < fewest
+    few = not torch.compiler.is_compiling() and input.numel() < (
+        FEWEST * torch.get_num_threads() if input.is_cpu else FEWEST_ON_A_GPU
+    )
     alike = residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
     if alike and not few:
         return batch_norm_relu(

@@ -32,8 +32,8 @@ def takes(input: Tensor, alike: Sequence[Tensor | None], vectors: Sequence[Tenso
     return torch.compiler.is_compiling() or (has_triton() and kernel_runs("triton"))
 
 
-def _dense(*vectors: Tensor | None) -> list[Tensor | None]:
-    return [None if vector is None else vector.contiguous() for vector in vectors]
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -56,9 +56,9 @@ def forward(
 
     output, batch_mean, batch_var = fake(input, residual, weight, bias, mean)
     batch_statistics = mean is None or var is None
-    statistics = (batch_mean, batch_var) if batch_statistics else _dense(mean, var)
+    mean, var = (batch_mean, batch_var) if mean is None or var is None else (mean.contiguous(), var.contiguous())
     launch(
-        input, _rows(residual), *_dense(weight, bias), *statistics, output, eps, activation, batch_statistics
+        input, _rows(residual), _dense(weight), _dense(bias), mean, var, output, eps, activation, batch_statistics
     )  # fmt: skip
     return output, batch_mean, batch_var
 
@@ -83,9 +83,9 @@ def backward(
     grads = fake_backward(grad, input, output, weight, bias, mean)
     input_grad, residual_grad, weight_grad, bias_grad = grads
     launch(
-        _rows(grad), input, _rows(output), *_dense(weight, bias, mean, var),
-        input_grad, None if output is None else residual_grad, weight_grad, bias_grad, eps, activation,
-        batch_statistics,
+        grad.contiguous(memory_format=torch.channels_last), input, _rows(output), _dense(weight), _dense(bias),
+        mean.contiguous(), var.contiguous(), input_grad, None if output is None else residual_grad, weight_grad,
+        bias_grad, eps, activation, batch_statistics,
     )  # fmt: skip
     return grads
 
