@@ -8,25 +8,18 @@ from torch import Tensor
 
 from sparse_moon.ops.batch_norm_relu.checks import check_backward, check_forward
 from sparse_moon.ops.batch_norm_relu.reference import backward_reference, fake, fake_backward, forward_reference
-from sparse_moon.ops.layout import memory_format
+from sparse_moon.ops.cpu import TYPES, address
+from sparse_moon.ops.layout import memory_format, without_gaps
 from sparse_moon.ops.native import native
 from sparse_moon.ops.registry import behind, implement
 
 
 def takes(input: Tensor, alike: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> bool:
     """Whether activations are all in float32 or all in bfloat16, and what has a number for each channel in float32."""
-    if native is None or input.device.type != "cpu" or input.dtype not in (torch.float32, torch.bfloat16):
+    if native is None or input.device.type != "cpu" or input.dtype not in TYPES:
         return False
     types = [(t, input.dtype) for t in (input, *alike)] + [(t, torch.float32) for t in vectors]
     return all(t is None or (t.dtype is dtype and t.device.type == "cpu" and t.numel() > 0) for t, dtype in types)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _norm(
@@ -38,7 +31,7 @@ def _norm(
     """
     n, channels, height, width = input.shape
     channels_last = memory_format(input) == torch.channels_last or height * width == 1
-    addresses = (_address(t) for t in (weight, bias, input, mean, var))
+    addresses = (address(t) for t in (weight, bias, input, mean, var))
     return (n, channels, height * width), channels_last, input.dtype is torch.bfloat16, *scalars, *addresses
 
 
@@ -57,12 +50,12 @@ def forward(
     assert native is not None
     layout = memory_format(input)
     input = input.contiguous(memory_format=layout)
-    residual = None if residual is None else residual.contiguous(memory_format=layout)
-    weight, bias, mean, var = (_dense(t) for t in (weight, bias, mean, var))
+    residual = without_gaps(residual, layout)
+    weight, bias, mean, var = (without_gaps(t) for t in (weight, bias, mean, var))
     output, batch_mean, batch_var = fake(input, residual, weight, bias, mean)
     statistics = (batch_mean, batch_var) if mean is None or var is None else (mean, var)
     norm = _norm(input, weight, bias, *statistics, activation, mean is None, eps)
-    native.batch_norm_relu(norm, _address(residual), output.data_ptr(), torch.get_num_threads())
+    native.batch_norm_relu(norm, address(residual), output.data_ptr(), torch.get_num_threads())
     return output, batch_mean, batch_var
 
 
@@ -84,14 +77,14 @@ def backward(
     assert native is not None
     layout = memory_format(input)
     grad, input = grad.contiguous(memory_format=layout), input.contiguous(memory_format=layout)
-    output = None if output is None else output.contiguous(memory_format=layout)
+    output = without_gaps(output, layout)
     mean, var = mean.contiguous(), var.contiguous()
-    weight, bias = _dense(weight), _dense(bias)
+    weight, bias = without_gaps(weight), without_gaps(bias)
     grads = fake_backward(grad, input, output, weight, bias, mean)
     input_grad, residual_grad, weight_grad, bias_grad = grads
     native.batch_norm_relu_backward(
         _norm(input, weight, bias, mean, var, activation, batch_statistics, eps),
-        grad.data_ptr(), _address(output), input_grad.data_ptr(),
+        grad.data_ptr(), address(output), input_grad.data_ptr(),
         0 if output is None else residual_grad.data_ptr(), weight_grad.data_ptr(), bias_grad.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_moon.ops.batch_norm_relu.checks import check_backward, check_forward
 from sparse_moon.ops.batch_norm_relu.reference import backward_reference, fake, fake_backward, forward_reference
 from sparse_moon.ops.choice import kernel_runs
+from sparse_moon.ops.layout import without_gaps
 from sparse_moon.ops.masked_dense import GPU_DTYPES
 from sparse_moon.ops.native import has_triton
 from sparse_moon.ops.registry import behind, implement
@@ -32,14 +33,6 @@ def takes(input: Tensor, alike: Sequence[Tensor | None], vectors: Sequence[Tenso
     return torch.compiler.is_compiling() or (has_triton() and kernel_runs("triton"))
 
 
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
-
-
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
-
-
 def forward(
     input: Tensor,
     residual: Tensor | None,
@@ -58,7 +51,8 @@ def forward(
     batch_statistics = mean is None or var is None
     mean, var = (batch_mean, batch_var) if mean is None or var is None else (mean.contiguous(), var.contiguous())
     launch(
-        input, _rows(residual), _dense(weight), _dense(bias), mean, var, output, eps, activation, batch_statistics
+        input, without_gaps(residual, torch.channels_last), without_gaps(weight), without_gaps(bias), mean, var, output,
+        eps, activation, batch_statistics,
     )  # fmt: skip
     return output, batch_mean, batch_var
 
@@ -83,9 +77,9 @@ def backward(
     grads = fake_backward(grad, input, output, weight, bias, mean)
     input_grad, residual_grad, weight_grad, bias_grad = grads
     launch(
-        grad.contiguous(memory_format=torch.channels_last), input, _rows(output), _dense(weight), _dense(bias),
-        mean.contiguous(), var.contiguous(), input_grad, None if output is None else residual_grad, weight_grad,
-        bias_grad, eps, activation, batch_statistics,
+        grad.contiguous(memory_format=torch.channels_last), input, without_gaps(output, torch.channels_last),
+        without_gaps(weight), without_gaps(bias), mean.contiguous(), var.contiguous(), input_grad,
+        None if output is None else residual_grad, weight_grad, bias_grad, eps, activation, batch_statistics,
     )  # fmt: skip
     return grads
 
