@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from timing import ceilings, environment, graphed, median_ms, write_results
+from timing import ceilings, command_line, environment, graphed, median_ms, write_results
 from torch import Tensor, nn
 
 from sparse_moon.app import models
@@ -134,7 +134,7 @@ class Bench:
         self._end = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
         self._head = {
             **environment(self.device),
-            "command": " ".join(sys.argv[1:]),
+            "command": command_line(sys.argv[1:]),
             "keeps_freed_memory": keeps_freed_memory,
             "ceilings": self.ceilings,
         }

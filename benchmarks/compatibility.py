@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, write_results
+from timing import command_line, environment, write_results
 from torch import Tensor, nn
 
 import sparse_moon as sm
@@ -384,7 +384,11 @@ def main() -> None:
                 f"{library:13}{row.name:32}{row.share:.3f}  {state:8}{row.time_s:6.1f} s  {'; '.join(failed)}",
                 flush=True,
             )
-    head = environment(torch.device("cpu")) | {"versions": versions, "sparsity": SPARSITY, "command": sys.argv[1:]}
+    head = environment(torch.device("cpu")) | {
+        "versions": versions,
+        "sparsity": SPARSITY,
+        "command": command_line(sys.argv[1:]),
+    }
     path = arguments.json or (None if arguments.only else RESULTS)
     if path:
         write_results(path, {**head, "rows": [asdict(row) for row in rows]})

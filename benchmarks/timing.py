@@ -7,7 +7,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,6 +135,21 @@ def environment(device: torch.device) -> dict[str, Any]:
             "fp32_precision": {name: backend.fp32_precision for name, backend in backends.items()},
         }
     return info
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Arguments for the head of a results file, without the folders of the machine: an absolute path becomes that from
+    the repository, or its last part.
+    """
+    root = Path(__file__).resolve().parents[1]
+
+    def portable(argument: str) -> str:
+        path = Path(argument)
+        if not path.is_absolute():
+            return argument
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+    return " ".join(map(portable, arguments))
 
 
 def _cpu_name() -> str:

@@ -222,3 +222,12 @@ def test_pages_and_docstrings_name_what_exists():
         for name in re.findall(r"(?<![\w./])(?:sparse_moon|sm)(?:\.[A-Za-z]\w*)+", text)
     }
     assert len(named) > 300 and not [(path, name) for path, name in named if not exists(name)]
+
+
+def test_results_name_no_folder_of_the_machine_that_wrote_them():
+    named = {
+        str(path.relative_to(ROOT)): found
+        for path in sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+        if (found := re.findall(r"(?<![\w.:/])/(?:tmp|home|root|work|mnt|data|var|opt|usr)/[^\s\"]*", path.read_text()))
+    }
+    assert not named

@@ -15,7 +15,7 @@ constexpr int64_t kRunBytes = 4096;
 
 // Channels a thread treats together: where planes are small, enough that each image gives it a run of memory.
 SPARSE_MOON_INLINE int64_t channels_together(const BatchNormReLU& job) {
-    const int64_t run = kRunBytes / (job.plane * (job.bfloat16 ? 2 : 4));
+    const int64_t run = kRunBytes / (job.plane * number_bytes(job.bfloat16));
     return larger(1, smaller(smaller(run, kMaxChannels), job.channels / job.threads));
 }
 

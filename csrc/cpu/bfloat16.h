@@ -19,6 +19,9 @@ static inline float as_float(BFloat16 x) {
     return value;
 }
 
+// Bytes of a number as it is stored.
+static inline int64_t number_bytes(bool bfloat16) { return bfloat16 ? sizeof(BFloat16) : sizeof(float); }
+
 // Calls run(a number of the type that activations have).
 template <class Run>
 static inline void with_number_type(bool bfloat16, Run run) {

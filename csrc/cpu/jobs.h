@@ -7,6 +7,8 @@
 #pragma once
 #include <cstdint>
 
+#include "bfloat16.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -50,7 +52,7 @@ struct Planes {
     bool channels_last;
     bool bfloat16 = false;
 
-    int64_t bytes(int64_t batch) const { return batch * channels * height * width * (bfloat16 ? 2 : 4); }
+    int64_t bytes(int64_t batch) const { return batch * channels * height * width * number_bytes(bfloat16); }
     template <class T>
     T* numbers() const {
         return static_cast<T*>(data);

@@ -39,7 +39,7 @@ LinearJob prepared(LinearJob job) {
     check_size(job.matrix);
     job.threads = useful_threads(job.matrix, job.tokens, job.threads);
     const int64_t outputs = job.transposed ? job.matrix.cols : job.matrix.rows;
-    const int64_t bytes = job.tokens * outputs * (job.bfloat16 ? 2 : 4);
+    const int64_t bytes = job.tokens * outputs * number_bytes(job.bfloat16);
     job.streaming = bytes >= kStreamBytes;
     expect_writes(job.output, bytes);
     return job;
