@@ -98,16 +98,26 @@ class Network:
     convolutional: bool = True
     sparse_layout: torch.memory_format = torch.contiguous_format
     """In which its sparse step is the faster one on a CPU."""
+    width: int | None = None
+    """Other than the network's own."""
+
+    @property
+    def label(self) -> str:
+        return self.name if self.width is None else f"{self.name}_w{self.width}"
 
     def build(self, outputs: int) -> nn.Module:
-        return models.build(self.name, outputs, in_channels=self.image_shape[0], image_size=self.image_shape[1])
+        channels, size = self.image_shape[:2]
+        return models.build(self.name, outputs, in_channels=channels, image_size=size, width=self.width)
 
 
 NETWORKS = [
     Network("resnet18", (3, 32, 32)), Network("wrn-22-2", (3, 32, 32)), Network("mlp", (1, 28, 28), convolutional=False)
 ]  # fmt: skip
 # whose steps are timed where --case names them
-LARGER_NETWORKS = [
+OTHER_NETWORKS = [
+    Network("small-resnet", (1, 28, 28), width=16),
+    Network("small-resnet", (3, 32, 32), width=32),
+    Network("resnet18", (3, 32, 32), width=32),
     Network("torchvision:resnet50", (3, 96, 96), 16, 100, sparse_layout=torch.channels_last),
     Network("torchvision:mobilenet_v2", (3, 96, 96), 32, 100, sparse_layout=torch.channels_last),
     Network("timm:vit_small_patch16_224", (3, 224, 224), 32, 100, convolutional=False),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import LARGER_NETWORKS, NETWORKS, Bench, Network, Row, autocast
+from bench import NETWORKS, OTHER_NETWORKS, Bench, Network, Row, autocast
 from timing import computes_bf16
 from torch import Tensor, nn
 
@@ -27,8 +27,8 @@ def step(bench: Bench) -> None:
     and that in bfloat16. RigL's step is timed under autocast to bfloat16, too.
     """
     cases = bench.arguments.case
-    for network in [*NETWORKS, *LARGER_NETWORKS] if cases else NETWORKS:
-        if not cases or any(part in network.name for part in cases):
+    for network in [*NETWORKS, *OTHER_NETWORKS] if cases else NETWORKS:
+        if not cases or any(part in network.label for part in cases):
             _step(bench, network)
 
 
@@ -150,7 +150,7 @@ def _report_step(
     rigl = times["rigl"] + update_ms / INTERVAL
     moon, cigl = (times[name] + update_ms / INTERVAL + average_ms for name in ("moon", "cigl"))
     row = Row(
-        "step", f"{network.name}_b{network.batch}_{allocation}", pattern, sparsity, "fp32", bench.device.type, "rigl",
+        "step", f"{network.label}_b{network.batch}_{allocation}", pattern, sparsity, "fp32", bench.device.type, "rigl",
         rigl, "", 0.0, 0.0, 3 * network.batch * forward[0],
     )  # fmt: skip
     for name, time in baselines.items():

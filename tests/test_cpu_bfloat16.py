@@ -72,7 +72,8 @@ def test_linear_in_bfloat16(kernels, tokens, features, outputs, block, density):
     [((32, 16, 3, 3), (9, 7), 20, 1, 1, 1, 1), ((6, 3, 3, 3), (8, 8), 3, 1, 1, 1, 1),
      ((16, 32, 1, 1), (7, 7), 33, 1, 0, 1, 1), ((8, 8, 3, 3), (11, 13), 5, 2, 1, 1, 1),
      ((16, 8, 5, 5), (14, 14), 1, 1, 2, 1, 2), ((64, 64, 1, 1), (8, 8), 17, 2, 0, 1, 1),
-     ((16, 16, 3, 3), (4, 4), 16, 1, 2, 2, 1), ((16, 16, 3, 3), (33, 32), 18, 1, 1, 1, 1)],
+     ((16, 16, 3, 3), (4, 4), 16, 1, 2, 2, 1), ((16, 16, 3, 3), (33, 32), 18, 1, 1, 1, 1),
+     ((40, 24, 3, 3), (4, 9), 1, 2, 1, 1, 1), ((40, 24, 1, 1), (2, 4), 1, 2, 0, 1, 1)],
 )  # fmt: skip
 def test_conv2d_in_bfloat16(kernels, shape, size, batch, stride, padding, dilation, groups, layouts):
     geometry = Geometry(shape, *((n, n) for n in (stride, padding, dilation)), groups)

@@ -262,6 +262,19 @@ def test_conv2d_of_many_channels_in_chunks(channels_last, stride, size, block):
     check_conv2d(x, Geometry((70, 96, 3, 3), (stride,) * 2, (1, 1), (1, 1), 1), block, 0.5, channels_last, True)
 
 
+@pytest.mark.parametrize(("batch", "size", "kernel", "stride", "padding", "dilation"), [
+    (9, (9, 7), 1, (2, 2), 0, 1), (70, (6, 17), 1, (1, 3), 0, 1), (3, (8, 8), 1, (3, 2), 0, 1),  # of one pixel
+    (1, (4, 9), 3, (2, 2), 1, 1), (1, (5, 6), 3, (3, 2), 2, 2), (1, (3, 5), 2, (2, 1), 0, 1),  # of small batches
+    (2, (2, 4), 3, (2, 2), 1, 1), (1, (2, 2), 1, (2, 2), 0, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("layouts", [(False, False), (True, True), (True, False)])
+@pytest.mark.parametrize("block", [(1, 1), (2, 4)])
+def test_conv2d_by_columns(batch, size, kernel, stride, padding, dilation, layouts, block):
+    x = in_layout(torch.randn(batch, 24, *size), layouts[0])
+    geometry = Geometry((40, 24, kernel, kernel), stride, (padding,) * 2, (dilation,) * 2, 1)
+    check_conv2d(x, geometry, block, 0.3, layouts[1], True, ("never",))
+
+
 @settings(max_examples=40)
 @given(
     batch=st.sampled_from([1, 2, 3, 9]),

@@ -19,6 +19,14 @@ static inline float as_float(BFloat16 x) {
     return value;
 }
 
+// To the nearest number, of two to the even one.
+static inline void store_float(float* p, float x) { *p = x; }
+static inline void store_float(BFloat16* p, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    p->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // Bytes of a number as it is stored.
 static inline int64_t number_bytes(bool bfloat16) { return bfloat16 ? sizeof(BFloat16) : sizeof(float); }
 

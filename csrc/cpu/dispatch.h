@@ -35,7 +35,7 @@ void expect_writes(void* data, std::size_t bytes);
 // with the same slot. Up to 64 MB a slot are kept for all next times, because fresh pages cost more than small kernels;
 // larger ones are given back at the next call.
 // Slots: what one operation holds at the same time.
-enum class Slot { kKernel, kLists, kSums, kCount };
+enum class Slot { kKernel, kLists, kSums, kColumns, kCount };
 char* scratch(Slot slot, std::size_t bytes);
 
 }  // namespace sparse_moon

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "bias_grad.h"
+#include "sparse_conv2d_columns.h"
 #include "sparse_conv2d_flat_panels.h"
 #include "sparse_conv2d_panels.h"
 #include "sparse_conv2d_plan.h"
@@ -46,6 +47,9 @@ void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const void* 
     }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
+    if (conv2d::goes_by_columns(conv, channels_last)) {
+        return conv2d::columns_forward(conv, weight, input, bias, output, channels_last, threads);
+    }
     if (conv2d::goes_flat(conv, weight, channels_last)) {
         return conv2d::flat_forward(conv, weight, input, bias, output, threads);
     }
@@ -59,6 +63,9 @@ void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, c
     }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
+    if (conv2d::goes_by_columns(conv, channels_last)) {
+        return conv2d::columns_input_grad(conv, weight, grad, input_grad, channels_last, threads);
+    }
     if (conv2d::goes_flat(conv, weight, channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, nullptr, input_grad, nullptr, threads);
     }
@@ -75,6 +82,10 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
     if (conv.batch == 0) {
         std::fill_n(values_grad, conv2d::entry_count(weight), 0.0f);
         return;
+    }
+    if (conv2d::goes_by_columns(conv, grad_channels_last && input_channels_last)) {
+        return conv2d::columns_values_grad(conv, weight, grad, grad_channels_last, input, input_channels_last,
+                                           values_grad, threads);
     }
     if (conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, input, nullptr, values_grad, threads);
@@ -93,6 +104,10 @@ void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const 
     const Conv2d conv = with_even_rows(given);
     if (bias_grad) {
         sparse_moon::bias_grad(conv2d::output_planes(conv, grad, grad_channels_last), conv.batch, bias_grad, threads);
+    }
+    if (conv.batch > 0 && conv2d::goes_by_columns(conv, grad_channels_last && input_channels_last)) {
+        return conv2d::columns_grads(conv, weight, grad, grad_channels_last, input, input_channels_last, input_grad,
+                                     values_grad, threads);
     }
     if (conv.batch > 0 && conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, input, input_grad, values_grad, threads);
