@@ -1,6 +1,5 @@
 """Whole training steps of networks, and the memory of training one."""
 
-import copy
 import multiprocessing
 import resource
 import statistics
@@ -109,13 +108,13 @@ def _sparse_steps(
     """Steps of RigL, in bfloat16, with MOON and with CigL, one with a topology update, an averaging; forward FLOPs of
     both kinds."""
     sparsity, allocation, pattern = variant
-    rigl, moon, cigl = (
+    # the one that updates is no copy: a layer whose copy has moved looks in each pass whether it was averaged with it
+    rigl, moon, cigl, changing = (
         sm.sparsify(
             network.build(outputs), sparsity, allocation, pattern=pattern, recompute=bench.arguments.recompute
         ).to(memory_format=network.sparse_layout)
-        for outputs in (network.classes, network.classes + 1, network.classes)
+        for outputs in (network.classes, network.classes + 1, network.classes, network.classes)
     )  # fmt: skip
-    changing = copy.deepcopy(rigl)
     updating = sm.RigL(changing, _sgd(changing), total_steps=10**9, interval=1)
     updating.load_state_dict({**updating.state_dict(), "steps": 1})  # the first batch never updates, all others do
     average = sm.WeightAverage(moon)

@@ -16,10 +16,11 @@ import sparse_moon as sm
 STEPS, INTERVAL, CLASSES = 16, 5, 4
 
 
-def make_model():
+def make_model(kind):
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, CLASSES + 1)).double()
-    return sm.sparsify(model, 0.6)
+    model = sm.sparsify(model, 0.6)
+    return sm.lora(model, rank=1) if kind == "lora" else model
 
 
 def make_batches():
@@ -34,7 +35,13 @@ def make_batches():
 
 
 def train(model, parallel, kind, part):
-    optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.2, momentum=0.9)
+    if kind == "lora":
+        for x, y in make_batches():
+            F.cross_entropy(parallel(x[part]), y[part]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.state_dict()
     method = {"rigl": sm.RigL, "set": sm.SET}[kind](parallel, optimizer, total_steps=30, interval=INTERVAL)
     updates = 0
     for x, y in make_batches():
@@ -49,7 +56,7 @@ def worker(port, kind, folder, rank):
     """What each process does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = make_model()
+    model = make_model(kind)
     state = train(model, DistributedDataParallel(model), kind, slice(4 * rank, 4 * rank + 4))
     loss = sm.UnknownAwareLoss(CLASSES, 4, warmup_epochs=1)
     x, y = make_batches()[rank]
@@ -66,7 +73,7 @@ def worker(port, kind, folder, rank):
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    for kind in ("rigl", "set"):
+    for kind in ("rigl", "set", "lora"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -74,7 +81,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
         assert [process.wait(timeout=300) for process in processes] == [0, 0]
         first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-        model = make_model()
+        model = make_model(kind)
         alone = train(model, model, kind, slice(0, 8))
         assert first["w"] == second["w"] > 0
         for end in (first["outliers"], second["outliers"]):

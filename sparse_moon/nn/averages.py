@@ -24,7 +24,7 @@ from sparse_moon.topology import Topology
 if TYPE_CHECKING:
     from sparse_moon.nn.sparse_layer import SparseLayer
 
-_MOST_SLOTS = 16384
+_MOST_SLOTS = 4096
 _LEAST_SLOTS = 32
 _SIGNIFICANT = 6.0  # standard deviations
 _FAR = 8  # places, and twice the taps of a convolution: weights next to each other may be alike
@@ -33,10 +33,21 @@ _layers: "weakref.WeakSet[SparseLayer]" = weakref.WeakSet()
 
 
 class _Moved(NamedTuple):
-    """A layer that has left this one's topology, and the slots that now belong to places far apart."""
+    """A layer that has left this one's topology, and what each look at both needs: a look is taken in every pass."""
 
     layer: "weakref.ref[SparseLayer]"
     slots: Tensor
+    """Those that now belong to places far apart."""
+    rows: Tensor
+    """Of this layer's weight, of each slot: numbered without gaps."""
+    counts: Tensor
+    """Slots of each of these rows."""
+    start: Tensor | None
+    """This layer's values there, apart from their rows, when they were its own for certain; of length 1."""
+
+    def apart_from_rows(self, values: Tensor) -> Tensor:
+        """Those of the slots, less the mean of their row: weights of one output may have a sign in common."""
+        return _apart(values.double()[self.slots], self.rows, self.counts)
 
 
 class Watch:
@@ -68,7 +79,7 @@ class Watch:
         if layer.values.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode()):
             return False  # a look waits for the device, which is forbidden or looked for now
         if self._moves != Topology.moves:
-            self._moved, self._moves = list(_those_that_moved(layer)), Topology.moves
+            self._moved, self._moves = list(_those_that_moved(layer, self.start)), Topology.moves
             self.quiet = None if self._moved else self._moves
         if not self._moved or type(layer.values) is not nn.Parameter:
             return False
@@ -80,7 +91,7 @@ class Watch:
             other = moved.layer()
             if other is not None and other.values.shape == layer.values.shape and not is_sharded(other.values):
                 theirs = _first_of_blocks(other.values)[:_MOST_SLOTS]
-                if _goes_with(values, self.start, theirs, moved.slots, layer.topology):
+                if _goes_with(values, theirs, moved):
                     return True
         return False
 
@@ -89,7 +100,7 @@ def _first_of_blocks(values: Tensor) -> Tensor:
     return values.detach().flatten(1)[:, 0] if values.dim() > 1 else values.detach()
 
 
-def _those_that_moved(layer: "SparseLayer") -> Iterator[_Moved]:
+def _those_that_moved(layer: "SparseLayer", start: Tensor | None) -> Iterator[_Moved]:
     topology = layer.topology
     far = max(_FAR, 2 * math.prod(layer.weight_shape[2:]))
     for other in list(_layers):
@@ -101,25 +112,30 @@ def _those_that_moved(layer: "SparseLayer") -> Iterator[_Moved]:
             and (theirs.shape, theirs.block, theirs.col.device) == (topology.shape, topology.block, topology.col.device)
         ):
             apart = (topology.positions()[:_MOST_SLOTS] - theirs.positions()[:_MOST_SLOTS]).abs() > far
-            yield _Moved(weakref.ref(other), apart.nonzero().flatten())
+            slots = apart.nonzero().flatten()
+            rows = entry_rows(topology.row_ptr, topology.num_blocks)[slots]
+            _, rows, counts = rows.unique(return_inverse=True, return_counts=True)
+            before = None
+            if start is not None and start.shape == _first_of_blocks(layer.values)[:_MOST_SLOTS].shape:
+                before = _apart(start.double()[slots], rows, counts)
+                before = before / before.norm().clamp(min=1e-150)
+            yield _Moved(weakref.ref(other), slots, rows, counts, before)
 
 
-def _goes_with(values: Tensor, start: Tensor | None, theirs: Tensor, slots: Tensor, topology: Topology) -> bool:
-    """Whether ``values``, but for what they were at the start, go with ``theirs`` over these slots."""
-    rows = entry_rows(topology.row_ptr, topology.num_blocks)[slots]
-    new, other = (_apart_from_rows(t.double()[slots], rows) for t in (values, theirs))
-    if start is not None and start.shape == values.shape:
-        before = _apart_from_rows(start.double()[slots], rows)
-        new = new - before * (new @ before / (before @ before).clamp(min=1e-300))
-    count = int(slots.numel() - rows.unique().numel())
-    size = new.norm() * other.norm()
-    if count < _LEAST_SLOTS or not bool(size > 0) or bool(new.norm() < 1e-6 * values.double().norm()):
+def _apart(values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    sums = values.new_zeros(counts.shape).index_add_(0, rows, values)
+    return values - (sums / counts)[rows]
+
+
+def _goes_with(values: Tensor, theirs: Tensor, moved: _Moved) -> bool:
+    """Whether ``values``, but for what they were at the start, go with ``theirs`` over the slots."""
+    count = moved.slots.numel() - moved.counts.numel()
+    if count < _LEAST_SLOTS:
         return False
-    return bool((new @ other) / size * math.sqrt(count) > _SIGNIFICANT)
-
-
-def _apart_from_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """Values less the mean of their row: weights of one output may have a sign in common."""
-    size = int(rows.max()) + 1 if rows.numel() else 0
-    counts = torch.bincount(rows, minlength=size).clamp(min=1)
-    return values - (values.new_zeros(size).index_add(0, rows, values) / counts)[rows]
+    new, other = moved.apart_from_rows(values), moved.apart_from_rows(theirs)
+    if moved.start is not None:
+        new = new - moved.start * (new @ moved.start)
+    length, size, along = (float(t) for t in (new.norm(), other.norm(), new @ other))
+    if not length * size > 0 or length < 1e-6 * float(values.double().norm()):
+        return False
+    return along / (length * size) * math.sqrt(count) > _SIGNIFICANT
