@@ -62,9 +62,11 @@ class Topology(nn.Module):
         fingerprint: of the set of entries (see :mod:`sparse_moon.ops.check_index`); None without memory.
         past: fingerprints that it had before it moved to this one.
         moves: how often any topology of this process has moved.
+        left: fingerprints that any of them had before it moved.
     """
 
     moves: ClassVar[int] = 0
+    left: ClassVar[set[int]] = set()
 
     row_ptr: Tensor
     col: Tensor
@@ -278,7 +280,12 @@ class Topology(nn.Module):
         self._adopt()
         if before is not None and before != self.fingerprint:
             self.past.add(before)
+            Topology.left.add(before)
             Topology.moves += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        Topology.left |= self.past
 
     def same_as(self, other: "Topology") -> bool:
         """Whether both describe the same set of blocks (waits for the device)."""

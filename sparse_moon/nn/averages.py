@@ -79,7 +79,9 @@ class Watch:
         if layer.values.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode()):
             return False  # a look waits for the device, which is forbidden or looked for now
         if self._moves != Topology.moves:
-            self._moved, self._moves = list(_those_that_moved(layer, self.start)), Topology.moves
+            was_left = layer.topology.fingerprint in Topology.left  # else no layer is worth looking for
+            self._moved = list(_those_that_moved(layer, self.start)) if was_left else []
+            self._moves = Topology.moves
             self.quiet = None if self._moved else self._moves
         if not self._moved or type(layer.values) is not nn.Parameter:
             return False
