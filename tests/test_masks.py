@@ -115,6 +115,38 @@ def test_masks_of_jaxpruner(x):
     assert model[6].topology.nnz == 64 and model[8].topology.nnz == 80
 
 
+def test_training_of_rigl_torch_goes_on(x):
+    """Its scheduler's masks, after a training with updates; RigL of ours then moves the same number of weights."""
+    rigl = pytest.importorskip("rigl_torch.RigL", reason="rigl-torch is not installed")
+    model, images, labels = net().train(), torch.randn(16, 4, 8, 8), torch.randint(10, (16,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    scheduler = rigl.RigLScheduler(
+        model, optimizer, dense_allocation=0.3, T_end=20, delta=3, ignore_linear_layers=False
+    )  # fmt: skip
+    for _ in range(7):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        if scheduler():
+            optimizer.step()
+    assert scheduler.rigl_steps == 2
+    names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
+    masks = {
+        names[id(weight)]: mask
+        for weight, mask in zip(scheduler.W, scheduler.backward_masks, strict=True)
+        if mask is not None
+    }
+    expected = model.eval()(x).detach()
+    check(sm.from_masks(model, masks), masks, x, expected)
+    ours = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    method = sm.RigL(model.train(), ours, total_steps=20, interval=1)
+    updates = 0
+    for _ in range(3):
+        nn.functional.cross_entropy(model(images), labels).backward()
+        updates += method.step()
+        ours.zero_grad()
+    assert updates and all(model.get_submodule(n).topology.nnz == int(m.sum()) for n, m in masks.items())
+
+
 def test_checkpoints_with_zeros(x):
     model = net()
     masks = masks_for(model)
