@@ -64,7 +64,8 @@ void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, c
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
     if (conv2d::goes_by_columns(conv, channels_last)) {
-        return conv2d::columns_input_grad(conv, weight, grad, input_grad, channels_last, threads);
+        return conv2d::columns_grads(conv, weight, grad, channels_last, nullptr, channels_last, input_grad, nullptr,
+                                     threads);
     }
     if (conv2d::goes_flat(conv, weight, channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, nullptr, input_grad, nullptr, threads);
@@ -84,8 +85,8 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
         return;
     }
     if (conv2d::goes_by_columns(conv, grad_channels_last && input_channels_last)) {
-        return conv2d::columns_values_grad(conv, weight, grad, grad_channels_last, input, input_channels_last,
-                                           values_grad, threads);
+        return conv2d::columns_grads(conv, weight, grad, grad_channels_last, input, input_channels_last, nullptr,
+                                     values_grad, threads);
     }
     if (conv2d::goes_flat(conv, weight, grad_channels_last || input_channels_last)) {
         return conv2d::flat_grads(conv, weight, grad, input, nullptr, values_grad, threads);

@@ -144,20 +144,18 @@ bool are_halves(const Conv2d& conv) { return conv.bfloat16 && taps(conv) == 1; }
 // Whether the output and its gradient are tokens as they are.
 bool are_tokens(const Conv2d& conv, bool channels_last) { return channels_last && conv.bfloat16 == are_halves(conv); }
 
-// Memory for columns, for their gradient, and for the output or its gradient as tokens.
+// Memory for columns or their gradient, and for the output or its gradient as tokens.
 struct Room {
-    char *columns, *columns_grad, *tokens;
+    char *columns, *tokens;
 
-    Room(const Conv2d& conv, bool both, bool channels_last) {
+    Room(const Conv2d& conv, bool channels_last) {
         constexpr int64_t kLine = 64;
         const auto bytes = [&](int64_t width) {
             return ceil_div(positions(conv) * width * number_bytes(are_halves(conv)), kLine) * kLine;
         };
-        const int64_t whole = bytes(conv2d::columns(conv));
-        const int64_t copied = are_tokens(conv, channels_last) ? 0 : bytes(conv.out_channels);
-        columns = scratch(Slot::kColumns, whole * (both ? 2 : 1) + copied);
-        columns_grad = columns + (both ? whole : 0);
-        tokens = columns_grad + whole;
+        const int64_t first = bytes(conv2d::columns(conv));
+        columns = scratch(Slot::kColumns, first + (are_tokens(conv, channels_last) ? 0 : bytes(conv.out_channels)));
+        tokens = columns + first;
     }
 };
 
@@ -179,13 +177,6 @@ void from_columns(const Conv2d& conv, const void* all_columns, bool half, int64_
     });
 }
 
-// The gradient of the output as tokens: as it is, or copied to `room`.
-const void* tokens_of(const Conv2d& conv, const void* grad, bool channels_last, void* room, int threads) {
-    if (are_tokens(conv, channels_last)) return grad;
-    to_columns(outputs_of(conv), output_planes(conv, grad, channels_last), 1, room, are_halves(conv), threads);
-    return room;
-}
-
 }  // namespace
 
 bool goes_by_columns(const Conv2d& conv, bool channels_last) {
@@ -196,43 +187,34 @@ bool goes_by_columns(const Conv2d& conv, bool channels_last) {
 
 void columns_forward(const Conv2d& conv, const SparseMatrix& weight, const void* input, const float* bias, void* output,
                      bool channels_last, int threads) {
-    const Room room(conv, false, channels_last);
-    to_columns(conv, input_planes(conv, input, channels_last), weight.block_cols, room.columns, are_halves(conv),
-               threads);
+    const Room room(conv, channels_last);
+    const bool half = are_halves(conv);
     void* tokens = are_tokens(conv, channels_last) ? output : room.tokens;
-    sparse_linear(positions(conv), weight, room.columns, bias, tokens, are_halves(conv), threads);
+    to_columns(conv, input_planes(conv, input, channels_last), weight.block_cols, room.columns, half, threads);
+    sparse_linear(positions(conv), weight, room.columns, bias, tokens, half, threads);
     if (tokens == output) return;
-    from_columns(outputs_of(conv), tokens, are_halves(conv), 1, output_planes(conv, output, channels_last), threads);
-}
-
-void columns_input_grad(const Conv2d& conv, const SparseMatrix& weight, const void* grad, void* input_grad,
-                        bool channels_last, int threads) {
-    const Room room(conv, false, channels_last);
-    const void* tokens = tokens_of(conv, grad, channels_last, room.tokens, threads);
-    sparse_linear_input_grad(positions(conv), weight, tokens, room.columns, are_halves(conv), threads);
-    from_columns(conv, room.columns, are_halves(conv), weight.block_cols, input_planes(conv, input_grad, channels_last),
-                 threads);
-}
-
-void columns_values_grad(const Conv2d& conv, const SparseMatrix& weight, const void* grad, bool grad_channels_last,
-                         const void* input, bool input_channels_last, float* values_grad, int threads) {
-    const Room room(conv, false, grad_channels_last);
-    const void* tokens = tokens_of(conv, grad, grad_channels_last, room.tokens, threads);
-    to_columns(conv, input_planes(conv, input, input_channels_last), weight.block_cols, room.columns, are_halves(conv),
-               threads);
-    sparse_linear_values_grad(positions(conv), weight, tokens, room.columns, values_grad, are_halves(conv), threads);
+    from_columns(outputs_of(conv), tokens, half, 1, output_planes(conv, output, channels_last), threads);
 }
 
 void columns_grads(const Conv2d& conv, const SparseMatrix& weight, const void* grad, bool grad_channels_last,
                    const void* input, bool input_channels_last, void* input_grad, float* values_grad, int threads) {
-    const Room room(conv, true, grad_channels_last);
-    const void* tokens = tokens_of(conv, grad, grad_channels_last, room.tokens, threads);
-    to_columns(conv, input_planes(conv, input, input_channels_last), weight.block_cols, room.columns, are_halves(conv),
-               threads);
-    sparse_linear_grads(positions(conv), weight, tokens, room.columns, room.columns_grad, values_grad, nullptr,
-                        are_halves(conv), threads);
-    from_columns(conv, room.columns_grad, are_halves(conv), weight.block_cols,
-                 input_planes(conv, input_grad, grad_channels_last), threads);
+    const Room room(conv, grad_channels_last);
+    const bool half = are_halves(conv);
+    const void* tokens = grad;
+    if (!are_tokens(conv, grad_channels_last)) {
+        to_columns(outputs_of(conv), output_planes(conv, grad, grad_channels_last), 1, room.tokens, half, threads);
+        tokens = room.tokens;
+    }
+    if (values_grad) {
+        const Planes planes = input_planes(conv, input, input_channels_last);
+        to_columns(conv, planes, weight.block_cols, room.columns, half, threads);
+        sparse_linear_values_grad(positions(conv), weight, tokens, room.columns, values_grad, half, threads);
+    }
+    if (input_grad) {
+        const Planes planes = input_planes(conv, input_grad, grad_channels_last);
+        sparse_linear_input_grad(positions(conv), weight, tokens, room.columns, half, threads);
+        from_columns(conv, room.columns, half, weight.block_cols, planes, threads);
+    }
 }
 
 }  // namespace sparse_moon::conv2d
