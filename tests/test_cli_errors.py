@@ -218,6 +218,28 @@ def test_the_table_leads_with_one_score_fixed_beforehand(tmp_path, capsys):
     assert all(len(line) <= 160 for line in lines)
 
 
+@pytest.mark.filterwarnings("default:scores left out:UserWarning")
+def test_scores_can_be_chosen(tmp_path, capsys):
+    run = ["train", *QUICK, "--reliability", "none", "--headline", "energy"]
+    main([*run, "--score", "msp", "dice:p=0.5", "unknown", "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr()
+    assert "warning: scores left out, which do not fit this run: unknown\n" in printed.err
+    assert "on them the best of 3 scores is" in printed.out
+    results = files.read_json(tmp_path / "run" / run_folder.RESULTS)
+    assert all(scores.keys() == {"energy", "msp", "dice:p=0.5"} for scores in results["ood"].values())
+    main(["eval", str(tmp_path / "run"), "--ood", "noise", "--json"])
+    assert len(json.loads(capsys.readouterr().out)["ood"]["noise"]) > 10  # all that fit, as without a run's choice
+    for score, message in (
+        ("mps", "unknown scores ['mps']"),
+        ("knn:k=0", "k must be at least 1"),
+        ("sparse_moon.ood.MSP", "one of the package's"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*run, "--score", score, "--out", str(tmp_path / "other")])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "other" / run_folder.CHECKPOINT).exists()
+
+
 def test_resume_begins_a_run_that_is_not_there(tmp_path, capsys):
     command = ["train", *QUICK, "--quiet", "--resume", "--out", str(tmp_path / "run")]
     main(command)

@@ -243,7 +243,7 @@ def test_wrong_arguments(tmp_path, capsys):
         (["--method", "dense", "--reliability", "cigl"], "needs another method than 'dense'"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--table-only"], "holds no finished run"),
-        (["--score", "msp"], "--score is for --evaluate"),
+        (["--score", "mps"], "unknown scores ['mps']"),
         (["--what"], "--what"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -76,6 +76,15 @@ def test_commands_that_differ_in_any_option_fill_one_folder(tmp_path, capsys):
         assert new.keys() == {"noise", "letters"} and new["noise"] == old["noise"]
     assert "These rows have other OOD sets" in (out / comparison.MARKDOWN).read_text()
 
+    # nor are other scores
+    main([*base, "--ood", "noise", "letters", "--score", "msp", "dice:p=0.5"])
+    changed = {name for name, text in results(out).items() if after[name] != text}
+    assert changed == {"rigl-none-0.9-seed0", "rigl-moon-0.9-seed0"}
+    for name in changed:
+        old, new = json.loads(after[name])["ood"], json.loads(results(out)[name])["ood"]
+        assert all(new[ood].keys() - old[ood].keys() == {"dice:p=0.5"} for ood in new)
+        assert all(new[ood]["msp"] == old[ood]["msp"] for ood in new)
+
 
 def test_a_folder_in_the_way_is_left_alone_and_a_run_is_found_by_its_settings(tmp_path, capsys):
     other = tmp_path / "rigl-none-0.9-seed0"

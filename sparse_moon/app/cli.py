@@ -47,7 +47,7 @@ _GROUPS = {
         "epochs", "batch_size", "lr", "lr_end", "lr_until", "lr_milestones", "lr_gamma", "lr_warmup", "momentum",
         "weight_decay", "amp", "memory_format", "seed", "device", "capture",
     ),
-    "output": ("headline", "ece_bins", "diagnostics"),
+    "output": ("headline", "score", "ece_bins", "diagnostics"),
 }  # fmt: skip
 
 # What ``compare`` combines.
@@ -245,7 +245,6 @@ def _compare_parser(description: str, own: Mapping[str, type]) -> _Parser:
     output.add_argument(
         "--evaluate", action="store_true", help="train nothing, evaluate all finished runs on --ood with --score"
     )
-    output.add_argument("--score", type=str, nargs="+", help="with --evaluate: scores as in eval; default all that fit")
     _add_log(output)
     output.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
@@ -357,7 +356,7 @@ def _add_options(group: Any, settings: type, names: Collection[str]) -> None:
     text, hints = helps(settings), get_type_hints(settings)
     for name in names:
         flag = "--" + name.replace("_", "-")
-        if name in ("ood", "exclude", "without"):
+        if name in ("ood", "score", "exclude", "without"):
             group.add_argument(flag, type=str, nargs="+", help=text[name])
         elif name == "lr_milestones":
             group.add_argument(flag, type=float, nargs="+", help=text[name])

@@ -18,7 +18,7 @@ import numpy as np
 from sparse_moon import files
 from sparse_moon.app import run_folder
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.evaluate import evaluate_model, load_run
+from sparse_moon.app.evaluate import evaluate_model, load_run, scores_for
 from sparse_moon.app.experiment import experiment, run_key, run_name, unlike_name, varying_settings
 from sparse_moon.app.logs import Logs, check_kinds
 from sparse_moon.app.ood_sets import default_ood
@@ -82,8 +82,8 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1, log:
 
     A run that is there is known by its settings, whatever its folder is called, so that commands which differ in any
     setting fill one ``folder``, and the same one again trains nothing twice. A new run's folder is called after the
-    settings in which the runs differ, with a checksum of all where another run has that name. OOD sets that a finished
-    run lacks, because it was asked for without them, are evaluated.
+    settings in which the runs differ, with a checksum of all where another run has that name. OOD sets, and scores that
+    are asked for by name, are evaluated where a finished run lacks them, because it was asked for without them.
 
     Each is a process of its own, ``jobs`` at a time; what it prints goes to ``log.txt`` in its folder. One that fails
     is reported and leaves the others alone, also where it is killed, which would break a pool of processes as a whole.
@@ -116,8 +116,9 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1, log:
     for name in [name for name in runs if name not in failed]:
         try:
             _add_ood_sets(folder / name, runs[name])
+            _add_scores(folder / name, runs[name])
         except (OSError, ValueError) as error:
-            print(f"{name}: FAILED to evaluate it on other OOD sets: {error}", flush=True)
+            print(f"{name}: FAILED to evaluate it again: {error}", flush=True)
             failed.append(name)
     return failed
 
@@ -235,7 +236,7 @@ def evaluate_again(
         ValueError: no finished run, or as :func:`sparse_moon.app.evaluate.evaluate_model`.
     """
     for path in finished_runs(folder):
-        _evaluate(path, {} if ood is None else {"ood": ood}, scores, device)
+        _evaluate(path, {"score": None} if ood is None else {"score": None, "ood": ood}, scores, device)
 
 
 def _evaluate(path: Path, changes: Mapping[str, Any], scores: Sequence[str] | None, device: str | None) -> None:
@@ -263,8 +264,22 @@ def _add_ood_sets(path: Path, config: TrainConfig) -> None:
             raise ValueError(f"it has the OOD set {kept[name]}, got {spec}: give that another name")
     found = files.read_json(path / run_folder.RESULTS)["ood"]
     if missing := [spec for spec in asked if spec.partition("=")[0] not in found]:
-        changes = {"ood": missing, "data_root": config.data_root, "download": config.download}
+        changes = {"ood": missing, "data_root": config.data_root, "download": config.download, "score": config.score}
         _evaluate(path, changes, None, config.device)
+
+
+def _add_scores(path: Path, config: TrainConfig) -> None:
+    """Evaluate a finished run with the scores of ``config`` that it lacks, where it was made for others."""
+    results = files.read_json(path / run_folder.RESULTS)
+    asked = [] if config.score is None else scores_for(config)
+    missing = [
+        name
+        for name in asked
+        if name not in results.get("left_out", {}) and any(name not in found for found in results["ood"].values())
+    ]
+    if missing:
+        changes = {"ood": config.ood, "data_root": config.data_root, "download": config.download}
+        _evaluate(path, changes, missing, config.device)
 
 
 def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RunRecord:

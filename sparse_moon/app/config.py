@@ -41,6 +41,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         workers: processes that decode image files, for each process that trains; 0 are threads.
         ood: out-of-distribution sets, NAME or NAME=PATH; by default those that go with the data set.
         headline: the one score that tables lead with, such as energy or knn:k=200; fixed before test sets are seen.
+        score: OOD scores to compute besides it, as in eval; by default all that fit, of which knn takes the longest.
         ece_bins: bins of the calibration errors; some papers and codes have 10.
         diagnostics: measure after each epoch what the papers' theory speaks of; takes more passes, see docs/theory.md.
         model: which network; one of a library as timm:NAME or torchvision:NAME, your own as package.module.function.
@@ -87,6 +88,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     workers: Annotated[int, AT_LEAST_0] = 0
     ood: list[str] | None = None
     headline: Score | ScoreWithOptions = "msp"
+    score: list[str] | None = None
     ece_bins: Annotated[int, AT_LEAST_1] = 15
     diagnostics: bool = False
     model: ModelName | LibraryModel | ImportPath = "small-resnet"
@@ -132,6 +134,10 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         for name in ("model", "method", "reliability", "headline"):
             object.__setattr__(self, name, str(getattr(self, name)))  # the command line's paths are of a subclass
         check_score(self.headline)
+        for score in self.score or ():
+            if is_import_path(score.partition(":")[0]):
+                raise ValueError(f"score must be one of the package's, got {score}: eval takes those of your own")
+            check_score(score)
         check_sparsity(self.sparsity)
         block_shape(self.pattern)
         if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0):

@@ -79,7 +79,7 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
 
 
 def scores_for(config: TrainConfig) -> list[str]:
-    """Names of all scores that fit a run: what it predicts with, and whether it holds images out.
+    """The scores of a run, or all there are, that fit it: what it predicts with, and whether it holds images out.
 
     The headline is among them with its options, if it fits.
     """
@@ -90,7 +90,8 @@ def scores_for(config: TrainConfig) -> list[str]:
         return reliability.fits(kind) and (config.holdout > 0 or not kind.held_out)
 
     # ours in the order of the list, whatever was imported first
-    return [name for name in dict.fromkeys((*get_args(Score), *SCORES, config.headline)) if fits(name)]
+    names = (*get_args(Score), *SCORES) if config.score is None else config.score
+    return [name for name in dict.fromkeys((*names, config.headline)) if fits(name)]
 
 
 def evaluate_model(
@@ -106,9 +107,9 @@ def evaluate_model(
 
     Args:
         scores: names or import paths of registered detectors, with options as
-            :func:`sparse_moon.ood.make_detector` takes them; by default all that fit the model. Those among these
-            that cannot be computed for this data, such as KNN with fewer training images than neighbours, are left out
-            with a warning.
+            :func:`sparse_moon.ood.make_detector` takes them; by default those of the settings that fit the model.
+            Those among these that cannot be computed for this data, such as KNN with fewer training images than
+            neighbours, are left out with a warning.
 
     Returns:
         The ``id``, ``ood`` and, with held-out images, ``calibration`` and ``dice`` parts of ``results.json``, with

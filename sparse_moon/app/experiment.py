@@ -13,7 +13,7 @@ from sparse_moon.options import MethodOptions, ReliabilityOptions
 NAMED = ("method", "reliability", "without", "sparsity")
 """Settings that every name of an experiment begins with."""
 
-PLACE = ("device", "capture", "memory_format", "data_root", "download", "workers", "ood", "headline")
+PLACE = ("device", "capture", "memory_format", "data_root", "download", "workers", "ood", "headline", "score")
 """Settings that do not make two runs different: where they compute and find data, and what is looked at afterwards."""
 
 OPTIONS = {field.name for kind in (MethodOptions, ReliabilityOptions) for field in fields(kind)}

@@ -82,7 +82,10 @@ def _train(
     ood_sets = load_ood_sets(config, dataset)
     if config.headline not in scores_for(config):
         raise ValueError(f"headline must be a score that fits this run, {scores_for(config)}, got {config.headline!r}")
-    make_detector(config.headline, dataset.num_classes)  # so that what is wrong with its options is said now
+    for score in (config.headline, *(config.score or ())):
+        make_detector(score, dataset.num_classes)  # so that what is wrong with its options is said now
+    if others := [score for score in config.score or () if score not in scores_for(config)]:
+        warnings.warn(f"scores left out, which do not fit this run: {', '.join(others)}", stacklevel=2)
     trainer = Trainer(config, dataset, ood_sets)
     if state is not None:
         trainer.load_state_dict(state)

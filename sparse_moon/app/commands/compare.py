@@ -20,8 +20,6 @@ def run(arguments: Namespace) -> None:
         raise ValueError("--log is for training; without --table-only and --evaluate finished runs are logged, too")
     if arguments.evaluate:
         compare.evaluate_again(folder, ood=arguments.ood, scores=arguments.score, device=arguments.device)
-    elif arguments.score:
-        raise ValueError("--score is for --evaluate")
     failed: list[str] = []
     if not (arguments.table_only or arguments.evaluate):
         if arguments.jobs < 1:

@@ -23,7 +23,8 @@ def run(arguments: Namespace) -> None:
             raise ValueError(f"--save-detector needs one --score, got {arguments.score or 'none'}")
         _save_detector(finished, arguments.score[0], arguments.tpr, Path(arguments.save_detector))
     asked = {"ood": arguments.ood, "data_root": arguments.data_root, "ece_bins": arguments.ece_bins}
-    config = replace(finished.config, **{name: value for name, value in asked.items() if value is not None})
+    given = {name: value for name, value in asked.items() if value is not None}
+    config = replace(finished.config, score=None, **given)
     sets = load_ood_sets(config, finished.dataset)
     figures, _ = evaluate_model(finished.predictor, config, finished.dataset, sets, arguments.score)
     if arguments.json:
