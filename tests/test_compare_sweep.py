@@ -138,6 +138,9 @@ def test_settings_that_a_run_does_not_have_make_no_difference():
     assert run_key(replace(none, final_weight=2.0, keep=0.5).to_dict()) == run_key(none.to_dict())
     dense = replace(none, method="dense", sparsity=0.0)
     assert run_key(replace(dense, pattern="block8", sparsity=0.5).to_dict()) == run_key(dense.to_dict())
+    moon = TrainConfig(reliability="moon", without=("loss",))
+    assert run_key(replace(moon, final_weight=2.0, warmup_epochs=1).to_dict()) == run_key(moon.to_dict())
+    assert run_key(replace(moon, vote_from=0.9).to_dict()) != run_key(moon.to_dict())
     older = {key: value for key, value in none.to_dict().items() if key != "holdout"}
     assert run_key(older) == run_key(none.to_dict()) == run_key({**older, "lr_until": 0.8, "seed": 0})
     assert run_key({**older, "interval": 50.0}) == run_key(older)
@@ -252,6 +255,24 @@ def test_pairs_differ_on_one_axis_and_compare_the_same_ood_sets(tmp_path):
         *(("method", f"set moon 0.9 {w}", f"rigl moon 0.9 {w}") for w in weights),
     }
     assert all(pair["figures"]["auroc/far/msp"]["mean"] == pytest.approx(0.0) for pair in pairs)
+
+
+def test_rows_that_an_axis_does_not_concern_are_paired_with_all_its_values(tmp_path):
+    moon = [replace(CONFIG, reliability="moon", final_weight=w) for w in (0.5, 2.0)]
+    sparse = [replace(CONFIG, sparsity=s) for s in (0.8, 0.95)]
+    others = [replace(moon[0], without=("loss",)), replace(CONFIG, method="dense", sparsity=0.0)]
+    for i, config in enumerate([CONFIG, *moon, *sparse, *others]):
+        for seed in (0, 1):
+            one, name = replace(config, seed=seed), f"{i}-{seed}"
+            write_run(tmp_path, one, accuracy=0.5, near=0.7, far=(0.4, 0.8), seconds=[1.0], name=name)
+    pairs = comparison.write_table(tmp_path)["paired"]
+    found = {(pair["label"], pair["other"]) for pair in pairs if pair["axis"] in ("method", "reliability")}
+    whole = [f"rigl moon 0.9 final_weight={w}" for w in (0.5, 2)]
+    assert found == {
+        *(("dense none", f"rigl none {s:g}") for s in (0.8, 0.9, 0.95)),
+        *((label, "rigl none 0.9") for label in (*whole, "rigl moon:-loss 0.9")),
+        *(("rigl moon:-loss 0.9", label) for label in whole),
+    }
 
 
 def test_published_figures_stand_beside_measured_ones(tmp_path):

@@ -179,21 +179,25 @@ def _differing(one: _Row, other: _Row) -> set[str]:
 def _paired(rows: Sequence[_Row], varying: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Differences between rows that differ on one axis, over the seeds that both have, where there are two.
 
-    On each axis a row is compared with its base: the reference's value, or the lowest; and one without some parts of a
-    reliability method with the whole.
+    On each axis a row is compared with its base: the reference's value, or the lowest, of which there are several for
+    a row that another axis does not concern, such as a dense one with all sparsities. One without some parts of a
+    reliability method is compared with the whole, too.
     """
     for row in rows:
-        bases: dict[str, _Row] = {}
+        bases: dict[str, list[_Row]] = {}
         for other in rows:
             axis, seeds = _differing(row, other), row.runs.keys() & other.runs.keys()
             if len(axis) != 1 or len(seeds) < 2:
                 continue
             (name,) = axis
-            if _rank(other, name) < _rank(bases.get(name, row), name):
-                bases[name] = other
+            before = bases.get(name, [row])
+            if _rank(other, name) < _rank(before[0], name):
+                bases[name] = [other]
+            elif name in bases and _rank(other, name) == _rank(before[0], name):
+                before.append(other)
             if name == "reliability" and not other.settings["without"] and _same_method(row, other):
                 yield _pair(name, row, other, varying)
-        for name, base in bases.items():
+        for name, base in ((name, base) for name, found in bases.items() for base in found):
             if not (name == "reliability" and not base.settings["without"] and _same_method(row, base)):
                 yield _pair(name, row, base, varying)
 

@@ -30,7 +30,8 @@ _LONGEST_NAME = 120
 def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make a run what it is, but for its seed.
 
-    Options of other methods than the run's make no difference, nor do those of sparse layers to a dense network.
+    Options of other methods than the run's, or of parts that it leaves out, make no difference, nor do those of sparse
+    layers to a dense network.
 
     Args:
         settings: as ``config.json`` has them; those that it lacks have their defaults.
@@ -48,6 +49,8 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
         options = {option.name: option for kind in (method, reliability) for option in fields(kind.Options)}
         content = {name: value for name, value in content.items() if name in options or name not in OPTIONS}
         content |= {name: option.default for name, option in options.items() if name not in content}
+        unread = {option for part in content["without"] for option in reliability.options_of_parts.get(part, ())}
+        content = {name: value for name, value in content.items() if name not in unread}
     left_out = {"seed", *PLACE, *(_OF_SPARSE if method is not None and not method.sparse else ())}
     return {name: _plain(value) for name, value in {**content, **own}.items() if name not in left_out}
 

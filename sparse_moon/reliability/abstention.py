@@ -1,5 +1,7 @@
 """Networks with an output for "unknown": MOON, the deep abstaining classifier and Deep Gamblers."""
 
+from types import MappingProxyType
+
 from torch import nn
 
 from sparse_moon.losses import AbstainingLoss, AbstentionLoss, GamblersLoss, UnknownAwareLoss
@@ -38,6 +40,7 @@ class MOON(_Abstaining, Voting):
     Options = MOONOptions
     options: MOONOptions
     parts = ("loss", "tuning", "voting")
+    options_of_parts = MappingProxyType({"loss": ("final_weight", "warmup_epochs"), "voting": ("vote_from",)})
 
     @property
     def unknown_output(self) -> bool:
@@ -96,6 +99,7 @@ class Gamblers(_Abstaining, Voting):
     Options = GamblersOptions
     options: GamblersOptions
     parts = ("voting",)
+    options_of_parts = MappingProxyType({"voting": ("vote_from",)})
 
     @property
     def unknown_output(self) -> bool:

@@ -1,6 +1,7 @@
 """CigL: random masks during the training, and averages of the masked networks."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,6 +25,7 @@ class CigL(Voting):
     Options = CigLOptions
     options: CigLOptions
     parts = ("mask", "averaging", "freezing")
+    options_of_parts = MappingProxyType({"mask": ("keep",)})
 
     @property
     def masks(self) -> bool:

@@ -76,6 +76,8 @@ class Reliability:
     """Frozen dataclass of the options, with defaults; bounds and help as in :mod:`sparse_moon.settings`."""
     parts: ClassVar[tuple[str, ...]] = ()
     """What may be left out, for ablations."""
+    options_of_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Options that are not read where a part is left out, by part."""
     keeps_dense: ClassVar[tuple[str, ...]] = ()
     """Names of layers, with ``*`` and ``?``, that are never made sparse."""
     cosine_head: ClassVar[bool] = False
