@@ -11,7 +11,7 @@ scores and pages do not.
     python benchmarks/compare.py mnist DATA --grid moon --seed 0 1 2 3 4 5 6 7     # benchmarks/results/mnist-moon
 
 Whether MOON does more than averaging, at 95 %: RigL, RigL with voting, MOON with three final weights, Deep Gamblers.
-And whether sparsity hurts: a dense network, and RigL at 80 to 99 %. A network of linear layers, under a minute each.
+And whether sparsity hurts: a dense network, and RigL at 80 to 99 %. Linear layers alone, a minute each.
 
     python benchmarks/compare.py mnist DATA --grid calibration --seed 0 1 2 3 4 5 6 7     # mnist-calibration
 
@@ -30,6 +30,7 @@ with the images in x or x_test.
 
 import argparse
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, write_results
+from timing import command_line, environment, write_results
 
 from sparse_moon import files
 from sparse_moon.app import run_folder
@@ -134,12 +135,21 @@ def main() -> None:
             try:
                 code = subprocess.run([*command, *options(grid), "--seed", str(seed)], cwd=arguments.data).returncode
             finally:  # also of an interrupted comparison
-                for results in out.glob(f"*/{run_folder.RESULTS}"):
-                    if not (path := results.with_name(ENVIRONMENT)).exists():
-                        files.write_json(path, before)
+                say_where(out, before)
             if code:
                 sys.exit(code)
             write_table(out, relative_times(out))
+
+
+def say_where(out: Path, made: Mapping[str, Any]) -> None:
+    """Beside the results of finished runs with what they were made, and in them no folder of this machine."""
+    for path in out.glob(f"*/{run_folder.RESULTS}"):
+        if not (beside := path.with_name(ENVIRONMENT)).exists():
+            files.write_json(beside, made)
+        results = files.read_json(path)
+        own = results.get("environment", {})
+        if (command := command_line(shlex.split(own.get("command", "")))) != own.get("command", ""):
+            files.write_json(path, {**results, "environment": {**own, "command": command}})
 
 
 def options(settings: Mapping[str, Any]) -> list[str]:
@@ -151,10 +161,10 @@ def options(settings: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def relative_times(out: Path) -> dict[str, float] | None:
-    """By label of a table's row, where they were measured."""
+def relative_times(out: Path) -> dict[str, float]:
+    """By label of a table's row, where they were measured: the runs' own depend on what else ran."""
     if not (out / TIMES).exists():
-        return None
+        return {}
     return {row["label"]: row["over_rigl"] for row in files.read_json(out / TIMES)["rows"]}
 
 
