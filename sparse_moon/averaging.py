@@ -10,18 +10,21 @@ from torch import Tensor, nn
 from sparse_moon import ops
 from sparse_moon.nn import sparse_layers
 from sparse_moon.random_mask import RandomMask
-from sparse_moon.sharding import refuse_sharded
+from sparse_moon.sharding import divided_like, is_sharded, part_of, refuse_sharded, reshard, sharding_modules, whole
 from sparse_moon.topology import Topology, build_index
 
 
 class _Average(nn.Module):
-    """Buffers whose sizes follow the model's, which pruning changes, and those of what is loaded."""
+    """Buffers whose sizes follow the model's, which pruning changes, and those of what is loaded.
+
+    Of a parameter that is divided among processes (``fully_shard``) the average is divided likewise.
+    """
 
     count: Tensor
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        refuse_sharded("an average", model.parameters(), "average the checkpoints, or train in DistributedDataParallel")
+        reshard(sharding_modules(model))  # an evaluation leaves parameters whole
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device))
 
     def _check_started(self) -> None:
@@ -32,10 +35,16 @@ class _Average(nn.Module):
         return [buffer for name, buffer in self.named_buffers() if name.startswith(prefix)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        divided = {}
         for name, buffer in list(self.named_buffers()):
             saved = state_dict.get(prefix + name)
-            if saved is not None and saved.dim() == buffer.dim():
+            if saved is None or saved.dim() != buffer.dim():
+                continue
+            if saved.shape == buffer.shape:
+                divided[prefix + name] = divided_like(saved, buffer)
+            elif not is_sharded(buffer):
                 setattr(self, name, buffer.new_empty(saved.shape))
+        state_dict = {**state_dict, **divided}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -75,17 +84,24 @@ class WeightAverage(_Average):
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the model's present parameters into the average."""
+        reshard(sharding_modules(model))
         if self.count == 0:
             self._start(model)
         self._check(model)
-        averages, values = self._buffers_named("average_"), _averaged(model)
-        masked = len(sparse_layers(model))
-        if self.mask is None:
-            ops.average_(averages, values, self.count)
-        else:
-            mask = self.mask
-            ops.average_(averages[:masked], values[:masked], self.count, keep=mask.keep, seed=mask.seed, step=mask.step)
-            ops.average_(averages[masked:], values[masked:], self.count)
+        averages = list(map(part_of, self._buffers_named("average_")))
+        values = list(map(part_of, _averaged(model)))
+        if self.mask is not None:
+            mask, layers = self.mask, sparse_layers(model).values()
+            masked = len(layers)
+            if any(is_sharded(layer.values) for layer in layers):  # the op draws for whole weights
+                for i, layer in enumerate(layers):
+                    shown = part_of(divided_like(mask.mask(i, layer), layer.values))
+                    ops.average_(averages[i : i + 1], [values[i] * shown], self.count)
+            else:
+                parts = averages[:masked], values[:masked]
+                ops.average_(*parts, self.count, keep=mask.keep, seed=mask.seed, step=mask.step)
+            averages, values = averages[masked:], values[masked:]
+        ops.average_(averages, values, self.count)
         self.count += 1
 
     @torch.no_grad()
@@ -97,11 +113,12 @@ class WeightAverage(_Average):
         """
         self._check_started()
         self._check(model)
+        reshard(sharding_modules(model))
         for parameter, average in zip(_averaged(model), self._buffers_named("average_"), strict=True):
-            parameter.copy_(average)
+            parameter.copy_(divided_like(average, parameter))
         if self.mask is not None and self.rescale:
             for layer in sparse_layers(model).values():
-                layer.values.div_(self.mask.keep)
+                part_of(layer.values).div_(self.mask.keep)
         for layer in sparse_layers(model).values():
             layer.note_written()
 
@@ -133,11 +150,12 @@ class _PlacedAverage(_Average):
             ValueError: nothing has been averaged yet.
         """
         self._check_started()
+        reshard(sharding_modules(model))
         for i, layer in enumerate(sparse_layers(model).values()):
             places, values = self._kept(i, layer.topology)
             layer.replace_(build_index(places, layer.topology.grid), values.to(layer.values.dtype))
         for tensor, average in zip(self._others(model), self._buffers_named("average_"), strict=True):
-            tensor.copy_(average)
+            tensor.copy_(divided_like(average, tensor))
 
 
 class EMA(_PlacedAverage):
@@ -181,19 +199,20 @@ class EMA(_PlacedAverage):
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the model's present parameters and buffers into the average."""
+        reshard(sharding_modules(model))
         if self.count == 0:
             self._start(model)
         for i, layer in enumerate(sparse_layers(model).values()):
             old, new = self.get_buffer(f"place_{i}"), layer.topology.positions()
             average = self.get_buffer(f"value_{i}")
             if not torch.equal(old, new):
-                average = _follow(average, old, new)
+                average = divided_like(_follow(whole(average), old, new), average)
                 self.register_buffer(f"place_{i}", new)
                 self.register_buffer(f"value_{i}", average)
-            average.lerp_(layer.values.to(average.dtype), 1.0 - self.decay)
+            part_of(average).lerp_(part_of(layer.values).to(average.dtype), 1.0 - self.decay)
         for average, tensor in zip(self._buffers_named("average_"), self._others(model), strict=True):
             if average.is_floating_point():
-                average.lerp_(tensor.to(average.dtype), 1.0 - self.decay)
+                part_of(average).lerp_(part_of(tensor).to(average.dtype), 1.0 - self.decay)
             else:
                 average.copy_(tensor)
         self.count += 1
@@ -223,6 +242,7 @@ class TicketAverage(_PlacedAverage):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_sharded("a TicketAverage", model.parameters(), "train in DistributedDataParallel")
         super().__init__(model)
         for i, layer in enumerate(sparse_layers(model).values()):
             self.register_buffer(f"place_{i}", layer.topology.positions()[:0])

@@ -37,15 +37,6 @@ def part_of(tensor: Tensor) -> Tensor:
     return sharded.detach().to_local() if is_sharded(tensor) else tensor
 
 
-def divided_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has whole, divided as ``like`` is; nothing is sent."""
-    if not is_sharded(like):
-        return tensor
-    sharded: Any = like
-    distribute = _loaded("torch.distributed.tensor").distribute_tensor
-    return distribute(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
-
-
 def divided_alike(first: Tensor, second: Tensor) -> bool:
     """Whether both are whole, or divided in the same way."""
     one: Any = first
@@ -53,6 +44,18 @@ def divided_alike(first: Tensor, second: Tensor) -> bool:
     if not is_sharded(first) or not is_sharded(second):
         return is_sharded(first) == is_sharded(second)
     return one.placements == other.placements and one.device_mesh == other.device_mesh
+
+
+def divided_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor in the way in which ``like`` is divided, or whole like it; one that is whole is divided unsent."""
+    if divided_alike(tensor, like):
+        return tensor
+    tensor = whole(tensor)
+    if not is_sharded(like):
+        return tensor
+    sharded: Any = like
+    distribute = _loaded("torch.distributed.tensor").distribute_tensor
+    return distribute(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def refuse_sharded(what: str, tensors: Iterable[Tensor], instead: str) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import sparse_moon as sm
 from small_processes import join, leave, run_processes
 from sparse_moon.algorithms import GMP, MEST, SRigL, TopKAST
+from sparse_moon.nn import sparse_layers
 from sparse_moon.sharding import whole
 
 STEPS = 11
@@ -79,7 +80,11 @@ def train(model, kind, optimizer, data, backwards=1, reduce_each=False, keep=1.0
         common["backwards_per_step"] = backwards
     method = METHODS[kind](model, optimizer, **common)
     sizes = [layer.topology.num_blocks for layer in method.layers.values()]
-    updates, mask = 0, sm.RandomMask(model, keep) if keep < 1.0 else None
+    updates, mask, averages = 0, None, {}
+    if keep < 1.0:
+        mask = sm.RandomMask(model, keep)
+        sm.freeze_hidden(mask, optimizer)
+        averages = {"ema": sm.EMA(model, 0.7), "mean": sm.WeightAverage(model, mask, rescale=True)}
     for x, y in data:
         if updates == 1:
             model(x).sum().backward()  # what comes of it is thrown away
@@ -95,10 +100,35 @@ def train(model, kind, optimizer, data, backwards=1, reduce_each=False, keep=1.0
             (F.cross_entropy(model(x_part), y_part) / len(parts)).backward()
         updates += method.step()
         optimizer.zero_grad()
+        for name, average in averages.items():
+            if name == "ema" or updates == 3:  # then the topology stays
+                with torch.no_grad():
+                    model(x)
+                average.update(model)
     assert updates == 3 and sizes == [layer.topology.num_blocks for layer in method.layers.values()]
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {f"{names[p]}/{key}": value for p, states in optimizer.state.items() for key, value in states.items()}
-    return {name: whole(tensor).clone() for name, tensor in {**model.state_dict(), **state}.items()}
+    found = {name: whole(tensor).clone() for name, tensor in {**model.state_dict(), **state}.items()}
+    for name, average in averages.items():
+        found |= averaged(name, average, model, mask)
+    return found
+
+
+def averaged(name, average, model, mask):
+    """What an average holds, and what a model gets from it, one that is divided like it or whole."""
+    held = {key: whole(tensor).clone() for key, tensor in average.state_dict().items()}
+    assert average.count > 1
+    other = type(average)(model, mask, rescale=True) if name == "mean" else type(average)(model)
+    other.load_state_dict(held)  # from whole tensors
+    alone = make_model()
+    if name == "mean":
+        for mine, theirs in zip(sparse_layers(alone).values(), sparse_layers(model).values(), strict=True):
+            mine.topology.replace_(theirs.topology.index)
+    average.copy_to(alone)
+    other.copy_to(model)
+    ours, theirs = alone.state_dict(), model.state_dict()
+    assert all(torch.equal(whole(theirs[key]), tensor) for key, tensor in ours.items())
+    return {f"{name}/{key}": tensor for key, tensor in {**held, **ours}.items()}
 
 
 def worker(folder):
@@ -135,9 +165,8 @@ def refusals():
     for what in (model[2].dense_weight, lambda: sm.to_scipy(model[0]), lambda: model[2].weight):
         with pytest.raises(ValueError, match=r"needs whole tensors.*: call unshard"):
             what()
-    for average in (sm.EMA, sm.WeightAverage):
-        with pytest.raises(ValueError, match="an average needs whole tensors"):
-            average(model)
+    with pytest.raises(ValueError, match="a TicketAverage needs whole tensors"):
+        sm.TicketAverage(model)
     with pytest.raises(ValueError, match=r"a folder needs whole tensors.*integrations\.checkpoint"):
         sm.save(model, "folder")
     optimizer = optimizer_of(model)

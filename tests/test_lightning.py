@@ -169,6 +169,18 @@ def test_processes_end_with_the_same_network(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_sharded_processes_equal_replicated_ones(tmp_path):
+    """Lightning's FSDP2, and a training that goes on from its checkpoint."""
+    program = Path(__file__).with_name("small_lightning.py")
+    done = subprocess.run([sys.executable, program, tmp_path, "sharded"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, tensor in first["ddp"].items():
+        assert torch.equal(first["fsdp"][name], second["fsdp"][name]), name
+        assert torch.equal(first["fsdp"][name], first["resumed"][name]), name
+        torch.testing.assert_close(first["fsdp"][name], tensor, rtol=1e-8, atol=1e-10, msg=name)
+
+
 def test_mixed_precision():
     model, sparse = fresh(), callback()
     trainer([sparse], epochs=1, precision="bf16-mixed").fit(model, loader())

@@ -1,10 +1,14 @@
-"""Sparse training by the Trainer of Hugging Face's transformers."""
+"""Sparse training by the Trainer of Hugging Face's transformers; as a program, one of several processes of it."""
+
+import os
+import sys
 
 import pytest
 import torch
 
 import sparse_moon as sm
 from small_frameworks import EXTRA
+from small_processes import leave, run_processes
 
 transformers = pytest.importorskip("transformers", reason=f"transformers {EXTRA}")
 pytest.importorskip("accelerate", reason=f"accelerate {EXTRA}")
@@ -18,7 +22,7 @@ def model(dropout=0.1):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=16, num_labels=3, hidden_dropout_prob=dropout,
+        max_position_embeddings=16, num_labels=3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)
 
@@ -35,9 +39,9 @@ def callback(method="rigl", sparsity=0.7, **options):
 
 def trainer(folder, callbacks, network=None, optimizers=(None, None), **options):
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), num_train_epochs=EPOCHS, per_device_train_batch_size=8, learning_rate=1e-2,
-        use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=5, seed=3,
-        **{"dataloader_pin_memory": False, "save_steps": 10, **options},
+        output_dir=str(folder), num_train_epochs=EPOCHS, learning_rate=1e-2, use_cpu=True, report_to="none",
+        disable_tqdm=True, logging_steps=5, seed=3, dataloader_pin_memory=False,
+        **{"per_device_train_batch_size": 8, "save_steps": 10, **options},
     )  # fmt: skip
     return transformers.Trainer(
         model() if network is None else network, arguments, train_dataset=data(), callbacks=callbacks,
@@ -120,3 +124,41 @@ def test_wrong_uses_are_named(tmp_path):
         late.train()
     with pytest.raises(ValueError, match="sparsity=None is for a model with sparse layers"):
         trainer(tmp_path, [callback(sparsity=None)])
+
+
+def test_processes_equal_one_with_the_whole_batch(tmp_path):
+    """And go on from a checkpoint bit for bit."""
+    run_processes(__file__, 2, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone = several(tmp_path / "alone", per_device_train_batch_size=16)
+    alone.train()
+    assert alone.state.global_step == EXAMPLES // 16 * EPOCHS
+    for name, tensor in alone.model.state_dict().items():
+        assert torch.equal(first["whole"][name], second["whole"][name]), name
+        assert torch.equal(first["whole"][name], first["resumed"][name]), name
+        torch.testing.assert_close(first["whole"][name], tensor, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def several(folder, **options):
+    """In float64: sums over processes have another order.
+
+    By default the Trainer scales a loss that is a mean, as this model's, by the number of processes.
+    """
+    options = {"save_steps": 8, "average_tokens_across_devices": False, **options}
+    return trainer(folder, [callback()], model(dropout=0.0).double(), **options)
+
+
+def worker(port, world, rank, folder):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=world, RANK=rank, LOCAL_RANK=rank)
+    found = {}
+    for name, checkpoint in ("whole", None), ("resumed", f"{folder}/checkpoint-8"):
+        run = several(folder, ddp_backend="gloo")
+        run.train(resume_from_checkpoint=checkpoint)
+        found[name] = run.model.state_dict()
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
+    leave()

@@ -140,7 +140,15 @@ class SparseCallback:
         self.method = self.kind(model, optimizer, **self.kind.arguments(self.options, run)).attach()
         self._check_weight_decay(self.method)
         self.clock = StepClock(next(model.parameters()).device)
-        if self._saved is not None:
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Take the state of a checkpoint that came after :meth:`begin`, if one did.
+
+        Raises:
+            ValueError: a checkpoint of another method or of other settings.
+        """
+        if self._saved is not None and self.method is not None:
             self._continue(self.method, self._saved)
             self._saved = None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"sparse_moon.integrations.lightning needs lightning ({error}): pip install 'sparse_moon[integrations]'"
@@ -32,9 +32,10 @@ class SparseTraining(SparseCallback, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the module; of any stage, as a checkpoint may be loaded in each."""
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
             raise ValueError(
-                f"SparseTraining works on one device and with DDP, got strategy {type(trainer.strategy).__name__}"
+                "SparseTraining works on one device, with DDP and with ModelParallelStrategy (FSDP2), got strategy "
+                f"{type(trainer.strategy).__name__}"
             )
         compiled = getattr(pl_module, "_compiler_ctx", None) is not None
         if compiled and self.sparsity is not None:
@@ -51,14 +52,18 @@ class SparseTraining(SparseCallback, Callback):
         self.convert(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach the method; Lightning has loaded the module's and the callback's state, and made the optimizers."""
+        """Attach the method; Lightning has made the optimizers.
+
+        It has loaded the module's and the callback's state, too, but for sharded modules, whose state it loads next.
+        """
         if self.method is not None and trainer.global_step:
             self.restore(self.saved())  # another fit of the same training
         model, steps = trainer.strategy.model or pl_module, trainer.estimated_stepping_batches
         self.begin(model, trainer.optimizers, steps, trainer.accumulate_grad_batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look whether a training that goes on has the method's state."""
+        """Go on from a checkpoint of a sharded module, and look whether the method has a state to go on from."""
+        self.go_on()
         self.check_resumed(trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

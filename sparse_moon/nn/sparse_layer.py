@@ -14,7 +14,7 @@ from sparse_moon.nn.guards import Anchor, ReadOnlyWeight, resize
 from sparse_moon.nn.low_rank import LowRank
 from sparse_moon.ops import Geometry, Plan
 from sparse_moon.ops.registry import transformed
-from sparse_moon.sharding import is_sharded, refuse_sharded
+from sparse_moon.sharding import divided_like, is_sharded, refuse_sharded
 from sparse_moon.topology import Index, Topology, matrix_to_weight, pattern_name, weight_to_matrix
 
 _UNSHARD = "call unshard() of the module that fully_shard was called for, on every process, and reshard() after"
@@ -193,7 +193,7 @@ class SparseLayer(nn.Module):
         self.topology.replace_(index)
         if values.shape == self.values.shape:
             with torch.no_grad():
-                self.values.copy_(values)
+                self.values.copy_(divided_like(values, self.values))
         else:
             resize(self.values, values)
         self.note_written()

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from sparse_moon.algorithms.optimizers import inner_optimizers, start_of
 from sparse_moon.random_mask import RandomMask
+from sparse_moon.sharding import divided_like, part_of
 
 
 def freeze_hidden(mask: RandomMask, optimizer: Optimizer) -> None:
@@ -29,22 +30,26 @@ def freeze_hidden(mask: RandomMask, optimizer: Optimizer) -> None:
     def remember(*_: Any) -> None:
         before.clear()
         for stream, layer in enumerate(mask.layers if mask.drawn else ()):
-            states = {key: state.clone() for key, state in _per_weight(inner, layer.values).items()}
-            before.append((stream, layer.values.detach().clone(), states))
+            states = {key: part_of(state).clone() for key, state in _per_weight(inner, layer.values).items()}
+            before.append((stream, part_of(layer.values).detach().clone(), states))
 
     @torch.no_grad()
     def put_back(*_: Any) -> None:
         for stream, values, states in before:
             layer = mask.layers[stream]
-            shown = mask.mask(stream, layer)
-            layer.values.copy_(torch.where(shown, layer.values, values))
+            hidden = ~part_of(divided_like(mask.mask(stream, layer), layer.values))
+            _put_back(part_of(layer.values), hidden, values)
             for key, state in _per_weight(inner, layer.values).items():
-                old = states.get(key, state.new_full((), start_of(inner, key, layer.values)))
-                state.copy_(torch.where(shown, state, old))
+                part = part_of(state)
+                _put_back(part, hidden, states.get(key, part.new_full((), start_of(inner, key, layer.values))))
         before.clear()
 
     inner.register_step_pre_hook(remember)
     inner.register_step_post_hook(put_back)
+
+
+def _put_back(tensor: Tensor, hidden: Tensor, old: Tensor) -> None:
+    tensor.copy_(torch.where(hidden, old, tensor))
 
 
 def _per_weight(optimizer: Optimizer, values: nn.Parameter) -> dict[str, Tensor]:
