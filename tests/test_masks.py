@@ -147,6 +147,37 @@ def test_training_of_rigl_torch_goes_on(x):
     assert updates and all(model.get_submodule(n).topology.nnz == int(m.sum()) for n, m in masks.items())
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.parametrize("structure", ["0:0", "2:4"])
+def test_a_checkpoint_of_llm_compressor(structure, tmp_path):
+    """Pruned by its SparseGPT and saved, then loaded by transformers."""
+    compressor = pytest.importorskip("llmcompressor", reason="llmcompressor is not installed")
+    pruning = pytest.importorskip("llmcompressor.modifiers.pruning")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({str(i): i for i in range(64)}, unk_token="0")
+    processor = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), pad_token="0")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tokens = torch.randint(0, 64, (8, 16))
+    examples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    compressor.oneshot(
+        model=model, dataset=torch.utils.data.DataLoader(examples, batch_size=4), processor=processor,
+        recipe=pruning.SparseGPTModifier(sparsity=0.5, mask_structure=structure, ignore=["re:.*lm_head"]),
+        num_calibration_samples=8, max_seq_length=16,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "sparse")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").eval()
+    expected = loaded(tokens).logits.detach()
+    layers = sm.sparse_layers(sm.from_masks(loaded))
+    assert len(layers) == 14 and all(abs(layer.sparsity - 0.5) < 0.01 for layer in layers.values())
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_checkpoints_with_zeros(x):
     model = net()
     masks = masks_for(model)
