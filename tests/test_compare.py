@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from small_runs import CONFIG, write_run
 from sparse_moon import files
@@ -41,9 +42,12 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     compare._prepare(broken, settings(without=("tuning", "voting"), reliability="moon"))
     (broken / run_folder.CHECKPOINT).write_bytes(b"damaged")
     command = ["compare", *QUICK, "--out", str(out), "--method", "rigl", "--reliability", "none", "moon:-tuning-voting"]
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 4)  # of which each of two has its share
         main([*command, "--sparsity", "0.9", "--seed", "0", "--jobs", "2"])
     assert stop.value.code == 1
+    made = json.loads((out / "rigl-none-0.9-seed0" / run_folder.RESULTS).read_text())["environment"]
+    assert made["threads"] == "2"
     printed = capsys.readouterr()
     assert "FAILED with code 2" in printed.out and "checkpoint.pt is damaged" in printed.out
     assert "1 runs failed: rigl-moon-without-tuning-voting-0.9-seed0" in printed.err
@@ -120,8 +124,10 @@ def started_processes(monkeypatch, code):
     """Processes that compare starts in place of runs, by folder: each runs this Python code in its folder."""
     started = {}
 
-    def start(folder):
-        started[folder.name] = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stderr=subprocess.DEVNULL)
+    def start(folder, **variables):
+        environment = {**os.environ, **variables}
+        command = [sys.executable, "-c", code]
+        started[folder.name] = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, env=environment)
         (folder / compare.LOG).touch()
         return started[folder.name]
 
