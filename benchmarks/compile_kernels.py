@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import sparse_moon as sm
+from sparse_moon.kernels import batch_norm_relu as norm
 from sparse_moon.kernels.launch import Launch
 from sparse_moon.nn import SparseLayer, sparse_layers
 from sparse_moon.ops.plan import Geometry
@@ -47,18 +49,28 @@ class _Target:
         return self._target
 
 
-def launches(layer: SparseLayer, shape: torch.Size) -> Iterator[Launch]:
-    """Of the forward pass and both gradients in bfloat16, on operands without memory."""
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """What is launched in the block, which is not run."""
+    found: list[Launch] = []
+    call, Launch.__call__ = Launch.__call__, lambda launch: found.append(launch)  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Launch.__call__ = call  # type: ignore[method-assign]
 
-    def empty(*shape: int) -> Tensor:
-        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """An operand without memory."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def launches(layer: SparseLayer, shape: torch.Size) -> list[Launch]:
+    """Of the forward pass and both gradients in bfloat16."""
     x, values = empty(*shape), torch.empty_like(layer.values, dtype=torch.bfloat16, device="meta")
     bias = None if layer.bias is None else empty(*layer.bias.shape)
-    call, Launch.__call__ = Launch.__call__, lambda launch: found.append(launch)  # type: ignore[method-assign]
-    found: list[Launch] = []
-    try:
+    with recorded() as found:
         if isinstance(layer, sm.SparseConv2d):
             weight_shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
             sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -72,13 +84,25 @@ def launches(layer: SparseLayer, shape: torch.Size) -> Iterator[Launch]:
             y = linear.forward(x, values, bias, None, plan)
             linear.input_grad(y, values, plan)
             linear.values_grad(y, x, plan)
-    finally:
-        Launch.__call__ = call  # type: ignore[method-assign]
-    yield from found
+    return found
+
+
+def norm_launches(shape: torch.Size) -> list[Launch]:
+    """Of a fused batch norm in training, both passes, with a rectifier, without and with a sum before it."""
+    x, vector, relu = empty(*shape), empty(shape[1], dtype=torch.float32), 1
+    with recorded() as found:
+        for other in (None, x):
+            norm.batch_norm_relu(x, other, vector, vector, vector, vector, x, 1e-5, relu, True)
+            norm.batch_norm_relu_backward(
+                x, x, other, vector, vector, vector, vector, x, other, vector, vector, 1e-5, relu, True
+            )
+    return found
 
 
 def launches_of(network: GpuNetwork, pattern: str, sparsity: float) -> Iterator[Launch]:
-    """Of a network's sparse layers."""
+    """Of a network's sparse layers and fused batch norms."""
+    for shape in dict.fromkeys(network.norms()):
+        yield from norm_launches(shape)
     shapes = {name: shape for name, _, shape in network.layers()}
     model = network.build(network.classes + 1, torch.device("cpu"), min(network.depth, 1))
     network.sparsify(model, sparsity, pattern)

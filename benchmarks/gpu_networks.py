@@ -102,15 +102,23 @@ class GpuNetwork:
 
     def layers(self) -> list[tuple[str, nn.Module, torch.Size]]:
         """Name, layer without memory, and shape of its input, of those that become sparse; of one transformer block."""
+        return [found for found in self._modules(nn.Linear, nn.Conv2d) if found[0] not in self.keep_dense]
+
+    def norms(self) -> list[torch.Size]:
+        """Shapes of the inputs of batch norms."""
+        return [shape for _, _, shape in self._modules(nn.BatchNorm2d)]
+
+    def _modules(self, *kinds: type[nn.Module]) -> list[tuple[str, nn.Module, torch.Size]]:
+        """Name, module without memory, and shape of its input, in the order of a forward pass."""
         found: list[tuple[str, nn.Module, torch.Size]] = []
         meta = torch.device("meta")
 
-        def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found.append((name, layer, inputs[0].shape))
+        def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append((name, module, inputs[0].shape))
 
         model = self.build(self.dense_outputs, meta, min(self.depth, 1))
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and name not in self.keep_dense:
+            if isinstance(module, kinds):
                 module.register_forward_pre_hook(partial(note, name))
         model(self.batch(meta)[0])
         return found
