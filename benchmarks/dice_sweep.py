@@ -18,7 +18,7 @@ from timing import environment, write_results
 
 from sparse_moon.app.evaluate import FinishedRun, load_run
 from sparse_moon.app.experiment import row_label
-from sparse_moon.app.ood_groups import ood_group
+from sparse_moon.app.ood_groups import by_group
 from sparse_moon.app.run_data import load_ood_sets, plain_batches
 from sparse_moon.ood import DICE, Energy, collect, fit_detectors
 from sparse_moon.ood.metrics import ood_metrics
@@ -52,7 +52,8 @@ def sweep(run: FinishedRun) -> list[dict[str, Any]]:
     dice = DICE(Energy(data.num_classes))
     head = config.make_reliability().head(run.predictor)
     fit_detectors(run.predictor, [dice], plain_batches(data.train, data, config), head=head)
-    sets = {"id": data.test, **load_ood_sets(config, data)}
+    ood_sets = load_ood_sets(config, data)
+    sets, groups = {"id": data.test, **ood_sets}, by_group(config.dataset, ood_sets)
     outputs = {
         name: collect(run.predictor, plain_batches(images, data, config), head=head) for name, images in sets.items()
     }
@@ -62,7 +63,7 @@ def sweep(run: FinishedRun) -> list[dict[str, Any]]:
         scores = {name: detector.score(some) for name, some in outputs.items()}
         row: dict[str, Any] = {"run": row_label(config), "seed": config.seed, "p": p}
         for group in ("near", "far"):
-            names = [name for name in sets if name != "id" and ood_group(config.dataset, name) == group]
+            names = groups[group]
             figures = [ood_metrics(scores["id"], scores[name]) for name in names]
             for key in ("auroc", "fpr95"):
                 row[f"{group}_{key}"] = round(fmean(each[key] for each in figures), 4)

@@ -20,8 +20,8 @@ def campaign(*options):
 
 
 def test_a_short_campaign_of_random_calls():
-    cases = campaign("--cases", 80)
-    assert sum(cases.values()) == 80
+    cases = campaign("--cases", 120)
+    assert sum(cases.values()) == 120
 
 
 @pytest.mark.slow

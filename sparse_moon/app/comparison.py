@@ -16,7 +16,7 @@ from sparse_moon.app.compare import finished_runs
 from sparse_moon.app.comparison_text import format_markdown
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.experiment import NAMED, REFERENCE, experiment, row_label, run_key, varying_settings
-from sparse_moon.app.ood_groups import GROUPS, ood_group
+from sparse_moon.app.ood_groups import by_group
 from sparse_moon.app.published import published_figures
 
 TABLE, MARKDOWN, PLOT = "table.json", "table.md", "plot.png"
@@ -235,15 +235,12 @@ def _interval(differences: Sequence[float]) -> dict[str, float]:
 
 def _groups(run: _Run) -> dict[str, list[str]]:
     """Names of the OOD sets by group."""
-    by_group: dict[str, list[str]] = {group: [] for group in GROUPS}
-    for name in run.results["ood"]:
-        by_group[ood_group(run.config.dataset, name)].append(name)
-    return by_group
+    return by_group(run.config.dataset, run.results["ood"])
 
 
 def _figures(run: _Run, only: Collection[str] | None = None) -> dict[str, float]:
     """A run's figures by name; AUROC and FPR95 as means over the OOD sets of each group, or over those in ``only``."""
-    results, by_group = run.results, _groups(run)
+    results, groups = run.results, _groups(run)
     found = {key: results["id"][key] for key in ("accuracy", "ece", "nll")}
     if "calibration" in results:
         found["ece_scaled"] = results["calibration"]["ece_after"]
@@ -252,7 +249,7 @@ def _figures(run: _Run, only: Collection[str] | None = None) -> dict[str, float]
     found["training_flops"] = counts["train_ratio"]
     scores = dict.fromkeys(score for by_score in results["ood"].values() for score in by_score)
     for score in scores:
-        for kind, names in by_group.items():
+        for kind, names in groups.items():
             counted = [name for name in names if only is None or name in only]
             sets = [results["ood"][name][score] for name in counted if score in results["ood"][name]]
             for metric in ("auroc", "fpr95") if sets else ():

@@ -1,6 +1,7 @@
 """Names of image sets in all their spellings, and which out-of-distribution (OOD) sets are near which ID set or far."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -88,3 +89,11 @@ def ood_group(dataset: str, name: str) -> str:
     if name in NEAR_OOD.get(known, ()):
         return "near"
     return "far" if name in FAR_OOD.get(known, ()) else "ungrouped"
+
+
+def by_group(dataset: str, names: Iterable[str]) -> dict[str, list[str]]:
+    """Those of the OOD sets in each of `GROUPS`, in their order."""
+    found: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name in names:
+        found[ood_group(dataset, name)].append(name)
+    return found

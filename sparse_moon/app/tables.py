@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.ood_groups import GROUPS, ood_group
+from sparse_moon.app.ood_groups import by_group
 from sparse_moon.text_table import text_table
 
 _COLUMNS = {"auroc": "AUROC", "fpr95": "FPR95", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out", "oscr": "OSCR"}
@@ -86,9 +86,8 @@ def _out_of_distribution(ood: Mapping[str, Any], config: TrainConfig, whole: boo
     if not scores:
         return ["out of distribution: no sets, or no scores"]
     shown = scores if whole or config.headline not in scores else [config.headline]
-    named = {group: [name for name in ood if ood_group(config.dataset, name) == group] for group in GROUPS}
     rows = [("", "set", "score", *_COLUMNS.values())]
-    for group, names in named.items():
+    for group, names in by_group(config.dataset, ood).items():
         for score in shown:
             members = [(name, ood[name][score]) for name in names if score in ood[name]]
             if len(members) > 1:
