@@ -1,5 +1,7 @@
 """Pruned models of other tools: exactly the weights that they have kept."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +178,18 @@ def test_a_checkpoint_of_llm_compressor(structure, tmp_path):
     layers = sm.sparse_layers(sm.from_masks(loaded))
     assert len(layers) == 14 and all(abs(layer.sparsity - 0.5) < 0.01 for layer in layers.values())
     torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_sparseml(x):
+    """Pruned, trained and saved by SparseML 1.8.0: tests/checkpoints/make_sparseml.py."""
+    model = net()
+    saved = torch.load(Path(__file__).parent / "checkpoints" / "sparseml-1.8.0.pth", weights_only=True)
+    model.load_state_dict(saved["state_dict"])
+    masks = {name: model.get_submodule(name).weight != 0 for name in ("3", "6")}
+    expected = model(x).detach()
+    with pytest.warns(UserWarning, match="outputs have no weight, most of them in '6'"):
+        check(sm.from_masks(model), masks, x, expected)
+    assert [layer.sparsity for layer in sm.sparse_layers(model).values()] == [0.75, 0.75]
 
 
 def test_checkpoints_with_zeros(x):
