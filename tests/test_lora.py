@@ -1,15 +1,18 @@
 """Fine-tuning by low-rank factors on a topology."""
 
+import contextlib
 import copy
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from host_graph import Dispatched, HostGraph
 from torch import nn
 
 import sparse_moon as sm
 from small_mlp import mlp, train
+from sparse_moon.capture import step as capture_step
 
 
 def network(dtype=torch.float32, pattern="unstructured"):
@@ -316,3 +319,31 @@ def test_exported_to_onnx_it_is_merged(tmp_path):
     tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
     values = model[0].effective_values().detach()
     assert any(torch.equal(torch.from_numpy(t.copy()), values) for t in tensors.values() if t.shape == values.shape)
+
+
+def test_a_captured_step_trains_the_factors_to_the_same_bits(monkeypatch):
+    monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
+
+    def trained(captured):
+        torch.manual_seed(0)
+        model = lora(mlp(), 1)
+        optimizer = torch.optim.AdamW(sm.param_groups(model, 0.01), torch.tensor(0.01), capturable=True, fused=True)
+        method = sm.Static(model, optimizer)
+
+        def eager(x, y):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            method.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        step = sm.CapturedStep(eager, method, model) if captured else eager
+        batches = [(torch.randn(8, 64), torch.randint(7, (8,))) for _ in range(8)]
+        with contextlib.nullcontext() if captured else Dispatched():
+            losses = [float(step(*batch)) for batch in batches]
+        assert not captured or (step.captures, step.reason) == (1, None)
+        return losses, model.state_dict()
+
+    (losses, state), (found, captured) = trained(False), trained(True)
+    assert found == losses
+    assert state.keys() == captured.keys() and all(torch.equal(state[name], captured[name]) for name in state)
