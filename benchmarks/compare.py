@@ -11,7 +11,7 @@ scores and pages do not.
     python benchmarks/compare.py mnist DATA --grid moon --seed 0 1 2 3 4 5 6 7     # benchmarks/results/mnist-moon
 
 Whether MOON does more than averaging, at 95 %: RigL, RigL with voting, MOON with three final weights, Deep Gamblers.
-And whether sparsity hurts: a dense network, and RigL at 80 to 99 %. Linear layers alone, a minute each. For cifar10 a
+And whether sparsity hurts: a dense network, and RigL at 80 to 99 %. Linear layers alone, half a minute each. For cifar10 a
 ResNet-18 of width 32, 25 minutes a run on two cores at 95 %, and MOON with the final weight 1.
 
     python benchmarks/compare.py mnist DATA --grid calibration --seed 0 1 2 3 4 5 6 7     # mnist-calibration
@@ -62,7 +62,7 @@ COMMON: dict[str, Any] = {
     "batch_size": 128, "interval": 100, "lr": 0.12, "lr_end": 0.008, "epochs": 15, "warmup_epochs": 5,
 }  # fmt: skip
 RESNET = {**COMMON, "model": "small-resnet", "width": 16}
-# For single claims: linear layers, a minute a run, so that eight seeds tell small differences from chance.
+# For single claims: linear layers, half a minute a run, so that eight seeds tell small differences from chance.
 SCORES = ["msp", "energy", "mahalanobis", "dice", "unknown"]
 CLAIMS: dict[str, dict[str, Any]] = {
     "mnist": {**COMMON, "model": "mlp", "width": 256, "score": SCORES},

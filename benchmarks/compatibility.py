@@ -329,7 +329,7 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield "|---|--:|--:|---|---|" + "---|" * len(names)
     for library in LIBRARIES:
         for row in (row for row in rows if row.library == library):
-            dense = ", ".join(f"{kind} {share:.1%}" for kind, share in list(row.dense.items())[:3])
+            dense = ", ".join(f"{kind} {share:.1%}" for kind, share in row.dense.items())
             marks = [{"ok": "ok", "": ""}.get(row.checks.get(name, ""), "fails") for name in names]
             title = f"{row.library} {row.name}"
             cells = [title, f"{row.weights / 1e6:.2f} M", f"{row.share:.3f}", row.outcome, dense, *marks]

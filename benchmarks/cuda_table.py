@@ -9,6 +9,7 @@ least 5 % less time; that of both gradients is what the backward passes took tog
 densities, and ops/choice.py takes nothing of it for smaller products.
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -50,6 +51,7 @@ def work_of(case: Any, pattern: str, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     cases = {case.name: case for case in CUDA_CASES}
     found: dict[tuple[str, str, str], dict[str, float]] = {}
     measured: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ estimates. M rows (tokens or positions), I inputs, O outputs, taps, n blocks b x
   casts to bf16 and back; 1.5 us for each kernel of a graph.
 """
 
+import argparse
 import math
 from dataclasses import dataclass
 
@@ -118,6 +119,7 @@ def head(network: GpuNetwork) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("| network | dense compiled ms | sparsity | block32 | block64 | block128 | vector16 |")
     print("|---|---|---|---|---|---|---|")
     for network in NETWORKS:

@@ -76,7 +76,8 @@ def test_scores_that_fit():
         assert ("unknown" in scores) == (name in ("moon", "dac", "gamblers"))
         assert ("godin" in scores) == (name == "generalized-odin")
         assert (linear <= scores) == (name not in ("generalized-odin", "mc-dropout")) and {"msp", "knn"} <= scores
-    assert not linear & {score for score in SCORES if CigL(RUN, without=("averaging",)).fits(SCORES[score])}
+        assert ("energy" in scores) == (name != "mc-dropout")
+    assert not {*linear, "energy"} & {s for s in SCORES if CigL(RUN, without=("averaging",)).fits(SCORES[s])}
 
 
 def test_parts_and_what_they_change():

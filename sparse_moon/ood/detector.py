@@ -26,6 +26,7 @@ class Detector(ABC):
         name: key in tables and in `DETECTORS`. To compare two settings of one detector, give an instance another.
         learned: names of the tensors that `finish` sets; a detector without any does not fit.
         linear_head: whether the score needs outputs of a network with a linear head.
+        logit_scale: whether it reads how large the logits are in all, which logarithms of probabilities do not say.
         cosine_head: whether it needs those of a network with a `CosineHead`; it is then not in `DETECTORS`.
         unknown_output: whether it needs K + 1 outputs.
         held_out: whether it learns from held-out ID data in place of training data; it is then not in `DETECTORS`.
@@ -36,6 +37,7 @@ class Detector(ABC):
     name: str
     learned: ClassVar[tuple[str, ...]] = ()
     linear_head: ClassVar[bool] = False
+    logit_scale: ClassVar[bool] = False
     cosine_head: ClassVar[bool] = False
     unknown_output: ClassVar[bool] = False
     held_out: ClassVar[bool] = False

@@ -37,6 +37,8 @@ class MaxLogit(Detector):
 class Energy(Detector):
     """Negative free energy ``T logsumexp(z / T)`` (Liu et al. 2020, equation 4).
 
+    Of logarithms of probabilities, as averaged predictions are, it is 0 up to rounding at T = 1 and says nothing.
+
     Args:
         num_classes: K.
         temperature: T > 0.
@@ -45,6 +47,7 @@ class Energy(Detector):
     """
 
     name = "energy"
+    logit_scale = True
 
     def __init__(self, num_classes: int, temperature: float = 1.0, extra: Literal["known", "all"] = "known") -> None:
         super().__init__(num_classes)

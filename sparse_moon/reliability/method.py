@@ -214,7 +214,7 @@ class Reliability:
 
     @property
     def several(self) -> bool:
-        """Whether predictions are the mean of several networks or passes, which no linear head of features makes."""
+        """Whether predictions are the mean of several networks or passes: logarithms of probabilities, of no head."""
         return False
 
     @property
@@ -246,6 +246,7 @@ class Reliability:
             (self.unknown_output or not detector.unknown_output)
             and (self.cosine_head or not detector.cosine_head)
             and not (detector.linear_head and (self.cosine_head or self.several))
+            and not (detector.logit_scale and self.several)
         )
 
     @classmethod
