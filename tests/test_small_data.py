@@ -87,7 +87,11 @@ def test_every_run_that_is_trained_is_finished(tmp_path, reliability, change):
         ({"ood": ["noise", "noise"]}, "two OOD sets are called 'noise'"),
         ({"ood": ["noise", "noise=one.npz"]}, "two OOD sets are called 'noise'"),
         ({"headline": "unknown", "reliability": "none"}, "headline must be a score that fits this run"),
-        ({"headline": "vim", "reliability": "mc-dropout"}, "headline must be a score that fits this run"),
+        ({"headline": "vim", "reliability": "mc-dropout"}, r"must be a score that fits this run, \['msp', .*got 'vim'"),
+        (
+            {"headline": "energy", "reliability": "mc-dropout", "score": ["dice"]},
+            r"must be a score that fits this run, \['msp', .*got 'energy'",
+        ),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -81,7 +81,8 @@ def _train(
     dataset = load_dataset(config)
     ood_sets = load_ood_sets(config, dataset)
     if config.headline not in scores_for(config):
-        raise ValueError(f"headline must be a score that fits this run, {scores_for(config)}, got {config.headline!r}")
+        fitting = scores_for(replace(config, score=None))
+        raise ValueError(f"headline must be a score that fits this run, {fitting}, got {config.headline!r}")
     for score in (config.headline, *(config.score or ())):
         make_detector(score, dataset.num_classes)  # so that what is wrong with its options is said now
     if others := [score for score in config.score or () if score not in scores_for(config)]:
