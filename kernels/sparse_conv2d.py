@@ -274,20 +274,23 @@ def sparse_conv2d_values_grad(
 
 
 def variants() -> Variants:
-    """Every pattern and tile on a 3 x 3 kernel with padding; float16, stride, dilation and no padding on two of them.
+    """Every pattern and tile on a 3 x 3 kernel with padding; float16, stride, dilation and no padding on two of them,
+    and planes of a single row or column, whose 1 is a constant to Triton.
 
     float16 takes the tiles of bfloat16, and no more than the type of the matrix instruction differs.
     """
     common = Geometry((256, 256, 3, 3), (1, 1), (1, 1), (1, 1), 1)
     strided = Geometry((256, 256, 3, 3), (2, 2), (0, 0), (2, 2), 1)
-    cases = [(block, dtype, tf32, common) for block in BLOCKS
+    cases = [(block, dtype, tf32, common, (17, 17)) for block in BLOCKS
              for dtype, tf32 in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))]  # fmt: skip
-    cases += [(block, torch.float16, True, strided) for block in ((32, 32), (16, 1))]
+    cases += [(block, torch.float16, True, strided, (17, 17)) for block in ((32, 32), (16, 1))]
+    cases += [(block, torch.bfloat16, True, common, plane) for block in ((16, 16), (8, 1))
+              for plane in ((1, 1), (1, 9), (9, 1))]  # fmt: skip
     seen = set()
-    for block, dtype, tf32, geometry in cases:
-        side = 17 if geometry is common else 7
-        x = torch.empty(3, 256, 17, 17, dtype=dtype).to(memory_format=torch.channels_last)
-        y = torch.empty(3, 256, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+    for block, dtype, tf32, geometry, plane in cases:
+        x = torch.empty(3, 256, *plane, dtype=dtype).to(memory_format=torch.channels_last)
+        output_plane = plane if geometry is common else (7, 7)
+        y = torch.empty(3, 256, *output_plane, dtype=dtype).to(memory_format=torch.channels_last)
         values, index = torch.empty(6, *block, dtype=dtype), torch.empty(16, dtype=torch.int32)
         for launch in (
             *_forward_launches(x, values, y[0, :, 0, 0], index, index[:6], y, geometry, tf32),
@@ -299,6 +302,6 @@ def variants() -> Variants:
             key = (kernel, dtype, *same.items())
             if key not in seen:
                 seen.add(key)
-                name = f"sparse_conv2d {kernel} {block} {dtype} tf32={tf32} stride={geometry.stride}"
+                name = f"sparse_conv2d {kernel} {block} {dtype} tf32={tf32} stride={geometry.stride} plane={plane}"
                 product = kernel in ("forward_kernel", "input_grad_kernel", "values_grad_kernel")
                 yield Variant(name, launch, product and precision_of(dtype, tf32) == "tf32")

@@ -24,7 +24,7 @@ def _output_place(m, line, m_m, out_width, pitch, BW: tl.constexpr):
 @triton.jit
 def _reciprocal(d):
     """What :func:`_times` multiplies and shifts by to divide by d >= 1, in a third of a division's instructions."""
-    shift = tl.full((), 31, tl.int64)
+    d, shift = tl.full((), d, tl.int32), tl.full((), 31, tl.int64)  # Triton passes a 1 as a number of Python's
     for bit in tl.static_range(31):
         shift += (d > (1 << bit)).to(tl.int64)
     one = tl.full((), 1, tl.int64)
@@ -200,7 +200,8 @@ def values_grad_kernel(
         if HALO:
             h = tl.where(m_m, h, -(2**30))
             y, z = h[None, :] + i[:, None], w[None, :] + j[:, None]
-            mask = (y.to(tl.uint32) < height.to(tl.uint32)) & (z.to(tl.uint32) < width.to(tl.uint32))
+            mask = y.to(tl.uint32) < tl.full((), height, tl.uint32)
+            mask &= z.to(tl.uint32) < tl.full((), width, tl.uint32)
         else:
             mask = m_k[:, None] & m_m[None, :]
         x = tl.load((p_x + o_k)[:, None] + o_m[None, :], mask=mask, other=0.0)
