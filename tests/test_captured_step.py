@@ -470,7 +470,7 @@ def test_a_gpu_trains_as_it_does_eagerly(kind):
     assert training.step.captures == 1
     assert training.step.reason is None
     assert all(a[0] == pytest.approx(b[0], rel=1e-3) for a, b in zip(found, outputs, strict=True))
-    assert state.keys() == expected.keys()
+    torch.testing.assert_close(state, expected, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", [

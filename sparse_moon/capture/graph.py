@@ -57,7 +57,8 @@ class StepGraph:
     def capture(self, step: Callable[[], Outputs]) -> Outputs:
         """Record a step, which does not run; its outputs are what :meth:`replay` writes."""
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        # other threads may go on, such as those that pin the memory of the next batches
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             return step()
 
     def replay(self) -> None:

@@ -94,8 +94,7 @@ class CapturedStep:
             return self._rehearse(batch)
         if self.reason is not None:
             return _detached(self._eager(*batch))
-        for own, given in zip(self._inputs, batch, strict=True):
-            own.copy_(given, non_blocking=True)
+        self._taken(batch)
         if self._frame is None:
             self._capture()
             self._graph.replay()
@@ -108,6 +107,13 @@ class CapturedStep:
         if self._frame.rebound is not None:
             self._give_up(self._frame.rebound, stacklevel=3)
         return _detached(self._outputs, copy=True)
+
+    def _taken(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The inputs of the captured step, with the numbers of this batch."""
+        assert self._inputs is not None
+        for own, given in zip(self._inputs, batch, strict=True):
+            own.copy_(given, non_blocking=True)
+        return self._inputs
 
     def _eager(self, *batch: Tensor) -> Outputs:
         for parameter in parameters(self.method, self.modules):
@@ -128,7 +134,8 @@ class CapturedStep:
         if self._rehearsals < REHEARSALS:  # what happens once may wait
             return _detached(self._graph.run(lambda: self._eager(*batch)))
         drawn = self._host_random_state()
-        outputs, waits = self._graph.rehearse(lambda: self._eager(*batch))
+        # on the captured step's own inputs: where a batch is aligned otherwise, kernels are compiled otherwise
+        outputs, waits = self._graph.rehearse(lambda: self._eager(*self._taken(batch)))
         if waits is None and self._host_random_state() != drawn:
             waits = "it draws random numbers on the host"
         if waits is not None:
@@ -145,7 +152,7 @@ class CapturedStep:
         self._outputs, frame = None, Frame(self.method, self.modules)
         try:
             with frame.around_capture():
-                self._outputs = self._graph.capture(lambda: self._eager(*(self._inputs or ())))
+                self._outputs = _detached(self._graph.capture(lambda: self._eager(*(self._inputs or ()))))
         except RuntimeError as error:
             raise RuntimeError(
                 "the training step cannot be captured in a CUDA graph, and was left half done: run it without "

@@ -119,10 +119,16 @@ def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
             fault = index_form(index) or FAULTS[int(call("check_index", *index)[0])]
             if fault:
                 raise ValueError(f"the index is damaged: {fault}")
-            setattr(col, _ATTRIBUTE, (others, now))
+            _note(index)
         return kernel(*inputs)
 
     return run
+
+
+def _note(index: Index) -> None:
+    """Remember that this state of an index was found right."""
+    row_ptr, col, t_ptr, t_row, t_perm = index
+    setattr(col, _ATTRIBUTE, ((row_ptr, t_ptr, t_row, t_perm), versions(index)))
 
 
 def check_index(index: Index) -> tuple[str, int]:
@@ -132,4 +138,6 @@ def check_index(index: Index) -> tuple[str, int]:
         return fault, 0
     with torch.no_grad():
         number, fingerprint = call("check_index", *index).tolist()
+    if number == 0 and hasattr(index[1], _ATTRIBUTE):
+        _note(index)  # else the next compiled step would look again, which it cannot while it is captured
     return FAULTS[number], fingerprint

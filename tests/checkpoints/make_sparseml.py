@@ -1,6 +1,6 @@
 """Writes sparseml-1.8.0.pth, which tests/test_masks.py loads: a network pruned, trained and saved by SparseML itself.
 
-    pip install sparseml==1.8.0 sparsezoo==1.8.1 torch==2.1.2 "numpy<2" "setuptools<70"    # Python 3.11, the last it has
+    pip install sparseml==1.8.0 sparsezoo==1.8.1 torch==2.1.2 "numpy<2" "setuptools<70"  # Python 3.11
     python tests/checkpoints/make_sparseml.py
 
 SparseML has ended and asks for a torch that sparse_moon does not run on, so no test can run both.
