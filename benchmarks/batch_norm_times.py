@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import DTYPES, SHORT, Bench, Row
+from bench import DTYPES, SHORT, Bench, Row, WrongResult
 from layer_times import CACHES_BYTES
 from torch import Tensor
 
@@ -61,7 +61,7 @@ def batch_norm(bench: Bench) -> None:
     for norms in cases:
         if not bench.arguments.case or any(part in norms.name for part in bench.arguments.case):
             for dtype in bench.arguments.dtype:
-                _time(bench, norms, DTYPES[dtype])
+                bench.case(f"{norms.name} {dtype}", _time, norms, DTYPES[dtype])
 
 
 def _time(bench: Bench, norms: Norms, dtype: torch.dtype) -> None:
@@ -121,5 +121,5 @@ def _gate(case: str, results: Callable[[Norm, torch.dtype, int], tuple[Tensor, .
         pairs = zip(results(norm, dtype, 0), exact, strict=True)
         found.append([((a.double() - e).norm() / e.norm()).item() for a, e in pairs])
     if any(a > 2 * b + torch.finfo(dtype).eps for a, b in zip(*found, strict=True)):
-        raise SystemExit(f"{case}: errors {found[0]}, torch's own {found[1]}")
+        raise WrongResult(f"{case}: errors {found[0]}, torch's own {found[1]}")
     return max(found[0])

@@ -124,6 +124,10 @@ OTHER_NETWORKS = [
 ]
 
 
+class WrongResult(Exception):
+    """What has not passed its comparison with float64 or a reference; nothing of it is timed."""
+
+
 class Bench:
     """Settings, ceilings and rows of one invocation. With ``--json`` the file is written anew after each case.
 
@@ -166,6 +170,13 @@ class Bench:
         self.notes.append(what)
         print(f"        {what}", flush=True)
         self.save()
+
+    def case(self, name: str, run: Callable[..., None], *what: Any) -> None:
+        """One case, ``run(bench, *what)``: what goes wrong in it is put down, and the next one follows."""
+        try:
+            run(self, *what)
+        except Exception as error:  # whatever a case raises is its finding
+            self.fail(name, error)
 
     def fail(self, case: str, error: Exception) -> None:
         """Put down a case that gave no figures."""

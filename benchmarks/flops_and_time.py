@@ -22,7 +22,7 @@ import step_times
 import torch
 import torch.nn.functional as F
 from batch_norm_times import batch_norm
-from bench import CUDA_CASES, DTYPES, MAIN_CASES, NETWORKS, Bench, Row
+from bench import CUDA_CASES, DTYPES, MAIN_CASES, NETWORKS, Bench, Row, WrongResult
 from layer_times import choice, layers
 from step_times import memory
 from torch import Tensor
@@ -43,7 +43,7 @@ def update(bench: Bench) -> None:
     """One layer's topology update against PyTorch's sorts."""
     for rows, cols in ((512, 4608), (4096, 4096)):
         for sparsity in bench.arguments.sparsity:
-            _update(bench, rows, cols, sparsity)
+            bench.case(f"drop_and_grow_{rows}_{cols} {sparsity}", _update, rows, cols, sparsity)
 
 
 def _update(bench: Bench, rows: int, cols: int, sparsity: float) -> None:
@@ -55,7 +55,7 @@ def _update(bench: Bench, rows: int, cols: int, sparsity: float) -> None:
     ours = sm.ops.drop_and_grow(drop, grow, topology, count)
     exact = drop_and_grow_reference(drop, grow, topology.row_ptr, topology.col, count, count)
     if not all(torch.equal(a, b) for a, b in zip((*ours.index, ours.source), exact, strict=True)):
-        raise SystemExit("drop_and_grow: differs from the reference")
+        raise WrongResult("drop_and_grow: differs from the reference")
     mask, weight = topology.mask(), topology.to_dense(drop)
     times = bench.times({
         "ours": lambda _: sm.ops.drop_and_grow(drop, grow, topology, count),
@@ -80,7 +80,7 @@ def _two_topk(weight: Tensor, grad: Tensor, mask: Tensor, count: int) -> Tensor:
 def loss(bench: Bench) -> None:
     """MOON's loss with its gradient, against the eager formula and plain cross-entropy."""
     for batch, classes in ((128, 10), (1024, 1000)):
-        _loss(bench, batch, classes)
+        bench.case(f"unknown_aware_loss_{batch}_{classes + 1}", _loss, batch, classes)
 
 
 def _loss(bench: Bench, batch: int, classes: int) -> None:
@@ -91,7 +91,7 @@ def _loss(bench: Bench, batch: int, classes: int) -> None:
     value, _ = sm.ops.unknown_aware_loss(logits, target, w)
     error = abs(value.item() - exact.item()) / exact.item()
     if error > 1e-5:
-        raise SystemExit(f"unknown_aware_loss: error {error:.1e}")
+        raise WrongResult(f"unknown_aware_loss: error {error:.1e}")
     times = bench.times({
         "ours": lambda _: sm.ops.unknown_aware_loss(logits, target, w)[0].backward(),
         "eager formula": lambda _: unknown_aware_loss_reference(logits, target, w).backward(),
@@ -108,7 +108,7 @@ def _loss(bench: Bench, batch: int, classes: int) -> None:
 def average(bench: Bench) -> None:
     """Averaging all weights of a sparse ResNet-18, plain and with a random mask."""
     for sparsity in bench.arguments.sparsity:
-        _average(bench, sparsity)
+        bench.case(f"resnet18 average {sparsity}", _average, sparsity)
 
 
 def _average(bench: Bench, sparsity: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import DTYPES, NETWORKS, SHORT, Bench, Case, Network, Row, autocast, conv, linear, runner
+from bench import DTYPES, NETWORKS, SHORT, Bench, Case, Network, Row, WrongResult, autocast, conv, linear, runner
 from timing import computes_bf16
 from torch import Tensor, nn
 
@@ -33,7 +33,8 @@ def layers(bench: Bench) -> None:
         for sparsity in arguments.sparsity:
             for pattern in arguments.pattern:
                 for dtype in arguments.dtype:
-                    _layer(bench, case, sparsity, pattern, DTYPES[dtype])
+                    name = f"{case.name} {pattern} {sparsity} {dtype}"
+                    bench.case(name, _layer, case, sparsity, pattern, DTYPES[dtype])
 
 
 def _layer(bench: Bench, case: Case, sparsity: float, pattern: str, dtype: torch.dtype) -> None:
@@ -99,7 +100,7 @@ def gate(sparse: nn.Module, masked: nn.Module, case: Case) -> float:
     """Largest error of output and gradients against float64, relative to the largest exact entry.
 
     Raises:
-        SystemExit: more than twice the error of dense PyTorch in the same dtype.
+        WrongResult: more than twice the error of dense PyTorch in the same dtype.
     """
     example = next(masked.parameters())
     x = torch.randn(min(case.input_shape[0], 9), *case.input_shape[1:], device=example.device, dtype=example.dtype)
@@ -124,7 +125,7 @@ def gate(sparse: nn.Module, masked: nn.Module, case: Case) -> float:
     ]
     for what, ours, theirs in zip(("output", "input gradient", "values gradient"), *errors, strict=True):
         if not ours <= 2 * theirs + 1e-6:
-            raise SystemExit(f"{case.name}: wrong {what}, error {ours:.1e} where dense PyTorch has {theirs:.1e}")
+            raise WrongResult(f"{case.name}: wrong {what}, error {ours:.1e} where dense PyTorch has {theirs:.1e}")
     return max(errors[0])
 
 

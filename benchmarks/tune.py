@@ -199,9 +199,11 @@ def _seldom_alone(dense: nn.Module, shape: tuple[int, ...]) -> tuple[choice.Pass
 
 def compile_kernels(case: Case) -> None:
     """Run a case's kernels once, in a process of its own: Triton keeps what it has compiled on disk."""
-    dense, shape, pattern, dtype = case
+    dense, shape, pattern, dtype = case  # on meta: between processes weights would go through shared memory
+    dense = dense.to_empty(device="cuda").to(dtype)
+    dense.reset_parameters()
     with choice.use_backend("kernel"):
-        for run in products(sparse(dense.to("cuda", dtype), DENSITIES[-1], pattern), shape).values():
+        for run in products(sparse(dense, DENSITIES[-1], pattern), shape).values():
             run()
 
 
@@ -234,7 +236,6 @@ def main() -> None:
                         help="with --case")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no other layer after this time")
     arguments = parser.parse_args()
-    end = time.monotonic() + arguments.seconds
     device = torch.device(arguments.device)
     keep_freed_memory()  # as training does
     path, machine = TABLES / choice.table_name(device.type), environment(device)
@@ -246,10 +247,11 @@ def main() -> None:
         cases = list(network_cases(arguments.case, arguments.pattern))
     else:
         cases = list(cpu_cases() if device.type == "cpu" else cuda_cases())
-    if device.type == "cuda":
+    if device.type == "cuda" and not arguments.case:  # compile_kernels.py has compiled those of networks
         with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
-            pool.map(compile_kernels, cases, chunksize=1)
+            pool.map(compile_kernels, [(copy.deepcopy(dense).to("meta"), *rest) for dense, *rest in cases], chunksize=1)
     rows: list[dict[str, Any]] = []
+    end = time.monotonic() + arguments.seconds
     for done, (dense, shape, pattern, dtype) in enumerate(cases):
         if time.monotonic() > end:
             print(f"no time for {len(cases) - done} of {len(cases)} layers", flush=True)
@@ -257,8 +259,8 @@ def main() -> None:
         for layout in layouts(dense, device):
             rows += measure(dense.to(device, dtype), shape, pattern, layout, known)
         if rows:
-            works = [row["work"] for row in rows]
-            others = [row for row in kept["rows"] if {**row["work"], "block": tuple(row["work"]["block"])} not in works]
+            works = {choice.as_work(row["work"]) for row in rows}
+            others = [row for row in kept["rows"] if choice.as_work(row["work"]) not in works]
             write_results(path, {**machine, **kept, "rows": others + rows})
 
 

@@ -1,5 +1,6 @@
 import importlib
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
@@ -238,6 +239,7 @@ def test_the_table_of_the_gpu_is_what_was_measured_layer_by_layer(tmp_path, monk
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     cuda_table = importlib.import_module("cuda_table")
     monkeypatch.setattr(cuda_table, "TABLE", tmp_path / "table.json")
+    monkeypatch.setattr(sys, "argv", ["cuda_table.py"])
     cuda_table.main()
     stored = files("sparse_moon.ops").joinpath("tables", "crossover_cuda_sm90.json")
     assert json.loads((tmp_path / "table.json").read_text()) == json.loads(stored.read_text())

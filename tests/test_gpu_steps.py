@@ -29,9 +29,9 @@ def benchmark_(monkeypatch, tmp_path):
     monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
     monkeypatch.setattr(torch, "compile", lambda model, mode: model)  # takes a minute a network
 
-    def run(*arguments):
+    def run(*arguments, section="step"):
         out = tmp_path / "steps.json"
-        command = ["flops_and_time.py", "step", "--tiny", "--quick", "--json", str(out), *arguments]
+        command = ["flops_and_time.py", section, "--tiny", "--quick", "--json", str(out), *arguments]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as exit_:
             flops_and_time.main()
@@ -82,6 +82,22 @@ def test_a_case_that_fails_is_put_down_and_the_next_one_runs(benchmark_, monkeyp
     assert [row["sparsity"] for row in found["rows"]] == [0.0, 0.8]
 
 
+def test_a_wrong_result_is_put_down_and_the_next_case_runs(benchmark_, monkeypatch):
+    import flops_and_time
+
+    exact = flops_and_time.drop_and_grow_reference
+
+    def wrong(drop, grow, *rest):
+        return exact(drop, grow.flip(0) if len(grow) == 512 else grow, *rest)
+
+    monkeypatch.setattr(flops_and_time, "drop_and_grow_reference", wrong)
+    monkeypatch.setattr(flops_and_time.Bench, "floor_ms", lambda *_: 0.0)
+    code, found = benchmark_("--sparsity", "0.9", section="update")
+    assert code == 1
+    assert found["failures"] == {"drop_and_grow_512_4608 0.9": "WrongResult: drop_and_grow: differs from the reference"}
+    assert [row["case"] for row in found["rows"]] == ["drop_and_grow_4096_4096"]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_there_is_no_time_for_is_left_out(benchmark_):
     code, found = benchmark_("--case", "vit_small", "--seconds", "0")
@@ -106,7 +122,7 @@ def module(monkeypatch):
 def test_crossovers_of_networks_take_the_place_of_those_in_the_table(module, monkeypatch, tmp_path):
     tune = module("tune")
     linear = {"pass_": "forward", "batch": 8192, "inputs": 1024, "positions": 1, "taps": 1, "stride": 1, "groups": 1,
-              "device": "cuda", "block": [64, 64], "dtype": "bfloat16", "channels_last": False}  # fmt: skip
+              "device": "cuda", "block": [64, 64], "dtype": "bfloat16"}  # fmt: skip
     path = tmp_path / tune.choice.table_name("cpu")
     rows = [{"work": {**linear, "outputs": n}, "crossover": 0.1} for n in (1024, 5)]
     path.write_text(json.dumps({"gpu": "another", "rows": rows}))
@@ -121,8 +137,8 @@ def test_crossovers_of_networks_take_the_place_of_those_in_the_table(module, mon
     tune.main()
     table = json.loads(path.read_text())
     assert table["kept"] == {"gpu": "another"}
-    found = {row["work"]["outputs"]: row["crossover"] for row in table["rows"]}
-    assert found == {5: 0.1, 1024: 0.2, 3072: 0.2, 4096: 0.2}
+    found = {(row["work"]["outputs"], row["crossover"]) for row in table["rows"]}
+    assert found == {(5, 0.1), (1024, 0.2), (3072, 0.2), (4096, 0.2)}
 
 
 @pytest.mark.filterwarnings("ignore")  # of outputs without weights

@@ -9,7 +9,7 @@ kernels run only where the user's process has measured them, or asked for them.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache
@@ -261,8 +261,13 @@ def table(device: str) -> list[tuple[Work, float]]:
     if name is None:
         return []
     rows = json.loads(files("sparse_moon.ops").joinpath("tables", name).read_text())["rows"]
-    works = [Work(**row["work"]) for row in rows]
-    return [(w._replace(block=(w.block[0], w.block[1])), row["crossover"]) for w, row in zip(works, rows, strict=True)]
+    return [(as_work(row["work"]), row["crossover"]) for row in rows]
+
+
+def as_work(stored: Mapping[str, Any]) -> Work:
+    """A product as tables store it, whose fields at their defaults may be left out."""
+    work = Work(**stored)
+    return work._replace(block=(work.block[0], work.block[1]))
 
 
 class _Measured(NamedTuple):
