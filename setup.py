@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
@@ -30,8 +30,10 @@ SOURCES = [
 HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
 
 # A100, H100 and H200, B200; what comes later compiles the newest one's PTX when it is first used.
-CUDA_ARCHITECTURES = (80, 90, 100)
-CUDA_JOBS = 2
+CUDA_ARCHITECTURES = [int(arch) for arch in os.environ.get("SPARSE_MOON_CUDA_ARCHITECTURES", "80 90 100").split()]
+CUDA_JOBS = int(os.environ.get("MAX_JOBS", "2"))  # each compiles for all of them, in a gigabyte
+
+ParallelCompile("MAX_JOBS").install()  # the C++ files: as many at a time as there are cores, or MAX_JOBS
 
 
 def find_nvcc() -> Path | None:
