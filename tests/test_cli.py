@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_moon import files
 from sparse_moon.app import models, run_folder
 from sparse_moon.app.build import build_model
 from sparse_moon.app.cli import main, presets
@@ -114,6 +115,12 @@ def test_resume_takes_the_runs_settings(run, capsys):
     assert "width 64, it cannot be resumed with 20" in refused(
         capsys, "train", "--out", run, "--resume", "--width", "20"
     )
+
+
+@pytest.mark.parametrize("option", [["--batch-size", "64"], ["--lr", "0.12"], ["--method", "rigl"]])
+def test_what_is_asked_of_a_resumed_run_counts_where_it_is_the_default_too(tmp_path, capsys, option):
+    files.write_json(tmp_path / run_folder.CONFIG, TrainConfig(batch_size=32, lr=0.1, method="set").to_dict())
+    assert "it cannot be resumed with" in refused(capsys, "train", "--out", tmp_path, "--resume", *option)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     (broken / run_folder.CHECKPOINT).unlink()  # as if it had been killed before its first epoch ended
     started = []
     start = compare._start
-    monkeypatch.setattr(compare, "_start", lambda folder: (started.append(folder.name), start(folder))[1])
+    monkeypatch.setattr(compare, "_start", lambda folder, *rest: (started.append(folder.name), start(folder, *rest))[1])
     main(command)
     printed = capsys.readouterr().out
     assert started == [broken.name] and "rigl-none-0.9-seed0: finished before" in printed
@@ -66,7 +66,7 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
     assert json.loads((broken / run_folder.CONFIG).read_text())["without"] == ["tuning", "voting"]
 
     before = json.loads((out / "rigl-none-0.9-seed0" / run_folder.RESULTS).read_text())
-    monkeypatch.setattr(compare, "_start", lambda folder: pytest.fail("trained"))
+    monkeypatch.setattr(compare, "_start", lambda *_: pytest.fail("trained"))
     main(["compare", "--out", str(out), "--evaluate", "--ood", "photos", "noise", "--score", "energy", "knn"])
     after = json.loads((out / "rigl-none-0.9-seed0" / run_folder.RESULTS).read_text())
     assert after["ood"]["photos"].keys() == {"energy", "knn"} and after["time_s"] == before["time_s"]
@@ -80,7 +80,7 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
 def test_a_configuration_of_train_holds_for_all_runs(tmp_path, capsys, monkeypatch):
     started = []
     monkeypatch.setattr(compare, "run_all", lambda configs, folder, **_: (started.extend(configs), [])[1])
-    monkeypatch.setattr(comparison, "write_table", lambda folder: {"near": [], "rows": []})
+    monkeypatch.setattr(comparison, "write_table", lambda folder, **_: {"near": [], "rows": []})
     main(["compare", "--config", "moon-mnist", "--method", "rigl", "set", "--epochs", "15", "--out", str(tmp_path)])
     assert [(c.method, c.reliability, c.sparsity, c.seed) for c in started] == [
         ("rigl", "moon", 0.95, 0), ("set", "moon", 0.95, 0),
@@ -124,7 +124,7 @@ def started_processes(monkeypatch, code):
     """Processes that compare starts in place of runs, by folder: each runs this Python code in its folder."""
     started = {}
 
-    def start(folder, **variables):
+    def start(folder, _, variables):
         environment = {**os.environ, **variables}
         command = [sys.executable, "-c", code]
         started[folder.name] = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, env=environment)
@@ -261,7 +261,7 @@ def test_wrong_arguments(tmp_path, capsys):
 def test_dense_runs_are_not_repeated_for_each_sparsity(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(compare, "run_all", lambda configs, folder, **_: (asked.extend(configs), ["none"])[1])
-    monkeypatch.setattr(comparison, "write_table", lambda folder: {"rows": [], "near": []})
+    monkeypatch.setattr(comparison, "write_table", lambda folder, **_: {"rows": [], "near": []})
     with pytest.raises(SystemExit):
         main(["compare", "--out", str(tmp_path), "--method", "dense", "set", "--sparsity", "0.9", "0.95", "--seed", "3",
               "4", "--reliability", "moon:-loss", "--keep", "0.8"])  # fmt: skip

@@ -121,6 +121,22 @@ def test_a_finished_run_resumes_to_itself(whole, tmp_path):
     assert_same_end(whole[0], copy)
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_trained_anew(whole, tmp_path, monkeypatch):
+    for path in whole[0].iterdir():
+        if path.name != run_folder.CHECKPOINT:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(Trainer, "run_epoch", lambda self, bar: pytest.fail("trained"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    results = train(QUICK, tmp_path, resume=True, progress=False)
+    assert results["id"] == files.read_json(whole[0] / run_folder.RESULTS)["id"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match=r"checkpoint.pt is gone: it lacks the times beside a dense network"):
+        train(QUICK, tmp_path, resume=True, progress=False, time_dense=True)
+    (tmp_path / run_folder.REPORT).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint.pt is gone: it lacks report.html, which need"):
+        train(QUICK, tmp_path, resume=True, progress=False)
+
+
 def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     """SIGKILL at random moments, all through the command line."""
     command = [sys.executable, "-m", "sparse_moon", "train", "--model", "mlp", "--width", "64", "--epochs", "12",

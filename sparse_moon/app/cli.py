@@ -80,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.compare.sweep = parse_sweeps(arguments.compare.sweep or (), _own_options(given))
             run = import_module(f"sparse_moon.app.commands.{arguments.command}").run
         options = arguments[arguments.command]
+        if arguments.command == "compare" or options.get("resume"):  # where runs may have settings of their own
+            options.given = _given(program, given)
+        else:
+            options.given = ()
         models = [options.get("model"), *(options.get("sweep") or {}).get("model", ())]
         scores = (score.partition(":")[0] for score in options.get("score") or ())
         import_modules(filter(is_import_path, [*models, *scores]))
@@ -139,6 +143,13 @@ class _Parser(ArgumentParser):
         known = [option for action in parser._actions for option in action.option_strings]
         print(f"{self.program}: error: {parse_message(message, known)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _given(program: str, argv: Sequence[str]) -> list[str]:
+    """The options of a command line, by name, apart from those that have their defaults."""
+    arguments = _parser(program, argv).parse_args(_with_presets(list(argv)), defaults=False)
+    names = {field.name for field in fields(TrainConfig)} | _own_options(argv).keys()
+    return [name for name in vars(arguments[arguments.command]) if name in names]
 
 
 def _with_presets(argv: list[str]) -> list[str]:
@@ -263,7 +274,7 @@ def _eval_parser(description: str) -> _Parser:
         "dice:p=0.7,score=msp; default all that fit the model",
     )
     _add_imports(parser)
-    parser.add_argument("--data-root", type=str | None, default=None, help="folder of the named data sets")
+    _add_data_root(parser)
     parser.add_argument("--device", type=str | None, default=None, help="default the run's own")
     parser.add_argument("--ece-bins", type=int | None, default=None, help="bins of the calibration errors")
     parser.add_argument("--save-detector", type=str | None, default=None, help="file to write the one --score to")
@@ -309,6 +320,7 @@ def _export_parser(description: str) -> _Parser:
     parser = _Parser(allow_abbrev=False, description=description)
     parser.add_argument("run", type=str, help="run folder")
     _add_imports(parser)
+    _add_data_root(parser)
     parser.add_argument("--dense", type=str | None, default=None, help="file for a plain dense state dict (.pt)")
     parser.add_argument("--folder", type=str | None, default=None, help="folder for the sparse model, for sm.load")
     parser.add_argument("--onnx", type=str | None, default=None, help="file for the dense model in ONNX")
@@ -320,6 +332,11 @@ def _doctor_parser(description: str) -> _Parser:
     parser = _Parser(allow_abbrev=False, description=description)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
+
+
+def _add_data_root(parser: _Parser) -> None:
+    text = "folder of the named data sets, the run's own among them; default where it had them"
+    parser.add_argument("--data-root", type=str | None, default=None, help=text)
 
 
 def _add_log(group: Any) -> None:

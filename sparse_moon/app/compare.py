@@ -65,7 +65,7 @@ class _Processes:
         with self._lock:
             if self._ending:
                 raise CancelledError
-            process = _start(folder, *self._options, **self._variables)
+            process = _start(folder, self._options, self._variables)
             self._running.add(process)
         try:
             return process.wait()
@@ -81,7 +81,10 @@ class _Processes:
 
 
 @_exit_on_sigterm()
-def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1, log: Collection[str] = ()) -> list[str]:
+def run_all(
+    configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1, log: Collection[str] = (),
+    where: Mapping[str, Any] | None = None,
+) -> list[str]:  # fmt: skip
     """Train each run in a folder of its own in ``folder``; skip finished ones, resume interrupted ones.
 
     A run that is there is known by its settings, whatever its folder is called, so that commands which differ in any
@@ -95,6 +98,8 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1, log:
     Args:
         log: what each run writes its metrics to besides ``metrics.jsonl``, as in :func:`sparse_moon.train`; those that
             were finished before, too.
+        where: settings that say where runs compute and find their data, such as ``device`` and ``data_root``, for those
+            that are there as well, in place of their own.
 
     Returns:
         Names of the runs that failed.
@@ -105,7 +110,9 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1, log:
     check_kinds(log)
     runs = _place(list(configs), folder)
     failed: list[str] = []
-    pool, processes = ThreadPoolExecutor(jobs), _Processes(jobs, ["--log", *log] if log else ())
+    where = where or {}
+    options = [word for name, value in where.items() for word in _option(name, value)]
+    pool, processes = ThreadPoolExecutor(jobs), _Processes(jobs, [*options, *(["--log", *log] if log else ())])
     try:
         names = {pool.submit(_train, folder / name, processes, log): name for name in runs}
         for done, future in enumerate(as_completed(names), 1):
@@ -119,8 +126,8 @@ def run_all(configs: Iterable[TrainConfig], folder: Path, *, jobs: int = 1, log:
         pool.shutdown()
     for name in [name for name in runs if name not in failed]:
         try:
-            _add_ood_sets(folder / name, runs[name])
-            _add_scores(folder / name, runs[name])
+            _add_ood_sets(folder / name, runs[name], where)
+            _add_scores(folder / name, runs[name], where)
         except (OSError, ValueError) as error:
             print(f"{name}: FAILED to evaluate it again: {error}", flush=True)
             failed.append(name)
@@ -208,13 +215,19 @@ def _finished(folder: Path) -> bool:
     return not (folder / run_folder.CHECKPOINT).exists() or bool(run_folder.read_checkpoint(folder)["finished"])
 
 
-def _start(folder: Path, *options: str, **variables: str) -> "subprocess.Popen[bytes]":
+def _start(folder: Path, options: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "sparse_moon", "train", "--resume", "--out", str(folder), *options]
     command += options_to_import(files.read_json(folder / run_folder.CONFIG))
     # this package, rather than one in the working folder: a checkout there has no compiled kernels
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """A setting as ``sparse-moon train`` takes it."""
+    flag = f"--{name.replace('_', '-')}"
+    return [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
 
 
 def _summary(results: Mapping[str, Any]) -> str:
@@ -230,23 +243,27 @@ def _reason(folder: Path) -> str:
 
 
 def evaluate_again(
-    folder: Path, *, ood: list[str] | None = None, scores: Sequence[str] | None = None, device: str | None = None
-) -> None:
+    folder: Path, *, ood: list[str] | None = None, scores: Sequence[str] | None = None,
+    where: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Evaluate every finished run in ``folder`` without training, on these OOD sets and with these scores.
 
-    What is found goes beside what the run's results.json and scores.npz hold already, or in its place.
+    What is found goes beside what the run's results.json and scores.npz hold already, or in its place. Of ``where`` see
+    :func:`run_all`.
 
     Raises:
         ValueError: no finished run, or as :func:`sparse_moon.app.evaluate.evaluate_model`.
     """
     for path in finished_runs(folder):
-        _evaluate(path, {"score": None} if ood is None else {"score": None, "ood": ood}, scores, device)
+        _evaluate(path, {"score": None} if ood is None else {"score": None, "ood": ood}, scores, where or {})
 
 
-def _evaluate(path: Path, changes: Mapping[str, Any], scores: Sequence[str] | None, device: str | None) -> None:
+def _evaluate(
+    path: Path, changes: Mapping[str, Any], scores: Sequence[str] | None, where: Mapping[str, Any]
+) -> None:  # fmt: skip
     """Evaluate a finished run with these changes of its settings."""
     with run_folder.only_writer(path):
-        run = load_run(path, device=device)
+        run = load_run(path, **where)
         config = replace(run.config, **changes)
         new, arrays = evaluate_model(run.predictor, config, run.dataset, load_ood_sets(config, run.dataset), scores)
         record = _with_evaluation(read_record(path), new, arrays)
@@ -256,7 +273,7 @@ def _evaluate(path: Path, changes: Mapping[str, Any], scores: Sequence[str] | No
     print(f"{path.name}: evaluated on {', '.join(new['ood'])}", flush=True)
 
 
-def _add_ood_sets(path: Path, config: TrainConfig) -> None:
+def _add_ood_sets(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
     """Evaluate a finished run on those OOD sets of ``config`` that it lacks, where it was made for others."""
     saved = files.read_json(path / run_folder.CONFIG).get("ood")
     if saved == config.ood:
@@ -268,11 +285,10 @@ def _add_ood_sets(path: Path, config: TrainConfig) -> None:
             raise ValueError(f"it has the OOD set {kept[name]}, got {spec}: give that another name")
     found = files.read_json(path / run_folder.RESULTS)["ood"]
     if missing := [spec for spec in asked if spec.partition("=")[0] not in found]:
-        changes = {"ood": missing, "data_root": config.data_root, "download": config.download, "score": config.score}
-        _evaluate(path, changes, None, config.device)
+        _evaluate(path, {"ood": missing, "score": config.score}, None, where)
 
 
-def _add_scores(path: Path, config: TrainConfig) -> None:
+def _add_scores(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
     """Evaluate a finished run with the scores of ``config`` that it lacks, where it was made for others."""
     results = files.read_json(path / run_folder.RESULTS)
     asked = [] if config.score is None else scores_for(config)
@@ -282,8 +298,7 @@ def _add_scores(path: Path, config: TrainConfig) -> None:
         if name not in results.get("left_out", {}) and any(name not in found for found in results["ood"].values())
     ]
     if missing:
-        changes = {"ood": config.ood, "data_root": config.data_root, "download": config.download}
-        _evaluate(path, changes, missing, config.device)
+        _evaluate(path, {"ood": config.ood}, missing, where)
 
 
 def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RunRecord:

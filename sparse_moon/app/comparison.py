@@ -55,7 +55,9 @@ class _Row:
         return f"{self.first.config.method} {self.first.config.label}" == REFERENCE
 
 
-def write_table(folder: Path, relative_times: Mapping[str, float] | None = None) -> dict[str, Any]:
+def write_table(
+    folder: Path, relative_times: Mapping[str, float] | None = None, *, headline: str | None = None
+) -> dict[str, Any]:
     """Write table.json, table.md and plot.png of all finished runs in ``folder``.
 
     Runs that differ in nothing but the seed make a row.
@@ -63,10 +65,11 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
     Args:
         relative_times: time over that of RigL alone by label of the row (``rigl moon:-tuning 0.95``), in place of what
             the runs took themselves, which depends on what else their machine did.
+        headline: the score of the first table, which runs must have; default that of the first run's settings.
 
     Returns:
         What ``table.json`` holds: ``near``, ``far`` and ``ungrouped``, the names of the OOD sets by group;
-        ``headline``, the score of the first run's settings; ``axes``, the settings besides method and reliability in
+        ``headline``, the score of the first table; ``axes``, the settings besides method and reliability in
         which rows differ, with their values in order; ``rows``, each with ``label``, ``sparse`` (whether its networks
         are), ``settings``, ``runs``, ``ood`` (names of sets), ``figures`` ``{name: {"mean", "std"}}`` and
         ``published``, see :func:`sparse_moon.app.published.published_figures`; ``paired``, each with the ``axis`` that
@@ -75,13 +78,13 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
         Shares are in [0, 1].
 
     Raises:
-        ValueError: no finished run, one that is there twice, or whose results are incomplete.
+        ValueError: no finished run, one that is there twice, or whose results are incomplete; a headline that none has.
     """
     members = _rows(_read_runs(folder))
     varying = varying_settings(row.settings for row in members)
     axes = _axes(members, varying)
     members.sort(key=lambda row: _order(row, axes))
-    headline = members[0].first.config.headline
+    headline = _known_headline(headline, members) or members[0].first.config.headline
     rows = [_table_row(row, members, varying, relative_times) for row in members]
     table: dict[str, Any] = {
         **_groups(members[0].first), "headline": headline, "axes": axes, "rows": rows,
@@ -92,6 +95,16 @@ def write_table(folder: Path, relative_times: Mapping[str, float] | None = None)
     with files.replacing(folder / PLOT) as temporary:
         plots.comparison(rows, [headline]).savefig(temporary, dpi=150)
     return table
+
+
+def _known_headline(headline: str | None, rows: Sequence[_Row]) -> str | None:
+    """The same; raise ``ValueError`` where no run has such a score."""
+    scores = {
+        score: None for row in rows for run in row.runs.values() for s in run.results["ood"].values() for score in s
+    }
+    if headline is not None and headline not in scores:
+        raise ValueError(f"headline must be a score that some of the runs have, {list(scores)}, got {headline!r}")
+    return headline
 
 
 def _read_runs(folder: Path) -> Iterator[_Run]:

@@ -54,8 +54,12 @@ class FinishedRun:
     predictor: nn.Module
 
 
-def load_run(folder: Path, device: str | None = None) -> FinishedRun:
-    """A finished run, its networks on ``device`` (default the run's own).
+def load_run(folder: Path, **where: Any) -> FinishedRun:
+    """A finished run, with its networks and data.
+
+    Args:
+        where: settings that say where it computes and finds its data, such as ``device`` and ``data_root``, in place of
+            its own; None leaves those.
 
     Raises:
         ValueError: a folder without a finished run, damaged files, or a model of the user's own that has not been
@@ -64,7 +68,7 @@ def load_run(folder: Path, device: str | None = None) -> FinishedRun:
     state = run_folder.read_checkpoint(folder)
     if not state["finished"]:
         raise ValueError(f"the run in {folder} has not finished: continue it with --resume")
-    config = TrainConfig.from_dict({**state["config"], **({} if device is None else {"device": device})})
+    config = TrainConfig.from_dict({**state["config"], **{k: v for k, v in where.items() if v is not None}})
     if is_import_path(config.model):
         imported(config.model)
     dataset = load_dataset(config)

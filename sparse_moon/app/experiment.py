@@ -13,8 +13,11 @@ from sparse_moon.options import MethodOptions, ReliabilityOptions
 NAMED = ("method", "reliability", "without", "sparsity")
 """Settings that every name of an experiment begins with."""
 
-PLACE = ("device", "capture", "memory_format", "data_root", "download", "workers", "ood", "headline", "score")
-"""Settings that do not make two runs different: where they compute and find data, and what is looked at afterwards."""
+WHERE = ("device", "capture", "memory_format", "data_root", "download", "workers")
+"""Where and how a run computes and finds its data, which may be elsewhere when it goes on."""
+
+PLACE = (*WHERE, "ood", "headline", "score")
+"""Settings that do not make two runs different: these, and what is looked at afterwards."""
 
 OPTIONS = {field.name for kind in (MethodOptions, ReliabilityOptions) for field in fields(kind)}
 """Settings that some methods have and others do not."""

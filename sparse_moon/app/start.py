@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from sparse_moon import files
 from sparse_moon.app import run_folder
 from sparse_moon.app.config import TrainConfig, config_of
-from sparse_moon.app.experiment import run_name
+from sparse_moon.app.experiment import WHERE, run_name
 from sparse_moon.app.own import NAMES, import_modules
 from sparse_moon.app.presets import presets
 from sparse_moon.app.train import train as train_in
@@ -53,26 +53,30 @@ def train(
         ValueError: unknown settings, bad settings or data, or a folder that holds another run.
         OSError: the folder cannot be written.
     """
-    content = _content(config) | settings
+    content = _content(config) | settings  # of a TrainConfig all
     paths = [str(content[name]) for name in NAMES if is_import_path(content.get(name))]
     import_modules(paths)
     results, _, folder = start(
-        config_of(content), out, resume=resume, progress=progress, time_dense=time_dense, log=log
+        config_of(content), out, given=content, resume=resume, progress=progress, time_dense=time_dense, log=log
     )
     return {**results, "folder": str(folder)} if results else {}
 
 
 def start(
-    config: TrainConfig, out: Path | str | None, *, resume: bool, progress: bool, time_dense: bool, log: Collection[str]
-) -> tuple[dict[str, Any], TrainConfig, Path]:
+    config: TrainConfig, out: Path | str | None, *, given: Collection[str], resume: bool, progress: bool,
+    time_dense: bool, log: Collection[str],
+) -> tuple[dict[str, Any], TrainConfig, Path]:  # fmt: skip
     """Train a run in its folder, with the processes that ``torchrun`` started.
+
+    Args:
+        given: names of the settings that were asked for; where a run goes on, the others are its own.
 
     Returns:
         What ``results.json`` holds (empty but in the first of several processes), the run's settings, and its folder.
     """
     folder = Path(out or f"runs/{Path(config.dataset).stem}-{config.model}-{run_name(config)}")
     if resume:
-        config = _resumed(config, folder)
+        config = _resumed(config, folder, given)
     joins = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if joins:
         config = _join_processes(config)
@@ -108,19 +112,20 @@ def _content(config: TrainConfig | Mapping[str, Any] | Path | str | None) -> dic
     return content
 
 
-def _resumed(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The run's own settings, if there is one; what was asked for besides must not contradict them."""
+def _resumed(config: TrainConfig, folder: Path, given: Collection[str]) -> TrainConfig:
+    """The run's own settings, if there is one, but for where it goes on; others that were asked for must be its own."""
     if (folder / run_folder.CONFIG).exists():
-        saved = TrainConfig.from_dict(files.read_json(folder / run_folder.CONFIG))
+        content = files.read_json(folder / run_folder.CONFIG)
     elif (folder / run_folder.CHECKPOINT).exists():
-        saved = TrainConfig.from_dict(run_folder.read_checkpoint(folder)["config"])
+        content = run_folder.read_checkpoint(folder)["config"]
     else:
         return config
-    for field in fields(TrainConfig):
-        asked, kept = getattr(config, field.name), getattr(saved, field.name)
-        default = {} if field.default is MISSING else field.default
-        if asked not in (default, kept):
-            raise ValueError(f"the run in {folder} has {field.name} {kept!r}, it cannot be resumed with {asked!r}")
+    saved = TrainConfig.from_dict({**content, **{name: getattr(config, name) for name in WHERE if name in given}})
+    all_asked, all_kept = ({**vars(settings), **settings.own} for settings in (config, saved))
+    for name in given:
+        asked, kept = all_asked.get(name), all_kept.get(name)
+        if asked != kept:
+            raise ValueError(f"the run in {folder} has {name} {kept!r}, it cannot be resumed with {asked!r}")
     return saved
 
 

@@ -69,6 +69,8 @@ def _train(
     if not resume and (folder / run_folder.CONFIG).exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
     state = run_folder.read_checkpoint(folder) if resume and (folder / run_folder.CHECKPOINT).exists() else None
+    if resume and state is None and (folder / run_folder.RESULTS).exists():
+        return _without_checkpoint(config, folder, time_dense=time_dense, logs=logs)
     finished = state is not None and state["finished"]
     if state is not None:
         _check_settings(config, TrainConfig.from_dict(state["config"]))
@@ -113,6 +115,22 @@ def _train(
     # a finished run is here again because files were removed since
     model = trainer.predictor() if finished else trainer.finish()
     return _results(trainer, model, ood_sets, folder, finished, time_dense) if main else {}
+
+
+def _without_checkpoint(config: TrainConfig, folder: Path, *, time_dense: bool, logs: Logs) -> dict[str, Any]:
+    """The results of a finished run whose checkpoint was removed, as it may be to save space."""
+    _check_settings(config, TrainConfig.from_dict(files.read_json(folder / run_folder.CONFIG)))
+    lacks = [name for name in run_folder.FILES if name != run_folder.CHECKPOINT and not (folder / name).exists()]
+    results: dict[str, Any] = files.read_json(folder / run_folder.RESULTS)
+    if lacks or (time_dense and "beside_dense" not in results.get("steps", {})):
+        wanted = " and ".join([*lacks, *["the times beside a dense network"] * time_dense])
+        raise ValueError(
+            f"the run in {folder} is finished, and its {run_folder.CHECKPOINT} is gone: it lacks {wanted}, which need "
+            f"the network. Without {run_folder.RESULTS} it is trained anew"
+        )
+    if rank() == 0:
+        logs.write(run_folder.read_metrics(folder, results.get("epochs")))
+    return results
 
 
 def _check_settings(config: TrainConfig, saved: TrainConfig) -> None:

@@ -11,6 +11,7 @@ from sparse_moon.app import compare, comparison
 from sparse_moon.app.commands import settings
 from sparse_moon.app.comparison_text import format_summary
 from sparse_moon.app.config import TrainConfig, parse_label
+from sparse_moon.app.experiment import WHERE
 
 
 def run(arguments: Namespace) -> None:
@@ -18,14 +19,16 @@ def run(arguments: Namespace) -> None:
     folder = Path(arguments.out)
     if arguments.log and (arguments.evaluate or arguments.table_only):
         raise ValueError("--log is for training; without --table-only and --evaluate finished runs are logged, too")
+    where = {name: arguments[name] for name in WHERE if name in arguments.given}
     if arguments.evaluate:
-        compare.evaluate_again(folder, ood=arguments.ood, scores=arguments.score, device=arguments.device)
+        compare.evaluate_again(folder, ood=arguments.ood, scores=arguments.score, where=where)
     failed: list[str] = []
     if not (arguments.table_only or arguments.evaluate):
         if arguments.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")
-        failed = compare.run_all(_combinations(arguments), folder, jobs=arguments.jobs, log=arguments.log or ())
-    table = comparison.write_table(folder)
+        runs, log = _combinations(arguments), arguments.log or ()
+        failed = compare.run_all(runs, folder, jobs=arguments.jobs, log=log, where=where)
+    table = comparison.write_table(folder, headline=arguments.headline if "headline" in arguments.given else None)
     print(format_summary(table))
     print(f"AUROC and FPR95 by score: {folder / comparison.MARKDOWN}")
     if failed:

@@ -16,13 +16,13 @@ from sparse_moon.ood import save_detector
 
 def run(arguments: Namespace) -> None:
     """Evaluate a finished run, and print its figures or write a detector as well."""
-    finished = load_run(Path(arguments.run), device=arguments.device)
+    finished = load_run(Path(arguments.run), device=arguments.device, data_root=arguments.data_root)
     check_own(vars(arguments), finished.config)
     if arguments.save_detector is not None:
         if len(arguments.score or ()) != 1:
             raise ValueError(f"--save-detector needs one --score, got {arguments.score or 'none'}")
         _save_detector(finished, arguments.score[0], arguments.tpr, Path(arguments.save_detector))
-    asked = {"ood": arguments.ood, "data_root": arguments.data_root, "ece_bins": arguments.ece_bins}
+    asked = {"ood": arguments.ood, "ece_bins": arguments.ece_bins}
     given = {name: value for name, value in asked.items() if value is not None}
     config = replace(finished.config, score=None, **given)
     sets = load_ood_sets(config, finished.dataset)

@@ -27,7 +27,7 @@ def run(arguments: Namespace) -> None:
             raise ValueError(f"the folder {target.parent} does not exist")
     if arguments.onnx or arguments.sparse_onnx:
         _check_onnx()
-    finished = load_run(Path(arguments.run), device="cpu")
+    finished = load_run(Path(arguments.run), device="cpu", data_root=arguments.data_root)
     check_own(vars(arguments), finished.config)
     network, name = finished.network, finished.config.model
     description = _description(finished)

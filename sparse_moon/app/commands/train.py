@@ -11,8 +11,8 @@ from sparse_moon.app.tables import format_kernels, format_results
 def run(arguments: Namespace) -> None:
     """Train one run and print its figures."""
     results, config, folder = start(
-        settings(vars(arguments)), arguments.out, resume=arguments.resume, progress=not arguments.quiet,
-        time_dense=arguments.time_dense, log=arguments.log or (),
+        settings(vars(arguments)), arguments.out, given=arguments.given, resume=arguments.resume,
+        progress=not arguments.quiet, time_dense=arguments.time_dense, log=arguments.log or (),
     )  # fmt: skip
     if not results:  # in all but the first of several processes
         return
