@@ -21,9 +21,10 @@ def data():
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
 
 
-def prepared(kind, model, accumulated=1):
-    """As the page has it."""
+def prepared(kind, model, accumulated=1, scaler=None):
+    """As the page has it; a scaler in the place of that of mixed_precision="fp16", which needs a GPU."""
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+    accelerator.scaler = scaler
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model, optimizer, loader = accelerator.prepare(model, optimizer, data())
     options = {"backwards_per_step": accumulated} if kind != "gmp" else {}
@@ -97,3 +98,32 @@ def test_an_attached_method_steps_with_the_optimizer():
     accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
     optimizer.step()
     assert method.steps == 1
+
+
+@pytest.mark.parametrize("kind", ["rigl", "mest", "top-kast", "gmp"])
+def test_a_gradient_scaler_changes_nothing(kind):
+    plain, scaled = (scaled_loop(kind, scale) for scale in (None, 2.0**10))
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rigl", "mest", "top-kast", "gmp"])
+@pytest.mark.parametrize("overflow", [3, 4])
+def test_an_overflow_is_skipped_also_where_the_topology_updates(kind, overflow):
+    assert all(p.isfinite().all() for p in scaled_loop(kind, 2.0**10, overflow).parameters())
+
+
+def scaled_loop(kind, scale, overflow=None):
+    """A network after ten batches, of which the one of that number overflows, with updates at 4 and 8."""
+    torch.manual_seed(3)
+    model, scaler = net(), None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator, wrapped, optimizer, loader, method = prepared(kind, model, scaler=scaler)
+    for number, (x, y) in enumerate(loader):
+        if number == 10:
+            break
+        loss = torch.nn.functional.cross_entropy(wrapped(x), y)
+        accelerator.backward(loss * float("inf") if number == overflow else loss)
+        method.step()
+        optimizer.zero_grad()
+    assert method.steps == 10
+    return model

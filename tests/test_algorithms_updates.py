@@ -346,3 +346,32 @@ def test_errors():
         SRigL(model, optimizer, total_steps=200)
     with pytest.raises(ValueError, match=r"gamma_sal must be in \[0, 1\], got 2"):
         SRigL(model, optimizer, total_steps=200, gamma_sal=2.0)
+
+
+def test_top_kast_keeps_the_order_of_layers_where_one_was_frozen():
+    def network():
+        torch.manual_seed(0)
+        layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)]
+        model = sm.sparsify(nn.Sequential(*layers), 0.5, "uniform", first_dense=False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return model, TopKAST(model, optimizer, total_steps=20, interval=3)
+
+    model, method = network()
+    for step in range(6):
+        if step == 2:
+            model[2].values.requires_grad_(False)
+        model(torch.randn(8, 16)).square().mean().backward()
+        method.step()
+        method.optimizer.zero_grad()
+    other, resumed = network()
+    other.load_state_dict(model.state_dict())
+    other[2].values.requires_grad_(False)
+    resumed.load_state_dict(method.state_dict())
+    for place in (0, 2, 4):
+        assert torch.equal(other[place].values, model[place].values)
+
+
+def test_top_kast_needs_a_batch_to_end_with():
+    model = sm.sparsify(nn.Linear(16, 16), 0.5)
+    with pytest.raises(ValueError, match=r"number stop \* total_steps, at least 1, got 0.004 \* 100"):
+        TopKAST(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=100, stop=0.004)

@@ -350,3 +350,23 @@ def test_nothing_but_depthwise_convolutions():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=8))
     assert sm.layer_densities(model, 0.5, "uniform") == {"0": 1.0, "1": 1.0}
     assert sm.layer_densities(model, 0.5, "uniform", first_dense=False, depthwise_dense=False) == {"0": 0.5, "1": 0.5}
+
+
+@pytest.mark.parametrize("parametrize", [
+    lambda layer: nn.utils.parametrizations.weight_norm(layer, "values"),
+    lambda layer: nn.utils.parametrize.register_parametrization(layer, "values", nn.Tanh()),
+])  # fmt: skip
+def test_values_are_not_parametrized_and_the_layer_stays_whole(parametrize):
+    layer = sm.SparseLinear(8, 8, sparsity=0.5)
+    x, before = torch.randn(2, 8), dict(layer.named_parameters())
+    expected = layer(x)
+    with pytest.raises(TypeError, match="the values of SparseLinear cannot be taken away or parametrized"):
+        parametrize(layer)
+    assert dict(layer.named_parameters()) == before and torch.equal(layer(x), expected)
+
+
+def test_complex_layers_stay_dense_and_are_said():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, dtype=torch.complex64))
+    with pytest.warns(UserWarning, match=r"dense stay Linear"):
+        sm.sparsify(model, 0.9, "uniform", first_dense=False)
+    assert [type(layer) for layer in model] == [sm.SparseLinear, nn.Linear]

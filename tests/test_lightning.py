@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,3 +234,11 @@ def test_wrong_uses_are_named():
     sparse.convert(two)
     with pytest.raises(ValueError, match="needs one optimizer that holds the weights of the sparse layers, 2 of 2 do"):
         sparse.begin(two, [torch.optim.SGD(two.parameters(), 0.1) for _ in range(2)], total_steps=40)
+
+
+def test_a_training_in_which_the_method_made_fewer_steps_says_so():
+    sparse = callback("gmp")
+    sparse.method = SimpleNamespace(steps=9, unfinished="made 9 of 10 steps")
+    sparse.on_train_end(SimpleNamespace(global_step=9), None)
+    with pytest.warns(UserWarning, match="made 9 of 10 steps"):
+        sparse.on_train_end(SimpleNamespace(global_step=10), None)

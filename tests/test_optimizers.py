@@ -1,6 +1,7 @@
 """Any optimizer: its state moves with the weights, and its step can be the method's."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -394,3 +395,40 @@ def test_muon_trains_what_is_dense_beside_a_method():
     assert changed(before, model) and not torch.equal(weight, model[0].weight)
     with pytest.raises(ValueError, match="2D"):
         torch.optim.Muon([model[2].values])
+
+
+def test_a_dense_gradient_that_overflows_ends_no_training_of_an_attached_method():
+    """A scaler looks at the parameters' gradients; that of the dense weight, which RigL reads, may be larger."""
+    mask = torch.rand(64, 32) < 0.4
+    mask[:, 0] = False
+    model = nn.Sequential(sm.SparseLinear.from_dense(nn.Linear(32, 64), mask), nn.ReLU(), nn.Linear(64, 6))
+    method = make("rigl", model, interval=2).attach()
+    before = masks(model)
+    for step in range(3):
+        x, y = batch()
+        x[:, 0] = 3e38  # no weight sees it
+        loss = 100 * F.cross_entropy(model(x), y)
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        with pytest.warns(UserWarning, match="at batch 2 are not finite: no topol") if step == 2 else nullcontext():
+            method.optimizer.step()
+        method.optimizer.zero_grad()
+    assert method.steps == 3 and not changed(before, model)
+
+
+@pytest.mark.parametrize("kind", ["gmp", "top-kast", "rigl"])
+def test_steps_that_a_scaler_skips_are_missing_at_the_end_and_said(kind):
+    model = net()
+    method = make(kind, model, total_steps=10, interval=2, stop=1.0).attach()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(10):
+        x, y = batch()
+        scaler.scale(F.cross_entropy(model(x * (float("inf") if step == 3 else 1.0)), y)).backward()
+        scaler.step(method.optimizer)
+        scaler.update()
+        method.optimizer.zero_grad()
+    assert method.steps == 9
+    if kind == "rigl":
+        assert method.unfinished is None
+    else:
+        assert f"{kind!r} made 9 of the 10 steps to its final density" in method.unfinished

@@ -49,6 +49,12 @@ def test_it_is_the_run_of_the_command_line_to_the_bit(by_command, tmp_path, form
     assert results["id"] == json.loads((by_command / "results.json").read_text())["id"]
 
 
+def test_numbers_of_a_yaml_file_are_those_of_the_command_line(tmp_path):
+    (tmp_path / "own.yaml").write_text("lr: 1e-1\nlr_end: 2E-3\nweight_decay: .5e-3\nepochs: 0\n")
+    with pytest.raises(ValueError, match="epochs must be at least 1"):  # and not that a number is none
+        sm.train(tmp_path / "own.yaml")
+
+
 def test_it_is_resumed_and_a_run_that_is_there_is_kept(by_command, tmp_path):
     again = sm.train(SETTINGS, out=by_command, resume=True)
     assert again["id"]["accuracy"] == json.loads((by_command / "results.json").read_text())["id"]["accuracy"]

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,3 +163,11 @@ def worker(port, world, rank, folder):
 if __name__ == "__main__":
     worker(*sys.argv[1:])
     leave()
+
+
+def test_a_training_in_which_the_method_made_fewer_steps_says_so():
+    sparse = SparseTraining(method="gmp", sparsity=0.5)
+    sparse.method = SimpleNamespace(steps=9, unfinished="made 9 of 10 steps")
+    sparse.on_train_end(None, SimpleNamespace(global_step=9), None)
+    with pytest.warns(UserWarning, match="made 9 of 10 steps"):
+        sparse.on_train_end(None, SimpleNamespace(global_step=10), None)

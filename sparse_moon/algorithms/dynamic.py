@@ -174,6 +174,15 @@ class DynamicMethod(Method):
         self.next_batch()
         return updated
 
+    @property
+    def unfinished(self) -> str | None:
+        if not self.resizes or self.steps >= self.stop_step:
+            return None
+        return (
+            f"method {self.name!r} made {self.steps} of the {self.stop_step} steps to its final density. Where a "
+            "gradient scaler skips a step, an attached method makes none either: take fewer total_steps, or bfloat16"
+        )
+
     def next_batch(self) -> None:
         super().next_batch()
         self._prepare()
@@ -204,11 +213,14 @@ class DynamicMethod(Method):
 
     def _check_gradients(self, scaler: GradScaler | None) -> bool:
         """Whether the update may use this batch's gradients; without a scaler others than finite ones are an error."""
-        if scaler is not None:
-            unscale_(scaler, self.optimizer)  # which also notes overflows
+        scaler = unscale_(scaler, self.optimizer)  # which also notes overflows
         finite = self._gradients_finite()
         if scaler is not None:
             scaler.update()
+        elif not finite and self.attached:  # to an optimizer that perhaps a scaler calls, which looks at less
+            self._tell_once(
+                "not finite", f"the gradients at batch {self.steps} are not finite: no topology is updated there"
+            )
         elif not finite:
             raise ValueError(f"the gradients at batch {self.steps} are not finite, the topology cannot be updated")
         return finite

@@ -183,11 +183,17 @@ class Method:
         """Whether the batch in progress ends with a topology update."""
         return False
 
+    @property
+    def unfinished(self) -> str | None:
+        """At the end of a training, why the topology is not what was to come out; None where it is."""
+        return None
+
     def step(self, scaler: GradScaler | None = None, closure: Callable[[], Any] | None = None) -> bool:
         """Finish a batch whose gradients are ready.
 
         Args:
-            scaler: under automatic mixed precision the scaler of the loss; it unscales, steps and updates here.
+            scaler: under automatic mixed precision the scaler of the loss; it unscales, steps and updates here. Not of
+                accelerate's optimizers, which have it.
             closure: computes the gradients anew and returns the loss, for optimizers that need that.
 
         Returns:
@@ -218,7 +224,8 @@ class Method:
         """Make ``optimizer.step()`` do what :meth:`step` does, for loops of others (Lightning, Hugging Face).
 
         It returns what the optimizer's own step returns. A gradient scaler then calls it as ever; where it skips a step
-        because of an overflow, the topology update waits for the next batch.
+        because of an overflow, the method makes none either: a topology update waits for the next batch, and what is
+        due at the end comes as many batches later, see :attr:`unfinished`.
 
         Returns:
             The method itself. From now on do not call :meth:`step` besides.

@@ -270,7 +270,16 @@ def _unscale_for_fused(optimizer: Optimizer) -> bool:
     return True
 
 
-def unscale_(scaler: GradScaler, optimizer: Optimizer) -> None:
-    """Unscale the optimizer's gradients, unless the caller has: to clip them."""
+def unscale_(scaler: GradScaler | None, optimizer: Any) -> GradScaler | None:
+    """Unscale the optimizer's gradients, unless the caller has: to clip them.
+
+    Returns:
+        The scaler: this one, or that with which accelerate's optimizer steps. None where there is none.
+    """
+    if scaler is None:
+        scaler, optimizer = getattr(optimizer, "scaler", None), getattr(optimizer, "optimizer", None)
+    if not isinstance(scaler, GradScaler):
+        return None
     with suppress(RuntimeError):  # "already been called"
         scaler.unscale_(optimizer)
+    return scaler

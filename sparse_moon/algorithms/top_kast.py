@@ -104,6 +104,11 @@ class TopKAST(SET):
         self._active: dict[SparseLayer, Tensor] = {}  # bool (n,): A among B
         self._hidden: dict[SparseLayer, Tensor] = {}  # the values of B outside A, while they are 0 in the model
         super().__init__(model, optimizer, **arguments)
+        if self.stop_step < 1:
+            raise ValueError(
+                f"the batch after which only A is left is number stop * total_steps, at least 1, got {stop} * "
+                f"{self.total_steps}"
+            )
 
     @property
     def updates_now(self) -> bool:
@@ -141,8 +146,7 @@ class TopKAST(SET):
         if closure is not None:  # gradients are those of A, where they are computed
             with torch.enable_grad():
                 closure()
-        if scaler is not None:
-            unscale_(scaler, self.optimizer)
+        unscale_(scaler, self.optimizer)
         for layer in self.layers.values():
             if not layer.values.requires_grad:  # frozen by now, as it is
                 continue
@@ -160,11 +164,11 @@ class TopKAST(SET):
         self._active = {layer: a for layer, a in self._active.items() if not layer.values.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
-        values = []
-        for layer, active in self._active.items():
+        active, values = [self._active[layer] for layer in self.layers.values()], []
+        for layer in self.layers.values():
             values.append(layer.values.detach().clone())
-            values[-1][~active] = self._hidden[layer]
-        return {**super().state_dict(), "active": list(self._active.values()), "values": values}
+            values[-1][~self._active[layer]] = self._hidden[layer]
+        return {**super().state_dict(), "active": active, "values": values}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A run from its settings, wherever they come from: what the command line and :func:`sparse_moon.train` share."""
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,15 @@ from sparse_moon.app.presets import presets
 from sparse_moon.app.train import train as train_in
 from sparse_moon.memory import keep_freed_memory
 from sparse_moon.settings import is_import_path
+
+
+class _Loader(yaml.SafeLoader):
+    """As the command line reads YAML: ``1e-1`` is a number, too."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def train(
@@ -104,7 +114,7 @@ def _content(config: TrainConfig | Mapping[str, Any] | Path | str | None) -> dic
             raise ValueError(f"{path} is neither a file nor one of the presets {', '.join(presets())}")
         path = presets()[str(config)]
     try:
-        content = yaml.safe_load(files.read_text(path))
+        content = yaml.load(files.read_text(path), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"the settings of {path} cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -196,6 +196,11 @@ class SparseCallback:
         chosen = {name: getattr(self, name) for name in names} | {"pattern": str(self.pattern)}
         return {"method": self.kind.name, **chosen, **asdict(self.options)}
 
+    def check_finished(self, steps: int) -> None:
+        """Say where the training has ended, after so many steps, and the method has not."""
+        if self.method is not None and steps > self.method.steps and self.method.unfinished is not None:
+            warnings.warn(self.method.unfinished, stacklevel=3)
+
     def check_resumed(self, steps: int) -> None:
         """Raise ``ValueError`` where the training has done some steps already, but the method none."""
         if steps and self.method is not None and not self.method.steps:

@@ -84,6 +84,10 @@ class SparseTraining(SparseCallback, Callback):
         """Log."""
         pl_module.log_dict(self.figures())
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the method has come to its end."""
+        self.check_finished(trainer.global_step)
+
     def state_dict(self) -> dict[str, Any]:
         """State for Lightning's checkpoint."""
         return self.saved()

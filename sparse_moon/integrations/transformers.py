@@ -71,6 +71,12 @@ class SparseTraining(SparseCallback, TrainerCallback, ExportableState):
         if self.clock is not None:
             self.clock.stop()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look whether the method has come to its end."""
+        self.check_finished(state.global_step)
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add figures to logs of the training."""
         if "loss" in kwargs["logs"]:

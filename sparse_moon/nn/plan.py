@@ -181,7 +181,9 @@ def convertible(model: nn.Module, kept: Collection[frozenset[int]] = ()) -> dict
         if type(module) not in _PLAIN:
             continue
         weight = module._parameters.get("weight")
-        if weight is not None and users[weight] == {type(module)} and frozenset([id(weight)]) not in kept:
+        if weight is None or not weight.is_floating_point():  # complex, of which no kernel is
+            continue
+        if users[weight] == {type(module)} and frozenset([id(weight)]) not in kept:
             places.setdefault(module, []).append(name)
     return places
 

@@ -99,6 +99,14 @@ class SparseLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name == "values":  # what register_parametrization and weight_norm begin with
+            raise TypeError(
+                f"the values of {type(self).__name__} cannot be taken away or parametrized: set its transform to a "
+                "function of the values in place of a parametrization"
+            )
+        super().__delattr__(name)
+
     def effective_values(self) -> Tensor:
         """The values that the product sees: ``values``, with :attr:`lora` and :attr:`transform` where those are set.
 
