@@ -186,3 +186,16 @@ def test_recompute_refuses_second_derivatives(images):
     else:  # where nothing was dropped there is nothing to refuse
         assert grad.requires_grad
     F.relu(output).sum().backward()
+
+
+def test_ensembles_share_a_topology():
+    """``torch.func.stack_module_state`` stacks buffers, too."""
+    layer, x = sm.SparseLinear(8, 8, sparsity=0.5), torch.randn(3, 8)
+    parameters, buffers = torch.func.stack_module_state([copy.deepcopy(layer) for _ in range(2)])
+
+    def call(*state):
+        return torch.func.functional_call(layer, state, (x,))
+
+    torch.testing.assert_close(torch.func.vmap(call)(parameters)[1], layer(x))
+    with pytest.raises(ValueError, match="a topology cannot be batched by vmap, only values can"):
+        torch.func.vmap(call)(parameters, buffers)

@@ -136,6 +136,11 @@ def check_index(index: Index) -> tuple[str, int]:
     fault = index_form(index)
     if fault:
         return fault, 0
+    if any(map(torch._C._functorch.is_batchedtensor, index)):
+        raise ValueError(
+            "a topology cannot be batched by vmap, only values can, of models that share it: leave the buffers of "
+            "stack_module_state out of the call"
+        )
     with torch.no_grad():
         number, fingerprint = call("check_index", *index).tolist()
     if number == 0 and hasattr(index[1], _ATTRIBUTE):
