@@ -396,8 +396,10 @@ def main() -> None:
         _, heading, rest = TABLE.read_text().partition("\n## Layers\n")  # which is written by hand
         TABLE.write_text(document(head, rows) + heading + rest)
     print(*table(rows), sep="\n")
-    if any(row.silent for row in rows):
-        raise SystemExit("a shortfall was not said")
+    silent = [row.name for row in rows if row.silent]
+    failed = [row.name for row in rows if any(text != "ok" for text in row.checks.values())]
+    if silent or failed:
+        raise SystemExit(f"a shortfall was not said: {silent or 'none'}; checks failed: {failed or 'none'}")
 
 
 if __name__ == "__main__":
