@@ -57,7 +57,8 @@ class WeightAverage(_Average):
     Call :meth:`update` at the end of each late epoch, then :meth:`copy_to` a model and :func:`refresh_batch_norm` on
     it. Only parameters are averaged; a model with batch norm is not usable before the refresh.
 
-    ``state_dict`` holds the averages, how many models they are of, and the topology they belong to.
+    Averages of 16-bit parameters are kept in float32. ``state_dict`` holds the averages, how many models they are of,
+    and the topology they belong to.
 
     Args:
         model: whose parameters are to be averaged.
@@ -77,7 +78,7 @@ class WeightAverage(_Average):
 
     def _start(self, model: nn.Module) -> None:
         for i, tensor in enumerate(_averaged(model)):
-            self.register_buffer(f"average_{i}", torch.zeros_like(tensor))
+            self.register_buffer(f"average_{i}", torch.zeros_like(_wide(tensor)))
         for i, tensor in enumerate(_indices(model)):
             self.register_buffer(f"index_{i}", tensor.clone())
 
@@ -89,7 +90,7 @@ class WeightAverage(_Average):
             self._start(model)
         self._check(model)
         averages = list(map(part_of, self._buffers_named("average_")))
-        values = list(map(part_of, _averaged(model)))
+        values = [_wide(part_of(tensor)) for tensor in _averaged(model)]
         if self.mask is not None:
             mask, layers = self.mask, sparse_layers(model).values()
             masked = len(layers)
@@ -246,9 +247,9 @@ class TicketAverage(_PlacedAverage):
         super().__init__(model)
         for i, layer in enumerate(sparse_layers(model).values()):
             self.register_buffer(f"place_{i}", layer.topology.positions()[:0])
-            self.register_buffer(f"value_{i}", torch.zeros_like(layer.values[:0]))
+            self.register_buffer(f"value_{i}", torch.zeros_like(_wide(layer.values[:0])))
         for i, tensor in enumerate(_unmasked(model)):
-            self.register_buffer(f"average_{i}", torch.zeros_like(tensor))
+            self.register_buffer(f"average_{i}", torch.zeros_like(_wide(tensor)))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -257,13 +258,13 @@ class TicketAverage(_PlacedAverage):
         for i, layer in enumerate(sparse_layers(model).values()):
             old, new = self.get_buffer(f"place_{i}"), layer.topology.positions()
             places = torch.cat([old, new]).unique()
-            average = layer.values.new_zeros(len(places), *layer.values.shape[1:])
+            average = _wide(layer.values).new_zeros(len(places), *layer.values.shape[1:])
             average[torch.searchsorted(places, old)] = self.get_buffer(f"value_{i}") * (1.0 - share)
-            average[torch.searchsorted(places, new)] += layer.values * share
+            average[torch.searchsorted(places, new)] += _wide(layer.values) * share
             self.register_buffer(f"place_{i}", places)
             self.register_buffer(f"value_{i}", average)
         for average, parameter in zip(self._buffers_named("average_"), _unmasked(model), strict=True):
-            average.lerp_(parameter, share.to(average.dtype))
+            average.lerp_(parameter.to(average.dtype), share.to(average.dtype))
         self.count += 1
 
     def _kept(self, i: int, topology: Topology) -> tuple[Tensor, Tensor]:

@@ -171,3 +171,19 @@ def test_stochastic_passes():
     torch.testing.assert_close(model(x), nn.Sequential(*model)(x))  # nothing stays hidden
     with pytest.raises(ValueError, match="samples must be at least 1"):
         sm.StochasticPasses(model, mask, 0)
+
+
+@pytest.mark.parametrize("kind", [sm.WeightAverage, sm.TicketAverage])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_once(kind, dtype):
+    model = sm.sparsify(nn.Linear(32, 32), 0.5).to(dtype)
+    average, total = kind(model), 0.0
+    for _ in range(20):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(1 + torch.rand_like(parameter))
+        average.update(model)
+        total = total + model.values.detach().double()
+    average.copy_to(model)
+    error = (model.values.double() - total / 20).abs().max()  # of numbers from 1 to 2
+    assert error <= torch.finfo(dtype).eps / 2 + 1e-6
