@@ -72,7 +72,7 @@ pytest=("$python" -m pytest -q --import-mode=importlib -p no:benchmark)
 triton=(tests/test_triton_*.py) # of which all run on the GPU, not only what needs one
 others=()
 for file in tests/test_*.py; do
-    if [[ $file != tests/test_triton_* ]] && grep -q "mark.gpu\|needs_gpu\|ON_GPU" "$file"; then others+=("$file"); fi
+    if [[ $file != tests/test_triton_* ]] && grep -q "mark.gpu" "$file"; then others+=("$file"); fi
 done
 sanitize=("${pytest[@]}" -m gpu tests/test_cuda_*.py
     -k "uneven or hard or strided or other_memory or not_aligned or other_layouts")
@@ -107,7 +107,7 @@ for name in vit_base resnet50 gpt2_1.3b; do
 done
 
 run compile_more 40 "$python" benchmarks/compile_kernels.py --case resnet18 gpt2_350m vit_small &
-run tests 80 bash -c '"$@"' - "${pytest[@]}" "${parallel[@]}" "${triton[@]}" "${others[@]}"
+run tests 80 "${pytest[@]}" "${parallel[@]}" "${triton[@]}" "${others[@]}"
 wait
 run steps_resnet18 40 $(steps resnet18 --dense compiled eager --sparsity 0.9 --pattern block32 block64 --seconds 35 \
     --json "$out/cuda_step_resnet18.json")

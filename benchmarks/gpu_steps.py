@@ -80,11 +80,12 @@ class _Steps:
         """One case: what goes wrong in it, or lasts too long, is put down, and the next one follows."""
         name = " ".join(map(str, (self.network.name, *what)))
         began = time.perf_counter()
-        try:
-            with limit(min(self.bench.arguments.case_seconds, self.bench.seconds_left())):
+
+        def limited(bench: Bench) -> None:
+            with limit(min(bench.arguments.case_seconds, bench.seconds_left())):
                 run(*what)
-        except Exception as error:  # whatever a case raises is its finding
-            self.bench.fail(name, error)
+
+        self.bench.case(name, limited)
         print(f"        {name}: {time.perf_counter() - began:.0f} s", flush=True)
 
     def all(self) -> None:

@@ -122,6 +122,15 @@ def test_names_that_begin_with_module_are_kept_apart():
     assert list(make("rigl", model).layers) == ["fc", "module.fc"]
 
 
+def scaled_step(model, method, scaler, *, overflows):
+    """A batch as loops of others train it: the scaler calls the optimizer, which the method is attached to."""
+    x, y = batch()
+    scaler.scale(F.cross_entropy(model(x * (float("inf") if overflows else 1.0)), y)).backward()
+    scaler.step(method.optimizer)
+    scaler.update()
+    method.optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_attached_method_with_a_gradient_scaler(fused):
     model = net()
@@ -130,11 +139,7 @@ def test_an_attached_method_with_a_gradient_scaler(fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = masks(model)
     for step in range(7):
-        x, y = batch()
-        scaler.scale(F.cross_entropy(model(x * (float("inf") if step == 2 else 1.0)), y)).backward()
-        scaler.step(method.optimizer)
-        scaler.update()
-        method.optimizer.zero_grad()
+        scaled_step(model, method, scaler, overflows=step == 2)
         assert bool(changed(before, model)) == (step > 2)
     assert method.steps == 6
 
@@ -422,11 +427,7 @@ def test_steps_that_a_scaler_skips_are_missing_at_the_end_and_said(kind):
     method = make(kind, model, total_steps=10, interval=2, stop=1.0).attach()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in range(10):
-        x, y = batch()
-        scaler.scale(F.cross_entropy(model(x * (float("inf") if step == 3 else 1.0)), y)).backward()
-        scaler.step(method.optimizer)
-        scaler.update()
-        method.optimizer.zero_grad()
+        scaled_step(model, method, scaler, overflows=step == 3)
     assert method.steps == 9
     if kind == "rigl":
         assert method.unfinished is None
