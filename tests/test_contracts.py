@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import get_args
@@ -205,8 +206,17 @@ def test_pages_name_files_that_exist(page):
 
 
 def exists(name):
+    """Whether there is such a module, or such a name in it; a module whose packages are not installed cannot say."""
+    parts = re.sub(r"^sm\b", "sparse_moon", name).split(".")
+    for length in range(2, len(parts) + 1):
+        try:
+            import_module(".".join(parts[:length]))
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("sparse_moon"):  # another package's
+                return True
+            break
     try:
-        resolve_name(re.sub(r"^sm\b", "sparse_moon", name))
+        resolve_name(".".join(parts))
     except (ImportError, AttributeError):
         return False
     return True
