@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import sparse_moon.files
+from sparse_moon.ops.cpu import emulated
 
 
 def median_ms(
@@ -90,8 +91,8 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 itself; elsewhere torch emulates it, a hundred times slower than fp32."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether the device multiplies bfloat16 itself; elsewhere torch emulates it, many times slower than fp32."""
+    return device.type != "cpu" or not emulated(torch.bfloat16)
 
 
 def ceilings(device: torch.device, *, seconds: float) -> dict[str, float]:

@@ -1,12 +1,13 @@
-"""The compiled CPU products of activations in bfloat16, bit for bit as of float32 that is rounded afterwards."""
+"""CPU products of 16-bit activations by compiled kernels, bit for bit as of float32 that is rounded afterwards."""
 
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_moon.ops import Geometry, use_backend
+from sparse_moon.ops import Geometry, cpu, use_backend
 from sparse_moon.ops.cpu import matrix
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.native import native
@@ -91,6 +92,79 @@ def test_conv2d_in_bfloat16(kernels, shape, size, batch, stride, padding, dilati
         )  # fmt: skip
 
     assert_bfloat16_is_float32_rounded(run, values, bias, x, grad)
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of torch's products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, inputs=(), options=None):
+        if function.overloadpacket._qualified_op_name.rpartition(":")[2] in PRODUCTS:
+            self.dtypes.add(inputs[0].dtype)
+        return function(*inputs, **(options or {}))
+
+
+PRODUCTS = {"mm", "addmm", "linear", "convolution", "convolution_backward"}
+
+
+@pytest.mark.parametrize("emulates", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_products_that_torch_only_emulates_are_computed_in_float32(monkeypatch, dtype, emulates):
+    """In a convolution that none of Winograd's are, one that they are, and a linear layer."""
+    for module in (linear, conv2d, cpu):
+        monkeypatch.setattr(module, "emulated", lambda asked: emulates and asked is dtype)
+
+    def results(run, *operands: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
+        with use_backend("dense"), Products() as products:
+            return list(run(*operands)), products.dtypes
+
+    def compare(run, *operands: Tensor, own: set[torch.dtype]) -> None:
+        halves = [t.to(dtype) for t in operands]
+        ours, dtypes = results(run, *halves)
+        exact, _ = results(run, *(t.float() for t in halves))
+        assert dtypes == (own if emulates else {dtype})
+        for result, expected in zip(ours, exact, strict=True):
+            assert result.dtype == dtype
+            if emulates:
+                assert torch.equal(result, expected.to(dtype))
+
+    topology = Topology.random((16, 48), 0.5)
+    plan = topology.plan()
+
+    def products(values: Tensor, bias: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        return (
+            linear.forward(x, values, bias, None, plan), linear.forward(x, values, None, None, plan),
+            linear.input_grad(grad, values, plan), linear.values_grad(grad, x, plan), linear.dense_grad(grad, x),
+            *linear.grads(grad, x, values, plan, True),
+        )  # fmt: skip
+
+    sizes = topology.values_shape, (16,), (9, 48), (9, 16)
+    compare(products, *(torch.randn(size) for size in sizes), own={torch.float32})
+    for stride, own in ((2, {torch.float32}), (1, set())):
+        geometry = Geometry((16, 16, 3, 3), (stride, stride), (1, 1), (1, 1), 1)
+        topology = Topology.random((16, 144), 0.3)
+        conv2d_plan = topology.plan(geometry)
+
+        def convolutions(
+            values: Tensor, bias: Tensor, x: Tensor, grad: Tensor, plan=conv2d_plan, geometry=geometry
+        ) -> tuple[Tensor, ...]:
+            return (
+                conv2d.forward(x, values, bias, None, plan), conv2d.input_grad(grad, values, list(x.shape), plan),
+                conv2d.values_grad(grad, x, plan), conv2d.dense_grad(grad, x, 1, *geometry),
+                *conv2d.grads(grad, x, values, plan, True),
+            )  # fmt: skip
+
+        out = 8 // stride
+        sizes = topology.values_shape, (16,), (8, 16, 8, 8), (8, 16, out, out)
+        compare(convolutions, *(torch.randn(size) for size in sizes), own=own)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs products of bfloat16")
+def test_products_that_torch_has_are_not_emulated():
+    assert not cpu.emulated(torch.bfloat16) and not cpu.emulated(torch.float32)
 
 
 def test_rounding_to_bfloat16(kernels):

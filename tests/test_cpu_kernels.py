@@ -346,7 +346,10 @@ def test_winograd_where_it_is_the_faster_one(monkeypatch):
         return calls.copy()
 
     assert calls_of() == ["winograd_conv2d", "winograd_input_grad", "winograd_weight_grad"]
-    assert calls_of(backend="kernel") == calls_of(dtype=torch.float64) == calls_of(dtype=torch.bfloat16) == []
+    assert calls_of(backend="kernel") == calls_of(dtype=torch.float64) == []
+    for emulates in (False, True):  # then they are computed in float32
+        monkeypatch.setattr(conv2d, "emulated", lambda dtype, emulates=emulates: emulates and dtype is torch.bfloat16)
+        assert calls_of(dtype=torch.bfloat16) == (calls_of() if emulates else [])
     assert calls_of(stride=2) == calls_of(kernel_size=5) == calls_of(groups=2) == calls_of(dilation=2) == []
     assert calls_of((8, 15, 8, 8)) == calls_of((1, 16, 8, 8)) == calls_of((50, 16, 3, 8)) == []
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -185,6 +186,16 @@ def test_mixed_precision_is_what_dense_networks_train_in(asked, device, computes
     assert not channels_last(replace(config, device="cpu", memory_format="contiguous"))
     if computes:
         assert experiment(config.to_dict())["amp"] == expected  # as if it had been said
+
+
+@pytest.mark.parametrize("amp", ["none", "bfloat16"])
+def test_emulated_precision_is_said(amp, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "emulated", lambda dtype: dtype is torch.bfloat16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(replace(QUICK, epochs=1, amp=amp), tmp_path, progress=False)
+    said = [w for w in caught if "only emulates products of bfloat16 on this processor" in str(w.message)]
+    assert len(said) == (amp == "bfloat16")
 
 
 def test_a_run_in_channels_last_is_the_same_run(tmp_path):

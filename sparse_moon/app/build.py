@@ -19,6 +19,7 @@ from sparse_moon.distributed import rank, world_size
 from sparse_moon.nn import layer_densities, sparse_layers, sparsify
 from sparse_moon.nn.fusion import fuse, install
 from sparse_moon.ood import CosineHead, classifier_head
+from sparse_moon.ops.cpu import emulated
 from sparse_moon.ops.native import has_triton, native
 from sparse_moon.reliability import Reliability
 from sparse_moon.schedules import Cosine, Step
@@ -168,6 +169,12 @@ def autocast(config: TrainConfig) -> AbstractContextManager[Any]:
     """What a run's forward passes are in."""
     dtype = _DTYPES.get(amp(config))
     return nullcontext() if dtype is None else torch.autocast(torch.device(config.device).type, dtype)
+
+
+def emulates_amp(config: TrainConfig) -> bool:
+    """Whether torch only emulates products in the run's mixed precision on its device."""
+    dtype = _DTYPES.get(amp(config))
+    return dtype is not None and torch.device(config.device).type == "cpu" and emulated(dtype)
 
 
 def final_densities(config: TrainConfig, data: datasets.DataSet) -> dict[str, float]:

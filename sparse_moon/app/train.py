@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sparse_moon import files, flops
 from sparse_moon.app import datasets, run_folder, run_record
-from sparse_moon.app.build import autocast, final_densities
+from sparse_moon.app.build import autocast, emulates_amp, final_densities
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.environment import environment
 from sparse_moon.app.evaluate import evaluate_model, scores_for
@@ -94,7 +94,7 @@ def _train(
         trainer.load_state_dict(state)
     main = rank() == 0
     if main and not finished:
-        _say_what_would_pay(trainer)
+        _say_what_is_slow(trainer)
     if main:
         files.write_json(folder / run_folder.CONFIG, config.to_dict())
         run_folder.write_metrics(folder, trainer.history)
@@ -156,8 +156,14 @@ def _zeros(trainer: Trainer) -> torch.Tensor:
     return torch.zeros(size, *trainer.dataset.train.shape, device=trainer.device)
 
 
-def _say_what_would_pay(trainer: Trainer) -> None:
-    """One warning where the device has no kernel that is faster than a dense product for this network."""
+def _say_what_is_slow(trainer: Trainer) -> None:
+    """One warning each where mixed precision is emulated, and where no kernel of the device is faster than dense."""
+    if emulates_amp(trainer.config):
+        kind = trainer.config.amp
+        warnings.warn(
+            f"torch only emulates products of {kind} on this processor: layers that stay dense take many times as long "
+            "as in float32, which --amp none trains in", stacklevel=2,
+        )  # fmt: skip
     densities = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # building the network has said the same

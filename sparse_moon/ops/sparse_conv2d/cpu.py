@@ -2,7 +2,8 @@
 
 They compute in float32, and run where :mod:`sparse_moon.ops.choice` finds that they pay; activations in bfloat16 are
 converted as they are read and written. Everything else is a dense product: of a 3 x 3 convolution in float32 by
-Winograd's products, which take about half of torch's time, else by torch's.
+Winograd's products, which take about half of torch's time, else by torch's; in float32, too, where torch only emulates
+16 bits.
 """
 
 import math
@@ -22,6 +23,8 @@ from sparse_moon.ops.cpu import (
     decide,
     decided,
     empty,
+    emulated,
+    in_float32,
     kernel_takes,
     kernels,
     matrix,
@@ -100,6 +103,8 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
             input, values = packed(input, layout), as_float32(values)
             bias = None if bias is None else as_float32(bias)
     if not decision.sparse:
+        if emulated(dtype):
+            return in_float32(forward, *given)
         return _dense_forward(decision.size, layout, input, values, bias, probe, plan)
     if dtype is torch.bfloat16:
         values, bias = as_float32(values), None if bias is None else as_float32(bias)
@@ -133,6 +138,8 @@ def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: P
     layout = memory_format(grad)
     shapes = shapes_of(tuple(input_shape), geometry_of(plan), layout, grad.dtype)
     sparse = kernel_takes(shapes.works["input_grad"], plan, grad, values)
+    if not sparse and emulated(grad.dtype):
+        return in_float32(input_grad, grad, values, input_shape, plan)
     if not sparse and not (shapes.winograd and _all_float32(grad, values)):
         return dense.input_grad(grad, values, list(input_shape), plan)
     grad, values = packed(grad, layout), as_float32(values)
@@ -155,6 +162,8 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     grad_layout, layout = memory_format(grad), memory_format(input)
     shapes = shapes_of(input.shape, geometry_of(plan), layout, input.dtype)
     if not kernel_takes(shapes.works["values_grad"], plan, grad, input):
+        if emulated(grad.dtype):
+            return in_float32(values_grad, grad, input, plan)
         return dense.values_grad(grad, input, plan)
     dtype, grad, input = grad.dtype, packed(grad, grad_layout), packed(input, layout)
     result = empty(plan.values_shape)
@@ -167,6 +176,8 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
 
 def dense_grad(grad: Tensor, input: Tensor, block_width: int, *parts: Any) -> Tensor:
     """The dense weight's gradient as a matrix; ``parts`` are those of a :class:`Geometry`."""
+    if emulated(grad.dtype):
+        return in_float32(dense_grad, grad, input, block_width, *parts)
     geometry = Geometry.of(*parts)
     grad_layout, layout = memory_format(grad), memory_format(input)
     shapes = shapes_of(input.shape, geometry, layout, input.dtype)
@@ -197,6 +208,8 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bo
         if sparse:
             grad, input, values = packed(grad, grad_layout), packed(input, layout), as_float32(values)
     if not decision.sparse:
+        if emulated(dtype):
+            return in_float32(grads, *given)
         results: tuple[Tensor, ...] = decision.size(*given)
         return results
     if dtype is torch.bfloat16:

@@ -1,7 +1,8 @@
 """The compiled CPU kernels of ``sparse_linear``.
 
 They compute in float32, and run where :mod:`sparse_moon.ops.choice` finds that they pay; activations in bfloat16 are
-converted as they are read and written. Everything else is a dense product.
+converted as they are read and written. Everything else is a dense product, in float32 where torch only emulates 16
+bits.
 """
 
 import math
@@ -19,6 +20,8 @@ from sparse_moon.ops.cpu import (
     decide,
     decided,
     empty,
+    emulated,
+    in_float32,
     kernel_takes,
     kernels,
     matrix,
@@ -29,6 +32,7 @@ from sparse_moon.ops.cpu import (
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.registry import implement
 from sparse_moon.ops.sparse_linear import dense
 from sparse_moon.ops.sparse_linear.api import FORWARD, GRADS, INPUT_GRAD, VALUES_GRAD, bias_grad
 
@@ -68,6 +72,8 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
             check_entries(values, plan.index[1])
             input, values, bias = packed(input), as_float32(values), None if bias is None else as_float32(bias)
     if not decision.sparse:
+        if emulated(dtype):
+            return in_float32(forward, *given)
         return dense.forward(input, values, bias, probe, plan)
     half = dtype is torch.bfloat16
     if half:
@@ -86,6 +92,8 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
 def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
     shapes = shapes_of("input_grad", grad.shape, plan.shape)
     if not kernel_takes(shapes.work, plan, grad, values):
+        if emulated(grad.dtype):
+            return in_float32(input_grad, grad, values, plan)
         return dense.input_grad(grad, values, plan)
     dtype, grad, values = grad.dtype, packed(grad), as_float32(values)
     result = empty(shapes.result, dtype=dtype)
@@ -99,6 +107,8 @@ def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
     shapes = shapes_of("values_grad", grad.shape, plan.shape)
     if not kernel_takes(shapes.work, plan, grad, input):
+        if emulated(grad.dtype):
+            return in_float32(values_grad, grad, input, plan)
         return dense.values_grad(grad, input, plan)
     dtype, grad, input = grad.dtype, packed(grad), packed(input)
     result = empty(plan.values_shape)
@@ -107,6 +117,11 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
         dtype is torch.bfloat16, get_num_threads(),
     )  # fmt: skip
     return as_dtype(dtype, result)
+
+
+def dense_grad(grad: Tensor, input: Tensor) -> Tensor:
+    """The dense weight's gradient (O, I)."""
+    return in_float32(dense.dense_grad, grad, input) if emulated(grad.dtype) else dense.dense_grad(grad, input)
 
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
@@ -123,6 +138,8 @@ def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bo
         if sparse == 2:
             grad, input, values = packed(grad), packed(input), as_float32(values)
     if decision.sparse == 0:
+        if emulated(dtype):
+            return in_float32(grads, *given)
         return _dense_grads(*given)
     if decision.sparse == 1:
         return _separate_grads(*given)
@@ -147,3 +164,4 @@ if native is not None:
     INPUT_GRAD.implement("cpu", or_dense(native, input_grad, dense.input_grad))
     VALUES_GRAD.implement("cpu", or_dense(native, values_grad, dense.values_grad))
     GRADS.implement("cpu", grads)
+    implement("sparse_linear_dense_grad", "cpu", dense_grad)
