@@ -158,6 +158,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.filterwarnings("ignore:torch only emulates")  # on a processor without AVX-512
 @pytest.mark.parametrize(
     "change",
     [{"method": "dense"}, {"method": "static"}, {"method": "set"}, {"reliability": "none"}, {"amp": "bfloat16"}],
