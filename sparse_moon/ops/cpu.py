@@ -127,12 +127,10 @@ def emulated(dtype: torch.dtype) -> bool:
 
 def in_float32(product: Callable[..., Any], first: Tensor, *others: Any) -> Any:
     """The results of a product in the dtype of the first operand, computed in float32."""
-
-    def result(tensor: Tensor) -> Tensor:
-        return tensor.to(first.dtype)
-
     found = product(first.float(), *(t.float() if isinstance(t, Tensor) else t for t in others))
-    return result(found) if isinstance(found, Tensor) else tuple(map(result, found))
+    if isinstance(found, Tensor):
+        return as_dtype(first.dtype, found)
+    return tuple(as_dtype(first.dtype, result) for result in found)
 
 
 def matrix(plan: Plan, values: Tensor | None) -> tuple[Any, int]:

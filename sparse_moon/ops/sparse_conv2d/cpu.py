@@ -138,9 +138,9 @@ def input_grad(grad: Tensor, values: Tensor, input_shape: Sequence[int], plan: P
     layout = memory_format(grad)
     shapes = shapes_of(tuple(input_shape), geometry_of(plan), layout, grad.dtype)
     sparse = kernel_takes(shapes.works["input_grad"], plan, grad, values)
-    if not sparse and emulated(grad.dtype):
-        return in_float32(input_grad, grad, values, input_shape, plan)
     if not sparse and not (shapes.winograd and _all_float32(grad, values)):
+        if emulated(grad.dtype):
+            return in_float32(input_grad, grad, values, input_shape, plan)
         return dense.input_grad(grad, values, list(input_shape), plan)
     grad, values = packed(grad, layout), as_float32(values)
     result = empty(input_shape, layout, grad.dtype)
