@@ -4,9 +4,9 @@
     python benchmarks/flops_and_time.py layers --sparsity 0.9 0.95 --peers
     python benchmarks/flops_and_time.py all --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
 
-Nothing is timed before its result has passed a comparison with float64. Every time is a median of interleaved runs in
-this process, which keeps freed memory for both sides, every speed-up a ratio to a named baseline in the same rounds;
-losses are printed like wins.
+Layers, losses and batch norm are timed after their results have passed a comparison with float64, updates after one
+with a reference. Every time is a median of interleaved runs in this process, which keeps freed memory for both sides,
+every speed-up a ratio to a named baseline in the same rounds; losses are printed like wins.
 """
 
 import argparse

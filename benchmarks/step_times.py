@@ -158,7 +158,8 @@ def _report_step(
     for name, time in {**baselines, "rigl": rigl}.items():
         bench.add(replace(row, dtype="bf16", ms=lowered, baseline=name, baseline_ms=time, speedup=time / lowered))
     parts = rigl + times["more loss"] + average_ms
-    for name, time in (("moon", moon), ("moon (sum of parts)", parts), ("cigl", cigl)):
+    others = {"without updates": times["rigl"], "moon": moon, "moon (sum of parts)": parts, "cigl": cigl}
+    for name, time in others.items():
         bench.add(replace(row, pass_=name, ms=time, baseline="rigl", baseline_ms=rigl, speedup=rigl / time))
     print(
         f"        forward FLOPs {forward[0] / forward[1]:.3f} x dense; topology update {update_ms:.1f} ms more than a "

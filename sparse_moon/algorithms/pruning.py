@@ -90,7 +90,7 @@ class _Pruning(DynamicMethod):
     def training_flops(cls, flops: TrainingFlops) -> float:
         """``3 f`` with f the mean along the cubic, ``a f_start + (e - a) (f_S + (f_start - f_S) / 4) + (1 - e) f_S``.
 
-        a is the share of the training before the first update, e that until the last.
+        a is the share of the training before the first update, e that until ``stop``.
         """
         updating = cls._while_pruning(flops)
         return (3 * updating + (1 - flops.update_fraction) * flops.step) / (3 * flops.dense)

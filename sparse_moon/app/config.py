@@ -32,7 +32,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     Appendix G), or smaller where the digits ask for it.
 
     Args:
-        dataset: digits, mnist, cifar10, cifar100, a keras-style .npz, or a folder with train/ and test/.
+        dataset: digits, mnist, cifar10, cifar100, imagenet, a keras-style .npz, or a folder with train/ and test/.
         data_root: folder that holds the named data sets.
         download: fetch a missing named data set into data_root.
         image_size: side of the square that images become: their middle, resized.
@@ -66,7 +66,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         lr_gamma: what each step multiplies the learning rate by.
         lr_warmup: share of the training in which the learning rate rises to lr in a straight line, before steps.
         momentum: Nesterov momentum of SGD.
-        weight_decay: L2 penalty on all parameters; with top-kast its own penalty on the sparse weights.
+        weight_decay: L2 penalty on all parameters but a cosine head's; with top-kast its own penalty on sparse weights.
         interval: batches from topology update to topology update.
         drop_fraction: share of a layer's weights that the first update exchanges; falls to 0, mostly half a cosine.
         stop: share of the training after which the topology is frozen; sup-tickets goes on to the end.
