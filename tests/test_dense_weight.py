@@ -95,6 +95,21 @@ def test_new_values_are_used(layer_and_input, write):
     check(layer, x)
 
 
+@pytest.mark.parametrize("write", ["in place", "through data"])
+def test_a_kernel_s_backward_pass_takes_no_weight_of_an_earlier_evaluation(layer_and_input, write):
+    layer, x = layer_and_input
+    with torch.no_grad():
+        layer(x)
+        (layer.values if write == "in place" else layer.values.data).mul_(-1)
+    x.requires_grad_()
+    with sm.ops.use_backend("kernel"):
+        y = layer(x)
+    exact = layer.to_dense()  # input gradients are by the dense product of the backward pass
+    with sm.ops.use_backend("dense"):
+        grad = torch.autograd.grad(y, x, torch.ones_like(y))[0]
+    torch.testing.assert_close(grad, torch.autograd.grad(exact(x).sum(), x)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_transform_of_each_pass(layer_and_input):
     layer, x = layer_and_input
     x.requires_grad_()

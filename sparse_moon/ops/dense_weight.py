@@ -56,8 +56,16 @@ def forward_weight(values: Tensor, plan: Plan, *, channels_last: bool = False) -
     return weight
 
 
+def forget_weight(plan: Plan) -> None:
+    """Before a forward pass that autograd records: what an earlier one has left may be of other values."""
+    plan.ready.pop(_FORWARD, None)
+
+
 def saved_weight(values: Tensor, plan: Plan) -> Tensor | None:
-    """What autograd is to save after a forward pass with these values; None where its product was no dense one."""
+    """What autograd is to save after a forward pass with these values; None where its product was no dense one.
+
+    :func:`forget_weight` is called before that pass.
+    """
     kept: _Kept | None = plan.ready.pop(_FORWARD, None)
     if kept is None or not (kept.values is values or kept.is_of(values, kept.channels_last)):
         return None

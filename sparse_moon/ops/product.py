@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_moon.ops import choice, registry
 from sparse_moon.ops.check_index import guarded
-from sparse_moon.ops.dense_weight import give_back, saved_weight
+from sparse_moon.ops.dense_weight import forget_weight, give_back, saved_weight
 from sparse_moon.ops.index import block_of, check_block, check_values
 from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Geometry, Plan, index_state, is_plain
@@ -140,6 +140,7 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
         ctx: Any, input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan,
         run: Callable[..., Tensor], grads_kernel: Callable[..., Any] | None = None,  # the dispatcher's call has none
     ) -> Tensor:  # fmt: skip
+        forget_weight(plan)
         output = run(input, values, bias, probe, plan)
         kept, make_input = keep(input) if recomputes else ((input,), itself)
         if make_input is itself:

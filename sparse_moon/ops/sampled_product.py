@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops import choice, registry
-from sparse_moon.ops.dense_weight import give_back, saved_weight
+from sparse_moon.ops.dense_weight import forget_weight, give_back, saved_weight
 from sparse_moon.ops.index import entry_positions, matrix_to_blocks
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.product import INDEX_SCHEMA, Product, expect_shape, flat_values_grad, whole_values_grad
@@ -69,6 +69,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad, left_t, right = grad.contiguous(), left_t.contiguous(), right.contiguous()
     d_left = d_right = weight = None
     if needs_left:
+        forget_weight(plan)
         d_left = FORWARD(right, grad, None, None, plan)
         weight = saved_weight(grad, plan)  # one scatter is enough, where products are dense
     if needs_right:
