@@ -72,14 +72,14 @@ class RandomMask:
         for stream, layer in enumerate(self.layers):
             hide = _Hide(self.mask(stream, layer))
             for tied in self._tied[layer]:
-                tied.transform = hide
+                tied.hide = hide
 
     def clear(self) -> None:
         """Hide nothing from now on."""
         self.drawn = False
         for layers in self._tied.values():
             for layer in layers:
-                layer.transform = None
+                layer.hide = None
 
     def mask(self, stream: int, layer: SparseLayer) -> Tensor:
         """The present draw's mask (shape of ``values``, bool) of layer number ``stream``."""

@@ -27,7 +27,7 @@ def one_weight(shown):
         mask.draw()
         answer = next(turns)
         mask.mask = lambda stream, layer: torch.tensor([answer])
-        layer.transform = lambda values: values * answer
+        layer.hide = lambda values: values * answer
 
     return layer, mask, draw
 

@@ -280,7 +280,7 @@ def test_a_graph_older_than_a_resize_raises(kind, read):
         layer(x) if read in ("call", "masked") else getattr(layer, read)() if read == "dense_weight" else layer.weight
     ).sum()
     loss.backward(retain_graph=True)
-    layer.transform = None
+    layer.hide = None
     resized(layer)
     with pytest.raises(RuntimeError, match=r"in place|inplace"):
         loss.backward()

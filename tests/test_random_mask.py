@@ -22,7 +22,7 @@ def test_forward_and_gradient_are_those_of_the_hidden_network():
 
     plain = copy.deepcopy(model)
     for layer in sm.sparse_layers(plain).values():
-        layer.transform = None
+        layer.hide = None
     hidden = [mask.mask(stream, layer) for stream, layer in enumerate(mask.layers)]
     with torch.no_grad():
         for layer, z in zip(sm.sparse_layers(plain).values(), hidden, strict=True):

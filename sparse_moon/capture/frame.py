@@ -36,7 +36,7 @@ class Frame:
             self._see_optimizer(inner)
         self._written |= {id(parameter): parameter for parameter in self.parameters}
         self._grads: list[Tensor | None] = []
-        self._transforms: list[tuple[SparseLayer, Any, bool]] = []  # what is set, and whether by the step
+        self._hides: list[tuple[SparseLayer, Any, bool]] = []  # what is set, and whether by the step
 
     def _see_module(self, name: str, module: nn.Module) -> None:
         own = module.__dict__
@@ -49,6 +49,7 @@ class Frame:
                     self._written[id(tensor)] = tensor
         if isinstance(module, SparseLayer):
             self._layers.append(module)
+            self._bound.append((own, "_transform", own.get("_transform"), f"{name}.transform"))
         if isinstance(module, Topology):
             self._topologies.append(module)
 
@@ -73,12 +74,12 @@ class Frame:
         if tensor is not None:
             self._tensors.append((tensor, tensor.data_ptr(), tensor.shape, tensor.requires_grad, name))
 
-    def around_capture(self) -> "_Transforms":
-        """A context to capture in, which finds out whose transforms the graph has read."""
-        return _Transforms(self._layers, self._keep)
+    def around_capture(self) -> "_Hides":
+        """A context to capture in, which finds out whose masks the graph has read."""
+        return _Hides(self._layers, self._keep)
 
-    def _keep(self, transforms: list[tuple[SparseLayer, Any, bool]]) -> None:
-        self._transforms = transforms
+    def _keep(self, hides: list[tuple[SparseLayer, Any, bool]]) -> None:
+        self._hides = hides
         self._grads = [parameter.grad for parameter in self.parameters]
 
     def change(self) -> str | None:
@@ -97,8 +98,8 @@ class Frame:
             same = all(map(_is, group[key], number)) if key == "params" else group.get(key) == number
             if not same or (key == "params" and len(group[key]) != len(number)):
                 return f"{key} of the optimizer is another"
-        for layer, transform, by_step in self._transforms:
-            if not by_step and layer.transform is not transform:
+        for layer, hide, by_step in self._hides:
+            if not by_step and layer.hide is not hide:
                 return "a random mask is drawn or cleared outside of the step"
         return None
 
@@ -106,46 +107,46 @@ class Frame:
         """What the step's Python would have left behind."""
         for parameter, grad in zip(self.parameters, self._grads, strict=True):
             parameter.grad = grad
-        for layer, transform, by_step in self._transforms:
+        for layer, hide, by_step in self._hides:
             if by_step:
-                layer.transform = transform
+                layer.hide = hide
         torch.autograd.graph.increment_version(self._written.values())
 
 
-class _Transforms:
-    """Around a capture: which layers' transforms the graph has read as they were, and which ones the step has set."""
+class _Hides:
+    """Around a capture: which layers' ``hide`` the graph has read as it was, and which ones the step has set."""
 
     def __init__(self, layers: list[SparseLayer], keep: Callable[[list[tuple[SparseLayer, Any, bool]]], None]) -> None:
         self._layers, self._keep = layers, keep
 
     def __enter__(self) -> None:
-        self._before = [(layer, layer.transform, _Read(layer.transform)) for layer in self._layers]
-        for layer, transform, noting in self._before:
-            if transform is not None:
-                layer.transform = noting
+        self._before = [(layer, layer.hide, _Read(layer.hide)) for layer in self._layers]
+        for layer, hide, noting in self._before:
+            if hide is not None:
+                layer.hide = noting
 
     def __exit__(self, *_: object) -> None:
         kept: list[tuple[SparseLayer, Any, bool]] = []
-        for layer, transform, noting in self._before:
-            if layer.transform is noting:
-                layer.transform = transform
-            if noting.read or layer.transform is transform:
-                kept.append((layer, transform, False))
+        for layer, hide, noting in self._before:
+            if layer.hide is noting:
+                layer.hide = hide
+            if noting.read or layer.hide is hide:
+                kept.append((layer, hide, False))
             else:
-                kept.append((layer, layer.transform, True))
+                kept.append((layer, layer.hide, True))
         self._keep(kept)
 
 
 class _Read:
-    """A transform that notes that it was called."""
+    """A ``hide`` that notes that it was called."""
 
-    def __init__(self, transform: Callable[[Tensor], Tensor] | None) -> None:
-        self._transform, self.read = transform, False
+    def __init__(self, hide: Callable[[Tensor], Tensor] | None) -> None:
+        self._hide, self.read = hide, False
 
     def __call__(self, values: Tensor) -> Tensor:
-        assert self._transform is not None
+        assert self._hide is not None
         self.read = True
-        return self._transform(values)
+        return self._hide(values)
 
 
 def parameters(method: Method, modules: tuple[nn.Module, ...]) -> list[nn.Parameter]:

@@ -28,8 +28,9 @@ class SparseLayer(nn.Module):
         lora: None, or factors whose product is added to the values (see :func:`sparse_moon.lora`).
         topology: which weights exist.
         bias: (out,) or None.
-        transform: None, or what is applied to the values before each product (see
-            :class:`sparse_moon.random_mask.RandomMask`).
+        transform: None, or a function of the values, or a module, whose result each product takes in their place. It is
+            part of the layer: copies, files and dense weights have it.
+        hide: None, or the same for the time being, after ``transform``: see :class:`sparse_moon.RandomMask`.
         probe: None, or in a batch that ends with a topology update a leaf of the shape of the topology whose gradient
             is to be the dense weight gradient (see :class:`sparse_moon.algorithms.dense_gradient.DenseGradient`).
     """
@@ -38,7 +39,7 @@ class SparseLayer(nn.Module):
     topology: Topology
     bias: nn.Parameter | None
     weight_shape: tuple[int, ...]
-    transform: Callable[[Tensor], Tensor] | None = None
+    hide: Callable[[Tensor], Tensor] | None = None
     probe: Tensor | None = None
     _geometry: Geometry | None = None
     _plan: Plan | None = None
@@ -66,6 +67,14 @@ class SparseLayer(nn.Module):
             self._modules.pop("lora", None)
         else:
             self._modules["lora"] = low_rank
+
+    @property
+    def transform(self) -> Callable[[Tensor], Tensor] | None:
+        return cast(Any, self._modules.get("transform") or self.__dict__.get("_transform"))
+
+    @transform.setter
+    def transform(self, transform: Callable[[Tensor], Tensor] | None) -> None:
+        self.__dict__["_transform"] = transform
 
     def reset_parameters(self) -> None:
         """Initialise like the dense layer: uniform in ``+-1/sqrt(fan_in)`` with the dense fan-in."""
@@ -97,6 +106,9 @@ class SparseLayer(nn.Module):
                 f"the weight of {type(self).__name__} is made of its values and cannot be assigned: write to values, "
                 "or make a layer of a dense one with from_dense"
             )
+        if name == "transform":  # in whichever of the two places it was
+            self._modules.pop(name, None)
+            self.__dict__.pop("_transform", None)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -108,7 +120,7 @@ class SparseLayer(nn.Module):
         super().__delattr__(name)
 
     def effective_values(self) -> Tensor:
-        """The values that the product sees: ``values``, with :attr:`lora` and :attr:`transform` where those are set.
+        """The values that the product sees: with :attr:`lora`, :attr:`transform` and :attr:`hide` where those are set.
 
         Raises:
             RuntimeError: other code has written to the index, or has averaged values across topology updates.
@@ -120,12 +132,13 @@ class SparseLayer(nn.Module):
     def _transformed(self) -> Tensor:
         if not torch.compiler.is_compiling():
             self._check_values()
-        values, transform = self._adapted(), self.transform
-        return values if transform is None else transform(values)
+        values, hide = self._adapted(), self.hide
+        return values if hide is None else hide(values)
 
     def _adapted(self) -> Tensor:
-        lora = self.lora
-        return self.values if lora is None else lora(self.values, self.topology)
+        lora, transform = self.lora, self.transform
+        values = self.values if lora is None else lora(self.values, self.topology)
+        return values if transform is None else transform(values)
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Plan]:
         """Values, bias and plan of a product; the plan is kept as long as the index stays as it is."""
@@ -138,7 +151,7 @@ class SparseLayer(nn.Module):
             plan = self._plan = topology.plan(self._geometry)
         if watch is None or watch.quiet != Topology.moves:
             self._check_values()
-        parameters, transform = own["_parameters"], own.get("transform")
+        parameters, transform, hide = own["_parameters"], own.get("_transform"), own.get("hide")
         values = parameters.get("values")
         if values is None or "bias" not in parameters:  # replicas and parametrizations have them elsewhere
             values, bias = self.values, self.bias
@@ -146,9 +159,13 @@ class SparseLayer(nn.Module):
             bias = parameters["bias"]
         if "lora" in modules:
             values = modules["lora"](values, topology)
+        if "transform" in modules:
+            transform = modules["transform"]
+        if transform is not None:
+            values = transform(values)
         if not memory.decided and values.requires_grad and torch.is_grad_enabled() and values.device.type == "cpu":
             memory.keep_freed_memory()
-        return values if transform is None else transform(values), bias, plan
+        return values if hide is None else hide(values), bias, plan
 
     def _check_values(self) -> None:
         if self._watch is None:
@@ -160,6 +177,10 @@ class SparseLayer(nn.Module):
                 "If they are meant for this topology, call note_written() of the layer"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a mask or method that does not know the copy."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("hide", "probe")}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.note_written()
@@ -167,8 +188,7 @@ class SparseLayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        new.probe = new.transform = None  # those of a method or mask that does not know the copy
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         for layer in (self, new):
             layer.note_written()
         return new
