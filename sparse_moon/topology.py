@@ -204,7 +204,7 @@ class Topology(nn.Module):
     @classmethod
     def from_scores(cls, scores: Tensor, density: float, block: tuple[int, int] = (1, 1)) -> "Topology":
         """The ``round(density * blocks)`` blocks with the largest sum of ``scores`` (rows, cols), first on ties."""
-        per_block = grid_view(scores, block).sum((2, 3))
+        per_block = _sum(grid_view(scores, block), (2, 3))
         count = round(density * per_block.numel())
         best = per_block.flatten().sort(descending=True, stable=True).indices[:count]
         return cls(best.sort().values, (scores.shape[0], scores.shape[1]), block)
@@ -263,11 +263,11 @@ class Topology(nn.Module):
         With ``overwrite`` the matrix may be lost, which saves memory of its size.
         """
         magnitudes = matrix.abs_() if overwrite else matrix.abs()
-        return magnitudes if self.block == (1, 1) else grid_view(magnitudes, self.block).sum((2, 3))
+        return magnitudes if self.block == (1, 1) else _sum(grid_view(magnitudes, self.block), (2, 3))
 
     def value_scores(self, values: Tensor) -> Tensor:
         """Sum of ``|values|`` in every existing block: (n,)."""
-        return values.abs() if self.block == (1, 1) else values.abs().sum((1, 2))
+        return values.abs() if self.block == (1, 1) else _sum(values.abs(), (1, 2))
 
     def replace_(self, index: Index) -> None:
         """Take over new indices; with the same number of blocks in place."""
@@ -366,3 +366,8 @@ def topology_of(
     if selection == "magnitude":
         return Topology.from_scores(weight_to_matrix(weight.detach().abs(), block[1]), 1.0 - sparsity, block)
     raise ValueError(f"selection must be one of {get_args(Selection)}, got {selection!r}")
+
+
+def _sum(tensor: Tensor, dims: tuple[int, int]) -> Tensor:
+    """Over these dimensions, of 16-bit numbers in float32: else blocks would tie that are not alike."""
+    return tensor.sum(dims, dtype=torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else None)

@@ -326,3 +326,13 @@ def test_errors():
             sm.RigL(model, optimizer, **{"total_steps": 10, **wrong})
     with pytest.raises(ValueError, match="backwards_per_step must be positive, got 0"):
         sm.RigL(model, optimizer, total_steps=10, interval=2, backwards_per_step=0)
+
+
+@pytest.mark.parametrize("kind", [sm.RigL, sm.SET, sm.algorithms.GraNet])
+def test_the_drop_fraction_is_a_schedule(kind):
+    model = sm.sparsify(nn.Sequential(nn.Linear(32, 32)), 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    own = {"densities": 0.5} if kind is sm.algorithms.GraNet else {}
+    for number in (0.0, 0.3, 1):
+        with pytest.raises(ValueError, match=rf"drop_fraction must be a schedule, .*, got {number}"):
+            kind(model, optimizer, total_steps=100, interval=10, drop_fraction=number, **own)

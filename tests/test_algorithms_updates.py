@@ -375,3 +375,12 @@ def test_top_kast_needs_a_batch_to_end_with():
     model = sm.sparsify(nn.Linear(16, 16), 0.5)
     with pytest.raises(ValueError, match=r"number stop \* total_steps, at least 1, got 0.004 \* 100"):
         TopKAST(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=100, stop=0.004)
+
+
+def test_top_kast_starts_from_attentions_and_from_shared_weights():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.MultiheadAttention(64, 4))
+    model[1].weight = model[0].weight
+    densities = sm.layer_densities(model, 0.8, "uniform", first_dense=False)
+    assert list(densities) == ["0", "2.q_proj", "2.k_proj", "2.v_proj", "2.out_proj"]
+    start = TopKAST.start_sparsity(TopKAST.Options(forward_share=0.5), 0.8, model, densities)
+    assert start == pytest.approx(0.6) and type(model[2]) is nn.MultiheadAttention

@@ -370,3 +370,64 @@ def test_complex_layers_stay_dense_and_are_said():
     with pytest.warns(UserWarning, match=r"dense stay Linear"):
         sm.sparsify(model, 0.9, "uniform", first_dense=False)
     assert [type(layer) for layer in model] == [sm.SparseLinear, nn.Linear]
+
+
+@pytest.mark.parametrize("direction", ["sparsify", "densify"])
+def test_a_bias_that_is_shared_stays_shared(direction):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10))
+    model[1].bias = model[0].bias
+    model.register_parameter("offset", model[2].bias)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    sm.sparsify(model, 0.5)
+    if direction == "densify":
+        sm.densify(model)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is before[name] for name in ("0.bias", "1.bias", "2.bias", "offset"))
+
+
+def test_the_biases_of_an_attention_take_no_more_memory_than_theirs():
+    module = sm.sparsify(nn.MultiheadAttention(64, 4), 0.5)
+    biases = [layer.bias for layer in module.inputs().values()]
+    assert [bias.untyped_storage().nbytes() for bias in biases] == [64 * 4] * 3
+
+
+def test_a_layer_with_a_forward_pass_of_its_own_stays():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].forward = lambda x: 10 * F.linear(x, model[0].weight, model[0].bias)
+    x = torch.randn(3, 64)
+    expected = model[0](x)
+    _, text = said(sm.sparsify, model, 0.5)
+    assert type(model[0]) is nn.Linear and type(model[1]) is sm.SparseLinear and "dense stay Linear" in text
+    assert torch.equal(model[0](x), expected)
+
+
+def test_layers_that_plain_attributes_hold_are_said():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = mlp(64, 64, 64, 64)
+            self.listed = nn.ModuleList([self.a])
+            self.order, self.by_name, self.call = [(self.a,)], {"b": self.b}, self.c.forward
+
+    inner = Model()
+    outer = nn.Sequential(inner)
+    text = said(sm.sparsify, outer, 0.5)[1]
+    assert text == "these still hold layers that were replaced, so assign them again: 0.order, 0.by_name, 0.call"
+    inner.order, inner.by_name, inner.call = [inner.a], {}, None
+    assert said(sm.densify, outer)[1].endswith(": 0.order")
+
+
+def test_a_shared_weight_has_one_density_under_its_first_name():
+    model = mlp(64, 64, 64, 32)
+    model[1].weight = model[0].weight
+    densities = sm.layer_densities(model, 0.8)
+    assert list(densities) == ["0", "2"]
+    assert 4096 * densities["0"] + 2048 * densities["2"] == pytest.approx(0.2 * 6144, abs=2)
+    sm.sparsify(model, 0.8, start_sparsity=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    method = sm.GMP(model, optimizer, total_steps=20, interval=5, densities=densities, stop=0.9)
+    for _ in range(20):
+        model(torch.randn(4, 64)).square().sum().backward()
+        method.step()
+        optimizer.zero_grad()
+    assert sm.overall_sparsity(model) == pytest.approx(0.8, abs=1e-3)

@@ -285,6 +285,18 @@ def test_autocast_computes_in_low_precision_and_keeps_float32_gradients():
     assert all(m.values.grad.dtype == torch.float32 and m.values.grad.any() for m in layers)
 
 
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_autocast_leaves_float64_as_torch_does(kind):
+    dense, shape = (nn.Linear(12, 8), (3, 12)) if kind == "linear" else (nn.Conv2d(4, 6, 3), (2, 4, 5, 5))
+    dense = dense.double()
+    layer = (sm.SparseLinear if kind == "linear" else sm.SparseConv2d).from_dense(dense, sparsity=0.0)
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, expected = layer(x), dense(x)
+    assert output.dtype is expected.dtype is torch.float64
+    torch.testing.assert_close(output, expected)
+
+
 def test_gradient_checkpointing():
     model = sm.sparsify(small_net(), 0.8).eval()
     x = torch.randn(3, 1, 8, 8)

@@ -140,3 +140,14 @@ def test_block_scores():
     assert torch.equal(matrix, before)
     assert topology.block_scores(matrix, overwrite=True).tolist() == [[7.0, 5.0]]
     assert topology.value_scores(topology.gather(matrix)).tolist() == [7.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_block_scores_of_16_bit_values_are_summed_in_float32(dtype):
+    matrix = torch.rand(256, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    topology = Topology.from_scores(matrix, 0.5, (16, 16))
+    exact = matrix.double().view(16, 16, 16, 16).sum((1, 3))
+    assert topology.positions().tolist() == exact.flatten().topk(128).indices.sort().values.tolist()
+    torch.testing.assert_close(topology.block_scores(matrix).double(), exact, rtol=1e-5, atol=0)
+    scores = topology.value_scores(topology.gather(matrix))
+    torch.testing.assert_close(scores.double(), exact.flatten()[topology.positions()], rtol=1e-5, atol=0)

@@ -68,7 +68,13 @@ class SET(DynamicMethod):
         super().__init__(model, optimizer, **arguments)
         if backwards_per_step < 1:
             raise ValueError(f"backwards_per_step must be positive, got {backwards_per_step}")
-        self.drop_fraction = drop_fraction or Cosine(self.default_drop_fraction, 0.0, max(self.stop_step, 1))
+        if drop_fraction is None:
+            drop_fraction = Cosine(self.default_drop_fraction, 0.0, max(self.stop_step, 1))
+        elif not callable(drop_fraction):
+            raise ValueError(
+                f"drop_fraction must be a schedule, such as Constant(0.3) or Cosine(0.3, 0.0, steps), got {drop_fraction!r}"
+            )
+        self.drop_fraction = drop_fraction
         self.seed = seed
         self.backwards_per_step = backwards_per_step
         self._streams = {layer: _GROWTH_STREAM + number for number, layer in enumerate(self.layers.values())}

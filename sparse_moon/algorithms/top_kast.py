@@ -13,6 +13,7 @@ from sparse_moon.algorithms.optimizers import unscale_
 from sparse_moon.algorithms.regrowth import SET, ExchangeArguments
 from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.nn import SparseLayer, weight_layers
+from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.options import TopKASTOptions
 
 
@@ -61,8 +62,9 @@ class TopKAST(SET):
         cls, options: TopKASTOptions, sparsity: float, model: nn.Module, densities: Mapping[str, float]
     ) -> float:
         """That of B."""
-        weights = weight_layers(model)
-        sizes = {name: math.prod(weights[name].weight.shape) for name in densities}
+        with as_linear_layers(model):
+            weights = weight_layers(model)
+            sizes = {name: math.prod(weights[name].weight.shape) for name in densities}
         total = sum(sizes.values())
         # layers that end dense have no idle weights, so the others' share of all weights is what counts
         dense = sum(sizes[name] for name in densities if densities[name] >= 1.0)

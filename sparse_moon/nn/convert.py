@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
@@ -12,7 +12,7 @@ from sparse_moon.nn import fusion
 from sparse_moon.nn.attention import SparseMultiheadAttention, pack
 from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
 from sparse_moon.nn.conv1d import SparseConv1D, TransposedLinear
-from sparse_moon.nn.inspect import Inputs, weights
+from sparse_moon.nn.inspect import Inputs, weight_layers, weights
 from sparse_moon.nn.layers import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
 from sparse_moon.nn.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped
 from sparse_moon.nn.projections import as_linear_layers
@@ -167,8 +167,11 @@ def replace_layers(
         made[layer] = sparse
     for layer, sparse in made.items():
         _move_hooks(layer, sparse)
+        sparse.bias = cast(nn.Parameter | None, layer.bias)  # others may have it, too
         for name in places[layer]:
             model = _replace(model, name, sparse)
+    if note := _held_elsewhere(model, made):
+        warnings.warn(note, stacklevel=3)
     return model, done
 
 
@@ -202,9 +205,11 @@ def densify(model: nn.Module) -> nn.Module:
         if module not in replaced:
             dense = module.to_dense()
             dense.weight = dense_weights.setdefault(module.values, cast(nn.Parameter, dense.weight))
+            dense.bias = module.bias
             _move_hooks(module, dense)
             replaced[module] = dense
         model = _replace(model, name, replaced[module])
+    _say([note] if (note := _held_elsewhere(model, replaced)) else [])
     for module in model.modules():
         if isinstance(module, SparseMultiheadAttention):
             pack(module)
@@ -224,12 +229,17 @@ def layer_densities(
 ) -> dict[str, float]:
     """Density, by name, that :func:`sparsify` with these arguments would give each layer; the model is not changed.
 
-    A layer with several names is listed under its first; layers that take no part are not listed.
+    A weight that has several names, as layers may share it, is listed under the first; layers that take no part are not
+    listed.
     """
     block = block_shape(pattern)
     with as_linear_layers(model):
         plan = Plan.of(model, sparsity, allocation, block, exclude, first_dense, depthwise_dense, input_size)
-        densities = {names[0]: plan.densities[plan.owners[weight_of(layer)]] for layer, names in plan.places.items()}
+        densities = {
+            name: plan.densities[plan.owners[weight_of(layer)]]
+            for name, layer in weight_layers(model).items()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and layer in plan.places
+        }
     _say(plan.notes)
     return densities
 
@@ -259,6 +269,26 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
     return model
+
+
+def _held_elsewhere(model: nn.Module, replaced: Collection[nn.Module]) -> str | None:
+    """What to say where attributes that are no modules still hold layers whose places have others now."""
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        if isinstance(value, list | tuple | set):
+            return any(map(holds, value))
+        value = getattr(value, "__self__", value)  # of bound methods
+        return isinstance(value, nn.Module) and value in replaced
+
+    names = [
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if holds(value)
+    ]
+    return f"these still hold layers that were replaced, so assign them again: {some(names)}" if names else None
 
 
 def without_weights(layers: Mapping[str, SparseLayer]) -> list[str]:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sparse_moon.allocation import Allocation, allocate, check_sparsity
 from sparse_moon.nn.conv1d import TransposedLinear
+from sparse_moon.nn.fused_forward import has_plain_forward
 from sparse_moon.nn.inspect import Inputs, Weight, kind_of, run_once, weights
 from sparse_moon.nn.layers import Exclude, SparseLayer
 from sparse_moon.sharding import refuse_sharded
@@ -178,7 +179,7 @@ def convertible(model: nn.Module, kept: Collection[frozenset[int]] = ()) -> dict
             users.setdefault(parameter, set()).add(type(module))
     places: dict[Dense, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) not in _PLAIN:
+        if type(module) not in _PLAIN or not has_plain_forward(module):
             continue
         weight = module._parameters.get("weight")
         if weight is None or not weight.is_floating_point():  # complex, of which no kernel is

@@ -63,9 +63,8 @@ def _leave(attention: nn.Module, parameters: dict[str, nn.Parameter | None]) -> 
     layers = attention.inputs().values()
     if attention.is_sparse():
         for layer in layers:
-            if isinstance(layer, nn.Linear):
-                for parameter in layer.parameters():  # a view of what else nobody has any more
-                    parameter.data = parameter.data.clone()
+            for parameter in layer.parameters():  # may be a view of what else nobody has any more
+                parameter.data = parameter.data.clone()
         return
     because = next((layer.dense_because for layer in layers if "dense_because" in layer.__dict__), None)
     pack(attention, parameters)

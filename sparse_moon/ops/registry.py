@@ -239,8 +239,9 @@ def register_function(
 
 
 def to_autocast_dtype(device_type: str, *tensors: Any) -> tuple[Any, ...]:
-    """Floating point tensors in the dtype that autocast asks for on this device; unchanged outside autocast."""
+    """Floating point tensors but float64, as torch, in the dtype that autocast asks for on this device, if it does."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch knows no autocast on meta
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+    casts = (t is not None and t.is_floating_point() and t.dtype is not torch.float64 for t in tensors)
+    return tuple(t.to(dtype) if cast else t for t, cast in zip(tensors, casts, strict=True))
