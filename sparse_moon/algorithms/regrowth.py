@@ -72,7 +72,8 @@ class SET(DynamicMethod):
             drop_fraction = Cosine(self.default_drop_fraction, 0.0, max(self.stop_step, 1))
         elif not callable(drop_fraction):
             raise ValueError(
-                f"drop_fraction must be a schedule, such as Constant(0.3) or Cosine(0.3, 0.0, steps), got {drop_fraction!r}"
+                "drop_fraction must be a schedule, such as Constant(0.3) or Cosine(0.3, 0.0, steps), "
+                f"got {drop_fraction!r}"
             )
         self.drop_fraction = drop_fraction
         self.seed = seed
