@@ -214,6 +214,22 @@ def test_logits_of_no_head_have_no_features(mix):
     assert collect(net, [images], head="aux").features.equal(images)
 
 
+def test_one_image_and_two_classes_do_not_tell_a_scaled_head():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x).tanh()) / 3
+
+    for seed in range(8):  # in half of them the difference of the body's two results has the logits' sign
+        torch.manual_seed(seed)
+        net, images = Scaled(), torch.randn(3, 4)
+        assert collect(net, [images[:1]]).features is None
+        assert collect(net, [images]).features.equal(net.body(images).tanh().detach())
+
+
 def test_several_heads_returned():
     """Deep supervision: which of them is meant, is not known."""
     net = Two(lambda m, a: (m, a))

@@ -163,7 +163,7 @@ def test_layers_that_train_later_are_named():
     method = make("rigl", model, torch.optim.SGD(model.parameters(), 0.1))
     train(model, method, 4)
     model[0].requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"\['0'\] train now, but were frozen when method 'rigl' was made"):
+    with pytest.warns(UserWarning, match=r"\['0'\] train now, but when method 'rigl' was made they were frozen"):
         train(model, method, 2)
 
 

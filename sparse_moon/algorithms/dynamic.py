@@ -278,8 +278,8 @@ class DynamicMethod(Method):
         if new:
             self._tell_once(
                 "trains later",
-                f"{new} train now, but were frozen when method {self.name!r} was made: they keep their topology; make "
-                "the method anew",
+                f"{new} train now, but when method {self.name!r} was made they were frozen or not in the optimizer, so "
+                "they keep their topology; make the method anew",
             )
 
     def _tell_once(self, kind: str, message: str) -> None:
