@@ -90,6 +90,24 @@ def test_a_resumed_run_has_the_same_weights():
     assert head + run(second, batches, 6) == expected
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", [sm.UnknownAwareLoss, sm.AbstainingLoss, sm.GamblersLoss])
+def test_a_batch_that_overflows_is_not_counted(kind, bad):
+    """A gradient scaler skips its step, and training goes on."""
+    losses = kind(3, 4, warmup_epochs=2), kind(3, 4, warmup_epochs=2)
+    batches, overflow = make_batches(), (torch.randn(6, 4), torch.tensor([1, 0, 2, 0, 1, 2]))
+    overflow[0][1, 0] = bad
+    clean, dirty = losses
+    for _ in range(4):  # two epochs of the warm-up, and two after it
+        for batch in batches:
+            assert not dirty(*overflow).isfinite()
+            assert torch.equal(dirty(*batch), clean(*batch))
+        assert torch.equal(dirty.mean_u, clean.mean_u) and torch.equal(dirty.errors, clean.errors)
+        for loss in losses:
+            loss.end_epoch()
+        assert all(map(torch.equal, dirty.state_dict().values(), clean.state_dict().values()))
+
+
 def test_errors():
     loss = sm.UnknownAwareLoss(3, 8)
     with pytest.raises(
@@ -209,6 +227,19 @@ def test_virtual_outlier_estimates_by_hand():
     before = loss.mean.clone()
     loss.eval()(head(x[0]), y[0], x[0], head)
     assert torch.equal(loss.mean, before)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e300])  # 1e300 squared is inf
+def test_features_that_overflow_are_not_counted(bad):
+    loss, head = outlier_loss(start=0.0), torch.nn.Linear(4, 3).double()
+    features, target = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    overflow = features.clone()
+    overflow[1, 2] = bad
+    for _ in range(2):  # before there is an estimate, and after
+        before = [buffer.clone() for buffer in loss.buffers()]
+        loss(head(overflow), target, overflow, head)
+        assert all(map(torch.equal, loss.buffers(), before))
+        assert loss(head(features), target, features, head).isfinite()
 
 
 def test_virtual_outliers_are_the_least_likely_of_many():

@@ -23,7 +23,7 @@ class AbstentionLoss(nn.Module):
     loss notes, is taken; then ``w_i = b / ratio`` and ``w`` runs in a straight line from ``w_i`` after the warm-up to
     ``final_weight`` in the last epoch, which it keeps if training goes on. Call :meth:`end_epoch` after each epoch. All
     state lives on the device, in buffers, and ``forward`` does not wait for the device. Several processes agree on
-    ``b`` at the end of each epoch.
+    ``b`` at the end of each epoch. A batch whose loss overflows, whose step a gradient scaler skips, is not counted.
 
     Args:
         num_classes: K.
@@ -108,10 +108,14 @@ class AbstentionLoss(nn.Module):
 
         ``errors`` is NaN where a label is impossible.
         """
+        beta = beta.to(self.moving_average.dtype)
+        finite = beta.isfinite()
+        noted = finite & self.warming_up
         alpha = torch.where(self.batches == 0, 1.0, self.smoothing)
-        self.moving_average.lerp_(beta.to(self.moving_average.dtype), alpha * self.warming_up)
-        self.batches += self.warming_up
-        self.totals += torch.stack([torch.full_like(mean_u, samples), mean_u * samples, errors]).to(self.totals.dtype)
+        self.moving_average.lerp_(torch.where(noted, beta, self.moving_average), alpha)
+        self.batches += noted
+        totals = torch.stack([torch.full_like(mean_u, samples), mean_u * samples, errors]).to(self.totals.dtype)
+        self.totals += torch.where(finite, totals, 0 * errors)  # NaN stays NaN
 
     def _log_probabilities(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of all outputs (B, K+1), of the right class (B,), and a factor (B,): 1, or NaN for bad labels."""

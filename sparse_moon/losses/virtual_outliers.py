@@ -13,9 +13,9 @@ from sparse_moon.ops.labels import check_target, known_labels
 class VirtualOutlierLoss(nn.Module):
     """Cross-entropy, and from some epoch on a loss that tells virtual outliers by their energy (VOS, Du et al. 2022).
 
-    Features of class c are taken as ``N(mu_c, Sigma)``, one covariance for all, from moving averages over batches. Of
-    ``candidates`` draws for each class the least likely is its virtual outlier v. With the energy ``E = logsumexp(z)``
-    of a sample and ``E(v) = logsumexp(head(v))``,
+    Features of class c are taken as ``N(mu_c, Sigma)``, one covariance for all, from moving averages over batches whose
+    features are finite. Of ``candidates`` draws for each class the least likely is its virtual outlier v. With the
+    energy ``E = logsumexp(z)`` of a sample and ``E(v) = logsumexp(head(v))``,
 
         L = CE + weight * logistic loss of (slope E + bias), label 1 for samples and 0 for outliers.
 
@@ -108,10 +108,14 @@ class VirtualOutlierLoss(nn.Module):
         count = members.sum(0)
         first = not bool(self.seen.any())
         rate = torch.where(self.seen, self.momentum, 1.0).to(features.dtype) * (count > 0)
-        self.mean.lerp_(members.T @ features / count.clamp(min=1)[:, None], rate[:, None])
+        mean = self.mean.lerp(members.T @ features / count.clamp(min=1)[:, None], rate[:, None])
+        centred = features - mean[target]
+        covariance = centred.T @ centred / len(target)
+        if not covariance.isfinite().all():  # an overflow, whose step a gradient scaler skips
+            return
+        self.mean.copy_(mean)
         self.seen |= count > 0
-        centred = features - self.mean[target]
-        self.covariance.lerp_(centred.T @ centred / len(target), 1.0 if first else self.momentum)
+        self.covariance.lerp_(covariance, 1.0 if first else self.momentum)
 
     @torch.no_grad()
     def outliers(self) -> Tensor:
