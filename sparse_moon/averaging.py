@@ -165,7 +165,7 @@ class EMA(_PlacedAverage):
     At every weight that the model has now it is the average of the dense weights, those that were away counting as 0: a
     weight that has just been grown starts from 0, and one that goes is forgotten. Averages by slot
     (``torch.optim.swa_utils.AveragedModel`` and the like) mix different weights as soon as the topology moves.
-    Floating-point buffers (batch-norm statistics) are averaged likewise, others copied.
+    Floating-point and complex buffers (batch-norm statistics) are averaged likewise, others copied.
 
     Call :meth:`update` after each step and :meth:`copy_to` on a copy of the model to evaluate. Averages of 16-bit
     parameters are kept in float32. ``state_dict`` holds the averages, their places and how many updates there were.
@@ -212,16 +212,18 @@ class EMA(_PlacedAverage):
                 self.register_buffer(f"value_{i}", average)
             part_of(average).lerp_(part_of(layer.values).to(average.dtype), 1.0 - self.decay)
         for average, tensor in zip(self._buffers_named("average_"), self._others(model), strict=True):
-            if average.is_floating_point():
+            if average.is_floating_point() or average.is_complex():
                 part_of(average).lerp_(part_of(tensor).to(average.dtype), 1.0 - self.decay)
             else:
                 average.copy_(tensor)
         self.count += 1
 
 
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+
+
 def _wide(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.detach().to(_WIDE.get(tensor.dtype, tensor.dtype))
 
 
 def _follow(average: Tensor, old: Tensor, new: Tensor) -> Tensor:

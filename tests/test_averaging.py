@@ -187,3 +187,21 @@ def test_sixteen_bits_are_rounded_once(kind, dtype):
     average.copy_to(model)
     error = (model.values.double() - total / 20).abs().max()  # of numbers from 1 to 2
     assert error <= torch.finfo(dtype).eps / 2 + 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@pytest.mark.parametrize("kind", [sm.EMA, sm.WeightAverage, sm.TicketAverage])
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128])
+def test_complex_parameters_are_averaged(kind, dtype):
+    model = net()
+    model.phase = nn.Parameter(torch.ones(2, dtype=dtype))
+    model.register_buffer("filter", torch.ones(2, dtype=dtype))
+    average = kind(model, 0.5) if kind is sm.EMA else kind(model)
+    average.update(model)
+    for tensor in (model.phase.data, model.filter):
+        tensor.copy_(torch.full((2,), 11 + 5j))
+    average.update(model)
+    average.copy_to(model)
+    for tensor in (model.phase, model.filter) if kind is sm.EMA else (model.phase,):
+        assert tensor.dtype == dtype
+        torch.testing.assert_close(tensor.detach().to(torch.complex64), torch.full((2,), 6 + 2.5j))
