@@ -304,7 +304,7 @@ class StochasticPasses(nn.Module):
 
     Args:
         network: whose sparse layers ``mask`` hides in part.
-        mask: with the keep probability of the training.
+        mask: with the keep probability of the training; may be the training's own, which goes on as if undisturbed.
         samples: number of passes S.
     """
 
@@ -315,12 +315,12 @@ class StochasticPasses(nn.Module):
         self.network, self.mask, self.samples = network, mask, samples
 
     def forward(self, input: Tensor) -> Tensor:
-        self.mask.step = torch.zeros_like(self.mask.step)
         passes = []
-        for _ in range(self.samples):
-            self.mask.draw()
-            passes.append(self.network(input))
-        self.mask.clear()
+        with self.mask.restored():
+            self.mask.step = 0
+            for _ in range(self.samples):
+                self.mask.draw()
+                passes.append(self.network(input))
         return _log_mean_softmax(passes)
 
 

@@ -11,7 +11,8 @@ for images, labels in loader:
     optimizer.zero_grad()
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,6 +81,18 @@ class RandomMask:
         for layers in self._tied.values():
             for layer in layers:
                 layer.hide = None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """After the block ``step`` is as before, and so is what is hidden."""
+        step, drawn = self.step.clone(), self.drawn
+        hidden = {layer: layer.hide for layers in self._tied.values() for layer in layers}
+        try:
+            yield
+        finally:
+            self.step, self.drawn = step, drawn
+            for layer, hide in hidden.items():
+                layer.hide = hide
 
     def mask(self, stream: int, layer: SparseLayer) -> Tensor:
         """The present draw's mask (shape of ``values``, bool) of layer number ``stream``."""

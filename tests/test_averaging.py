@@ -173,6 +173,30 @@ def test_stochastic_passes():
         sm.StochasticPasses(model, mask, 0)
 
 
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_stochastic_passes_leave_the_mask_of_a_training_as_it_was(drawn, fails):
+    model, x = net().eval(), torch.randn(5, 6)
+    mask = sm.RandomMask(model, 0.5)
+    for _ in range(10):
+        mask.draw()
+    if not drawn:
+        mask.clear()
+    before, passes = model(x), sm.StochasticPasses(model, mask, 3)
+    with torch.inference_mode():
+        if fails:
+            with pytest.raises(ValueError, match="6 features last"):
+                passes(x[:, 1:])
+        else:
+            passes(x)
+    assert mask.step == 10 and mask.drawn == drawn
+    after = model(x)
+    assert torch.equal(after, before)
+    after.sum().backward()  # what hides weights is of no inference mode
+    mask.draw()
+    assert mask.step == 11
+
+
 @pytest.mark.parametrize("kind", [sm.WeightAverage, sm.TicketAverage])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_rounded_once(kind, dtype):
