@@ -20,6 +20,7 @@ from sparse_moon.ood import (
     classifier_head,
     collect,
     evaluate,
+    fit_detectors,
 )
 from sparse_moon.ood.metrics import ood_metrics
 
@@ -228,6 +229,20 @@ def test_one_pass_serves_all_that_do_not_perturb():
     net.images_seen = 0
     evaluate(net, [MSP(K), ODIN(K)], **data)
     assert net.images_seen == 10 + 2 * 10  # ODIN: a gradient pass and the perturbed one
+
+
+def test_what_was_left_out_before_is_tried_again():
+    net, left_out = Net(), {"other": "no head"}
+    data = {"id_batches": batches(), "ood_batches": {"a": batches()}, "left_out": left_out}
+    few = evaluate(net, [MSP(K), KNN(K, 9)], train_batches=batches((8,)), **data)
+    assert list(few.metrics["a"]) == ["msp"] and list(left_out) == ["other", "knn"]
+    enough = evaluate(net, [MSP(K), KNN(K, 9)], train_batches=batches((9,)), **data)
+    assert list(enough.metrics["a"]) == ["msp", "knn"] and list(left_out) == ["other"]
+    for size in (8, 9):
+        detectors = [KNN(K, 9), KNN(K, 3)]  # of one name
+        fit_detectors(net, detectors, batches((size,)), left_out=left_out)
+        assert [detector.bank is not None for detector in detectors] == [size == 9, True]
+        assert ("knn" in left_out) == (size == 8)
 
 
 def test_evaluate_leaves_the_model_as_it_was():

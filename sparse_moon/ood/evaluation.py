@@ -47,7 +47,8 @@ def fit_detectors(
             data for those with ``held_out``, which want a call of their own.
         device: where the model is and the detectors compute; the device of its first parameter by default.
         head: as `collect`.
-        left_out: takes the reasons of detectors that cannot be fitted to this data, by name, in place of an error.
+        left_out: takes the reasons of detectors that cannot be fitted to this data, by name, in place of an error. What
+            a call before left there for these names goes.
 
     Raises:
         ValueError: detectors of both kinds of data, or as `collect` and the detectors.
@@ -59,12 +60,14 @@ def fit_detectors(
         held = [detector.name for detector in fitting if detector.held_out]
         raise ValueError(f"{held} learn from held-out data and the others from training data: fit them by themselves")
 
+    _forget(fitting, left_out)
+
     def each(act: Callable[[Detector], object]) -> None:
         for detector in list(fitting):
             with _leaving_out(detector, left_out):
                 act(detector)
-            if detector.name in (left_out or ()):
-                fitting.remove(detector)
+                continue
+            fitting.remove(detector)
 
     def update(detector: Detector, batch: Outputs) -> None:
         if detector.linear_head:
@@ -74,6 +77,13 @@ def fit_detectors(
     each(lambda detector: detector.start())
     each_batch(model, batches, lambda batch: each(lambda one: update(one, batch)), device=device, head=head)
     each(lambda detector: detector.finish())
+
+
+def _forget(detectors: Iterable[Detector], left_out: dict[str, str] | None) -> None:
+    """Drop the reasons of a call before this one: with its data these detectors may fit."""
+    for detector in detectors:
+        if left_out is not None:
+            left_out.pop(detector.name, None)
 
 
 @contextmanager
@@ -113,8 +123,8 @@ def evaluate(
             (``held_out``), else not read.
         device: where the model is and the detectors compute; the device of its first parameter by default.
         head: the module whose input is the features, or its name; found by what it returns by default, see `collect`.
-        left_out: takes the reasons of detectors that cannot be fitted to this data or do not score all of it, by name,
-            in place of an error. They are missing in what is returned.
+        left_out: as `fit_detectors`, and of those that do not score all of the data. They are missing in what is
+            returned.
 
     Raises:
         ValueError: names that collide, no data for a detector to learn from, an iterator where one needs a second
@@ -123,6 +133,7 @@ def evaluate(
     names = [detector.name for detector in detectors]
     if len(set(names)) < len(names):
         raise ValueError(f"detectors need distinct names, got {names}")
+    _forget(detectors, left_out)
     if "id" in ood_batches:
         raise ValueError('an OOD set cannot be named "id", which holds the in-distribution scores')
     sets = {"id": id_batches, **ood_batches}
