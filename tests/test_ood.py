@@ -1,6 +1,7 @@
 """Outputs, passes that leave the model as they found it, and the evaluation of detectors."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from small_net import K, Net, batches, outputs
 from sparse_moon.nn import SparseLinear
 from sparse_moon.ood import (
+    ASH,
+    DICE,
     KNN,
     MSP,
     ODIN,
@@ -16,6 +19,7 @@ from sparse_moon.ood import (
     Energy,
     MaxLogit,
     Outputs,
+    ReAct,
     Unknown,
     classifier_head,
     collect,
@@ -243,6 +247,31 @@ def test_what_was_left_out_before_is_tried_again():
         fit_detectors(net, detectors, batches((size,)), left_out=left_out)
         assert [detector.bank is not None for detector in detectors] == [size == 9, True]
         assert ("knn" in left_out) == (size == 8)
+
+
+def test_detectors_that_learn_share_none_that_learns():
+    net, dice, react = Net(), DICE(Energy(K)), ReAct(Energy(K))
+    data = {"id_batches": batches(), "ood_batches": {"a": batches()}, "left_out": {}}
+    for detectors, part in (
+        ([dice, ReAct(dice)], "DICE"),
+        ([ReAct(dice), dice], "DICE"),
+        ([ASH(dice), ReAct(dice)], "DICE"),
+        ([ReAct(dice), DICE(ASH(dice))], "DICE"),
+        ([react, DICE(react)], "ReAct"),
+        ([dice, dice], "DICE"),
+    ):
+        both = re.escape(f"{[detector.name for detector in detectors]} learn with the same {part}: give each one")
+        with pytest.raises(ValueError, match=both):
+            fit_detectors(net, detectors, batches())
+        if detectors[0] is not detectors[1]:
+            with pytest.raises(ValueError, match=both):
+                evaluate(net, detectors, train_batches=batches(), **data)
+    assert net.images_seen == 0  # said before any pass
+    energy = Energy(K)  # which learns nothing
+    ash = ASH(energy)
+    apart = [energy, ash, ReAct(ash), DICE(Energy(K)), ReAct(DICE(energy))]
+    found = evaluate(net, apart, train_batches=batches(), **data)
+    assert list(found.metrics["a"]) == ["energy", "ash", "react+ash", "dice", "react+dice"]
 
 
 def test_evaluate_leaves_the_model_as_it_was():

@@ -12,6 +12,7 @@ from sparse_moon.ood.detector import Detector
 from sparse_moon.ood.metrics import ood_metrics
 from sparse_moon.ood.outputs import Outputs, joined, linear_head
 from sparse_moon.ood.passes import Batches, collect, each_batch, model_device
+from sparse_moon.ood.shaping import Shaping
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,8 @@ def fit_detectors(
             a call before left there for these names goes.
 
     Raises:
-        ValueError: detectors of both kinds of data, or as `collect` and the detectors.
+        ValueError: detectors of both kinds of data, an object that is part of two detectors and would learn twice, or
+            as `collect` and the detectors.
     """
     fitting = [detector for detector in detectors if detector.fits]
     if not fitting:
@@ -60,6 +62,7 @@ def fit_detectors(
         held = [detector.name for detector in fitting if detector.held_out]
         raise ValueError(f"{held} learn from held-out data and the others from training data: fit them by themselves")
 
+    _check_apart(fitting)
     _forget(fitting, left_out)
 
     def each(act: Callable[[Detector], object]) -> None:
@@ -77,6 +80,19 @@ def fit_detectors(
     each(lambda detector: detector.start())
     each_batch(model, batches, lambda batch: each(lambda one: update(one, batch)), device=device, head=head)
     each(lambda detector: detector.finish())
+
+
+def _check_apart(fitting: Iterable[Detector]) -> None:
+    """Raise where an object would learn twice from each batch, by itself or as the inner detector of others."""
+    learns_for: dict[int, str] = {}
+    for detector in fitting:
+        part: Detector | None = detector
+        while part is not None and part.fits:
+            if id(part) in learns_for:
+                both = [learns_for[id(part)], detector.name]
+                raise ValueError(f"{both} learn with the same {type(part).__name__}: give each one of its own")
+            learns_for[id(part)] = detector.name
+            part = part.detector if isinstance(part, Shaping) else None
 
 
 def _forget(detectors: Iterable[Detector], left_out: dict[str, str] | None) -> None:
@@ -128,7 +144,7 @@ def evaluate(
 
     Raises:
         ValueError: names that collide, no data for a detector to learn from, an iterator where one needs a second
-            pass, scores that are not one finite number a sample, or as `collect`.
+            pass, scores that are not one finite number a sample, or as `fit_detectors`.
     """
     names = [detector.name for detector in detectors]
     if len(set(names)) < len(names):
@@ -144,6 +160,7 @@ def evaluate(
                 f"{again} need another pass over {name!r}, and an iterator would be used before: pass a list"
             )
     fitting = [detector for detector in detectors if detector.fits]
+    _check_apart(fitting)
     learning = [
         ("train_batches", train_batches, [detector for detector in fitting if not detector.held_out]),
         ("held_out_batches", held_out_batches, [detector for detector in fitting if detector.held_out]),
