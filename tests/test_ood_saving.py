@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from sparse_moon.ood import (
     Outputs,
     ReAct,
     ViM,
+    choose_p,
     collect,
     fit_detectors,
     load_detector,
@@ -145,6 +147,9 @@ def test_what_is_not_a_detector(tmp_path):
         with pytest.raises(ValueError, match="not a detector of this version"):
             load_detector(path)
     good = {"kind": "KNN", "arguments": {"num_classes": K}, "name": "knn", "threshold": None, "learned": {}}
+    torch.save({"format": "sparse_moon detector 1"}, path)
+    with pytest.raises(ValueError, match="does not describe a detector"):
+        load_detector(path)
     for change in ({"kind": "Module"}, {"arguments": {"classes": 3}}, {"arguments": {"num_classes": 0}}, {}):
         torch.save({"format": "sparse_moon detector 1", "detector": good | change}, path)
         with pytest.raises(ValueError, match="does not describe a detector"):
@@ -176,6 +181,63 @@ def test_what_cannot_be_saved(tmp_path):
         with pytest.raises(ValueError, match="not fitted"):
             save_detector(tmp_path / "d.pt", detector)
     assert not list(tmp_path.iterdir())
+
+
+HALF = [np.float64(0.5), np.float32(0.5), torch.tensor(0.5), torch.tensor(0.5).double()]
+
+
+@pytest.mark.parametrize("half", HALF, ids=lambda half: f"{type(half).__name__} {half.dtype}")
+def test_numbers_of_other_libraries_are_saved_as_numbers(half, tmp_path):
+    train, test = data()
+    dice = DICE(Energy(K, temperature=half), p=half).fit(train)
+    dice.threshold = half
+    dice.name = np.str_("mine")
+    save_detector(tmp_path / "d.pt", dice)
+    loaded = load_detector(tmp_path / "d.pt")
+    numbers = loaded.threshold, loaded.p, loaded.detector.temperature
+    assert numbers == (0.5, 0.5, 0.5) and {*map(type, numbers)} == {float} and type(loaded.name) is str
+    assert loaded.score(test).equal(dice.score(test)) and loaded.accepts(test).equal(dice.accepts(test))
+
+
+def test_a_chosen_p_is_saved(tmp_path):
+    net = nn.Sequential(nn.Linear(4, D), nn.ReLU(), nn.Linear(D, K))
+    dice, images = DICE(Energy(K)), [torch.randn(30, 4)]
+    fit_detectors(net, [dice], images)
+    p = choose_p(net, dice, images, candidates=list(np.linspace(0.1, 0.9, 5)))
+    save_detector(tmp_path / "d.pt", dice.with_p(p))
+    assert load_detector(tmp_path / "d.pt").p == p
+
+
+def told(what):
+    """A detector with a setting that its constructor does not look at."""
+    return KNN(K, 2, chunk_elements=what).fit(data()[0])
+
+
+def test_settings_that_can_be_loaded_are_saved(tmp_path):
+    for what in ([1, 2.0, "a"], (torch.arange(3), None), torch.float16, {1, 2}):
+        save_detector(tmp_path / "d.pt", told(what))
+        assert str(load_detector(tmp_path / "d.pt").chunk_elements) == str(what)
+
+
+def test_settings_that_could_not_be_loaded_are_not_saved(tmp_path):
+    path = tmp_path / "d.pt"
+    save_detector(path, MSP(K))
+    knn = told(1)
+    knn.k = 0
+    for detector, threshold_, match in (
+        (told([np.float64(0.5)]), None, "chunk_elements must be one that can be loaded again, got .*0.5"),
+        (told(np.array([0.5])), None, "chunk_elements must be one that can be loaded again, got array"),
+        (told(lambda: 1), None, "chunk_elements must be one that can be loaded again, got <function"),
+        (told({"a": 1}), None, "'knn' could not be loaded again: KeyError"),
+        (knn, None, "'knn' could not be loaded again: k must be at least 1"),
+        (MSP(K), "high", "'msp' could not be loaded again: expected a name and a threshold, got 'msp' and 'high'"),
+        (MSP(K), torch.tensor([0.5]), r"'msp' could not be loaded again: expected .* tensor\(\[0.5"),
+    ):
+        detector.threshold = threshold_
+        with pytest.raises(ValueError, match=match):
+            save_detector(path, detector)
+    assert type(load_detector(path)) is MSP
+    assert [file.name for file in tmp_path.iterdir()] == ["d.pt"]
 
 
 @pytest.mark.parametrize(

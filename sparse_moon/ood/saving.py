@@ -1,8 +1,10 @@
 """Detectors on disk, and the threshold that turns a score into a decision."""
 
+import io
 import math
 from inspect import signature
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -39,11 +41,16 @@ def threshold(id_scores: Tensor, tpr: float = 0.95) -> float:
 def save_detector(path: Path | str, detector: Detector) -> None:
     """Write a fitted detector with its settings, name and threshold; an existing file is replaced as a whole.
 
+    Scalars of NumPy and tensors without dimensions are written as Python's numbers.
+
     Raises:
-        ValueError: a detector that is not fitted, or of a class that is not registered, see `Detector`.
+        ValueError: a detector that is not fitted, of a class that is not registered, see `Detector`, or with settings
+            that `load_detector` would refuse.
         OSError: the file cannot be written.
     """
-    files.write_archive(Path(path), {"format": FORMAT, "detector": _to_dict(detector)})
+    content = _to_dict(detector)
+    _made_of(content, f"{detector.name!r} could not be loaded again")
+    files.write_archive(Path(path), {"format": FORMAT, "detector": content})
 
 
 def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detector:
@@ -57,12 +64,15 @@ def load_detector(path: Path | str, device: torch.device | str = "cpu") -> Detec
     content = files.read_archive(Path(path), "a detector")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a detector of this version of sparse_moon")
+    return _made_of(content.get("detector", {}), f"{path} does not describe a detector").to(device)
+
+
+def _made_of(content: dict[str, Any], problem: str) -> Detector:
     try:
-        detector = _from_dict(content["detector"])
+        return _from_dict(content)
     except Exception as error:  # what is wrong in a file has no one kind of error
         reason = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} does not describe a detector: {reason}") from None
-    return detector.to(device)
+        raise ValueError(f"{problem}: {reason}") from None
 
 
 def _to_dict(detector: Detector) -> dict[str, Any]:
@@ -75,11 +85,27 @@ def _to_dict(detector: Detector) -> dict[str, Any]:
     arguments = {name: getattr(detector, name) for name in signature(kind).parameters}
     return {
         "kind": SCORES.import_path(kind),
-        "arguments": {k: _to_dict(v) if isinstance(v, Detector) else v for k, v in arguments.items()},
-        "name": detector.name,
-        "threshold": detector.threshold,
+        "arguments": {k: _to_dict(v) if isinstance(v, Detector) else _plain(k, v) for k, v in arguments.items()},
+        "name": _plain("name", detector.name),
+        "threshold": _plain("threshold", detector.threshold),
         "learned": {name: detector.fitted(getattr(detector, name)).cpu() for name in detector.learned},
     }
+
+
+def _plain(name: str, value: Any) -> Any:
+    """``value`` as it can be loaded."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    if type(value) in (bool, int, float, str, NoneType):
+        return value
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)  # which knows tensors, lists and some others
+    except Exception:  # what cannot be saved has no one kind of error
+        raise ValueError(f"{name} must be one that can be loaded again, got {value!r:.200}") from None
+    return value
 
 
 def _from_dict(content: dict[str, Any]) -> Detector:
