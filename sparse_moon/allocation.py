@@ -23,7 +23,8 @@ def allocate(
         sparsity: share of weights to leave out, in [0, 1).
         method: ``"uniform"`` gives every layer the same density; ``"er"`` and ``"erk"`` (Evci et al. 2020, section 3)
             scale a layer's density with ``sum(shape) / prod(shape)`` over in and out channels (ER) or over all
-            dimensions (ERK). Layers whose density would pass 1 stay dense and the others share the rest.
+            dimensions (ERK). Layers whose density would pass 1 stay dense, as those without weights do, and the others
+            share the rest.
         first_dense: with ``"uniform"``, keep the first layer dense (RigL's convention); the others stay at
             ``1 - sparsity``, so the overall sparsity is a little lower than asked.
 
@@ -49,17 +50,18 @@ def allocate(
 def _erdos_renyi(shapes: Mapping[str, tuple[int, ...]], sparsity: float, *, kernel: bool) -> dict[str, float]:
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     removed = {name: math.floor(sparsity * n) for name, n in size.items()}
+    dense = {name for name, n in size.items() if not n}
     score = {}
     for name, shape in shapes.items():
-        dims = shape if kernel else shape[:2]
-        score[name] = sum(dims) / math.prod(dims)
+        if name not in dense:
+            dims = shape if kernel else shape[:2]
+            score[name] = sum(dims) / math.prod(dims)
 
-    dense: set[str] = set()
     while True:
         free = [name for name in shapes if name not in dense]
         budget = sum(size[name] - removed[name] for name in free) - sum(removed[name] for name in dense)
         if not free:
-            return dict.fromkeys(shapes, 1.0)  # sparsity 0
+            return dict.fromkeys(shapes, 1.0)  # sparsity 0, or no weights
         if budget <= 0:
             raise ValueError(f"sparsity {sparsity} cannot be reached: the layers kept dense already exceed the budget")
         eps = budget / sum(score[name] * size[name] for name in free)

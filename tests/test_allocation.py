@@ -42,6 +42,15 @@ def test_layers_at_the_cap_stay_dense_and_the_rest_keeps_its_proportions():
     assert densities["a"] / densities["b"] == pytest.approx(ratio)
 
 
+@pytest.mark.parametrize("method", ["er", "erk"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.8, 0.99])
+def test_layers_without_weights_take_no_part(method, sparsity):
+    empty = {"none in": (5, 0), "none out": (0, 8), "no kernel": (8, 8, 0, 1), "no channels": (4, 0, 3, 3)}
+    expected = allocate(SHAPES, sparsity, method)
+    assert allocate({**empty, **SHAPES}, sparsity, method) == {**dict.fromkeys(empty, 1.0), **expected}
+    assert allocate(empty, sparsity, method) == dict.fromkeys(empty, 1.0)
+
+
 def test_uniform_keeps_the_first_layer_dense_unless_told_otherwise():
     assert allocate(SHAPES, 0.75, "uniform") == {"stem": 1.0, "a": 0.25, "b": 0.25, "fc": 0.25}
     assert set(allocate(SHAPES, 0.75, "uniform", first_dense=False).values()) == {0.25}
