@@ -277,7 +277,7 @@ class TicketAverage(_PlacedAverage):
 
 
 class PredictionAverage(nn.Module):
-    """Several networks as one: the logarithm of their mean softmax, (B, outputs).
+    """Several networks as one: the logarithm of their mean softmax, (B, outputs), float32, or float64 as theirs are.
 
     Not a linear function of any features; OOD scores that need a linear head refuse it, and those on features see
     those of the last network.
@@ -325,7 +325,9 @@ class StochasticPasses(nn.Module):
 
 
 def _log_mean_softmax(logits: list[Tensor]) -> Tensor:
-    return torch.stack(logits).float().log_softmax(2).logsumexp(0) - math.log(len(logits))
+    z = torch.stack(logits)
+    z = z if z.dtype == torch.float64 else z.float()
+    return z.log_softmax(2).logsumexp(0) - math.log(len(logits))
 
 
 def _unmasked(model: nn.Module) -> list[Tensor]:

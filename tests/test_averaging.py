@@ -149,6 +149,9 @@ def test_prediction_average():
     networks, x = [nn.Linear(4, 3), nn.Linear(4, 3)], torch.randn(5, 4)
     mean = sum(network(x).softmax(1) for network in networks) / 2
     torch.testing.assert_close(sm.PredictionAverage(networks)(x).exp(), mean)
+    wide = sm.PredictionAverage(nn.ModuleList(networks).double())(x.double())
+    mean = sum(network(x.double()).softmax(1) for network in networks) / 2
+    torch.testing.assert_close(wide, mean.log())  # in float64
     with pytest.raises(ValueError, match="at least one network"):
         sm.PredictionAverage([])
 
