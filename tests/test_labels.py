@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sparse_moon as sm
 from sparse_moon import ops
 from sparse_moon.ood import calibration, metrics
-from sparse_moon.ops.labels import known_labels
+from sparse_moon.ops.labels import known_labels, known_probabilities
 from sparse_moon.ops.unknown_aware_loss import loss_and_gradient_reference
 
 K, B = 4, 3
@@ -77,6 +77,34 @@ def test_soft_targets_of_mixup_still_go_into_logit_norm():
     torch.testing.assert_close(loss(logits, hard), loss(logits, labels))
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([-1.0] * K, "a lowest of -1 and a sum of -4"),
+        ([5.0] * K, "a lowest of 5 and a sum of 20"),
+        ([1.5, -0.5, 0, 0], "a lowest of -0.5 and a sum of 1"),
+        ([0.5, 0.25, 0, 0], "a lowest of 0 and a sum of 0.75"),
+        ([float("nan"), 1, 0, 0], "a lowest of nan and a sum of nan"),
+    ],
+)
+def test_soft_targets_that_are_no_probabilities_are_refused(row, said):
+    target = torch.tensor([[0.5, 0.5, 0, 0], row, [0, 0, 0, 2]])
+    match = rf"target must be probabilities, at least 0 and of sum 1, got {said} in row 1"
+    loss = sm.LogitNormLoss()
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(ValueError, match=match):
+            call(torch.randn(3, K), target)
+        call(torch.randn(1, K), target[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_may_be_rounded(dtype):
+    for size in (2, 10, 1000, 20_000):
+        assert known_probabilities((3 * torch.randn(50, size)).softmax(1).to(dtype)).all()
+    _, mixed = sm.mixup(torch.randn(6, 2, dtype=dtype), torch.randint(0, K, (6,)), K, 1.0)
+    assert known_probabilities(mixed).all()
+
+
 class OnDevice(torch.autograd.Function):
     """The operator's reference path, which is what a GPU without Triton takes."""
 
@@ -102,6 +130,7 @@ def device_that_cannot_raise(monkeypatch):
         value, statistics = OnDevice.apply(logits, target, w)
         return value, ops.LossStatistics(*statistics.unbind())
 
+    monkeypatch.setattr(sys.modules["sparse_moon.losses.logit_norm"], "known_probabilities", lambda p: (p >= 0).all(1))
     for name in ("abstention", "logit_norm", "mixing"):
         monkeypatch.setattr(sys.modules[f"sparse_moon.losses.{name}"], "known_labels", known)
     monkeypatch.setattr(sys.modules["sparse_moon.ops.unknown_aware_loss"], "known_labels_reference", known)
@@ -132,7 +161,9 @@ def test_stateless_losses_on_a_device_that_cannot_raise_are_nan(device_that_cann
     value = sm.LogitNormLoss()(logits, bad)
     value.backward()
     assert value.isnan() and logits.grad[1].isnan().all() and logits.grad[[0, 2]].isfinite().all()
-    assert sm.mixup(torch.randn(B, 2), bad, K, 1.0)[1].isnan().any(1).any()
+    _, mixed = sm.mixup(torch.randn(B, 2), bad, K, 1.0)
+    assert mixed.isnan().any(1).any() and sm.LogitNormLoss()(logits, mixed).isnan()
+    assert sm.LogitNormLoss()(logits, -torch.ones(B, K)).isnan()
     with pytest.raises(ValueError, match=r"target must be in \[0, 4\)"):  # it waits for the device anyway
         sm.VirtualOutlierLoss(K, 5, 10)(logits, bad, torch.randn(B, 5), HEAD)
 
@@ -155,12 +186,14 @@ def test_fake_tensors():
         assert sm.UnknownAwareLoss(K, 10)(torch.randn(B, K + 1), labels).shape == ()
         assert sm.AbstainingLoss(K, 10)(torch.randn(B, K + 1), labels).shape == ()
         assert sm.LogitNormLoss()(torch.randn(B, K), labels).shape == ()
+        assert sm.LogitNormLoss()(torch.randn(B, K), torch.rand(B, K)).shape == ()
         assert sm.mixup(torch.randn(B, 2), labels, K, 1.0)[1].shape == (B, K)
 
 
 def test_opcheck():
     torch.library.opcheck(torch.ops.sparse_moon.known_labels.default, (torch.tensor([0, 3]), K))
     assert known_labels(torch.tensor([0, 3]), K).tolist() == [True, True]
+    torch.library.opcheck(torch.ops.sparse_moon.known_probabilities.default, (torch.tensor([[0.5, 0.5], [1, 0]]),))
 
 
 def test_mixup_refuses_images_that_cannot_be_mixed():

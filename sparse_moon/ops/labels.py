@@ -1,4 +1,4 @@
-"""``known_labels``: which labels are classes. Losses check theirs with it, without waiting for a GPU."""
+"""Which labels are classes, and which rows are probabilities: losses check theirs without waiting for a GPU."""
 
 import torch
 from torch import Tensor
@@ -49,6 +49,42 @@ def known_labels(target: Tensor, num_classes: int) -> Tensor:
         ValueError: on the CPU, a label outside [0, K), -100 as well: no label means "ignore this row".
     """
     return torch.ops.sparse_moon.known_labels(target, num_classes)
+
+
+def known_probabilities_reference(target: Tensor) -> Tensor:
+    """The specification."""
+    # 0.01 is more than rounding to 16 bits makes of a sum, 0.004
+    known = (target >= 0).all(1) & ((target.sum(1, dtype=torch.float64) - 1).abs() <= 0.01)
+    if target.device.type == "cpu" and not known.all():
+        row = int(known.logical_not().nonzero()[0])
+        lowest, total = target[row].min().item(), target[row].sum(dtype=torch.float64).item()
+        raise ValueError(
+            "target must be probabilities, at least 0 and of sum 1, "
+            f"got a lowest of {lowest:g} and a sum of {total:g} in row {row}"
+        )
+    return known
+
+
+define(
+    "known_probabilities(Tensor target) -> Tensor",
+    known_probabilities_reference,
+    lambda target: target.new_empty(target.shape[:1], dtype=torch.bool),
+)
+
+
+def known_probabilities(target: Tensor) -> Tensor:
+    """Which rows are probabilities: at least 0, and 1 in sum, within 0.01.
+
+    Args:
+        target: (B, K) floating.
+
+    Returns:
+        (B,) bool. On the CPU all are True; elsewhere nothing can be raised without waiting for the device.
+
+    Raises:
+        ValueError: on the CPU, a row that is none.
+    """
+    return torch.ops.sparse_moon.known_probabilities(target.detach())
 
 
 def usable_labels(target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
