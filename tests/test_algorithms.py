@@ -120,7 +120,7 @@ def test_ties_everywhere_keep_the_counts():
     model = net()
     with torch.no_grad():
         for p in model.parameters():
-            p.zero_()
+            p.fill_(0.5)
     method = sm.RigL(model, torch.optim.SGD(model.parameters(), 0.0), total_steps=100, interval=1)
     nnz = {n: m.topology.nnz for n, m in sm.sparse_layers(model).items()}
     train(model, method, 5)
@@ -336,3 +336,6 @@ def test_the_drop_fraction_is_a_schedule(kind):
     for number in (0.0, 0.3, 1):
         with pytest.raises(ValueError, match=rf"drop_fraction must be a schedule, .*, got {number}"):
             kind(model, optimizer, total_steps=100, interval=10, drop_fraction=number, **own)
+    for wrong in (sm.Constant(30.0), sm.Cosine(0.3, -1.0, 100)):
+        with pytest.raises(ValueError, match=r"drop_fraction must be in \[0, 1\], got .* at batch"):
+            kind(model, optimizer, total_steps=100, interval=10, drop_fraction=wrong, **own)

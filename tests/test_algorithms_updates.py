@@ -122,7 +122,7 @@ def test_blocks(kind, pattern):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ties_everywhere_keep_the_counts(kind):
     counts = []
-    for fill in (None, 0.0):
+    for fill in (None, 0.5):
         model, _, method = start(kind, lambda model: torch.optim.SGD(model.parameters(), 0.0))
         if fill is not None:
             with torch.no_grad():
@@ -384,3 +384,57 @@ def test_top_kast_starts_from_attentions_and_from_shared_weights():
     assert list(densities) == ["0", "2.q_proj", "2.k_proj", "2.v_proj", "2.out_proj"]
     start = TopKAST.start_sparsity(TopKAST.Options(forward_share=0.5), 0.8, model, densities)
     assert start == pytest.approx(0.6) and type(model[2]) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("kind", ["granet", "mest-soft"])
+def test_a_last_update_that_overflowed_is_made_up_for(kind):
+    expected, _, method = start(kind, stop=0.85)
+    train(expected, method, batches(24))
+    torch.manual_seed(6)
+    model = net(0.6).float()
+    method = make(kind, model, sgd(model), stop=0.85)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    updates = []
+    for t, (x, y) in enumerate(batches(24)):
+        scaler.scale(F.cross_entropy(model(x.float() * (math.inf if t == method.last_update else 1.0)), y)).backward()
+        if method.step(scaler):
+            updates.append(t)
+        method.optimizer.zero_grad()
+    assert method.last_update == 18 == updates[-1] - 1 and method.unfinished is None
+    counts = [layer.topology.num_blocks for layer in sm.sparse_layers(model).values()]
+    assert counts == [layer.topology.num_blocks for layer in sm.sparse_layers(expected).values()]
+
+
+def test_a_final_density_that_was_missed_is_said():
+    model, _, method = start("top-kast")
+    for t, data in enumerate(batches(24)):
+        model[3].requires_grad_(t < 10)
+        train(model, method, [data])
+    assert method.unfinished.startswith("method 'top-kast' did not bring ['3'] to their final density")
+
+
+@pytest.mark.parametrize("kind", ["set", "rigl", "mest", "srigl", "granet"])
+def test_a_layer_whose_gradient_is_all_zeros_is_not_exchanged(kind):
+    model, _, method = start(kind)
+    kept = model[3].topology.mask()
+    for x, y in batches(24):  # the first layer learns, of the other the output counts nothing
+        (model[0](x).square().mean() + F.cross_entropy(model(x), y) * 0.0).backward()
+        method.step()
+        method.optimizer.zero_grad()
+    if kind == "granet":  # it is pruned, and grows nothing
+        assert model[3].topology.num_blocks < kept.sum() and kept[model[3].topology.mask()].all()
+    else:
+        assert torch.equal(model[3].topology.mask(), kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_srigl_counts_exactly_in_16_bits(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 101, bias=False)).to(dtype)
+    sm.sparsify(model, 1 - 61 / 128, "uniform", selection="constant_fan_in", first_dense=False)
+    method = SRigL(model, sgd(model), total_steps=10, interval=1, gamma_sal=0.0)
+    for _ in range(6):
+        model(torch.randn(16, 128, dtype=dtype)).square().mean().backward()
+        method.step()
+        method.optimizer.zero_grad()
+        assert model[0].topology.row_ptr.diff().tolist() == [61] * 101

@@ -2,14 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sparse_moon import ops
 from sparse_moon.algorithms.method import Method
@@ -22,9 +20,10 @@ from sparse_moon.algorithms.optimizers import (
     unscale_,
 )
 from sparse_moon.algorithms.run import TrainingRun
+from sparse_moon.distributed import sum_over_processes
 from sparse_moon.nn import SparseLayer, sparse_layers
 from sparse_moon.ops.drop_and_grow import Regrown
-from sparse_moon.sharding import gathered, reshard
+from sparse_moon.sharding import gathered, part_of, reshard
 
 
 class UpdateArguments(TypedDict, total=False):
@@ -112,8 +111,6 @@ class DynamicMethod(Method):
                 stacklevel=3,
             )
         self._stepped = False
-        self._hooks: list[RemovableHandle] = []
-        self._reached: set[SparseLayer] = set()  # by a backward pass of an update batch
         self._told: set[str] = set()  # what was said once
         inner_optimizers(optimizer)[-1].register_step_post_hook(self._notice)
 
@@ -146,9 +143,24 @@ class DynamicMethod(Method):
         """One score a block of the grid (rows / bh, cols / bw): the highest come. None where nothing ever grows."""
         return None
 
+    def final_blocks(self, layer: SparseLayer) -> int | None:
+        """How many blocks the layer is to end with, where their number changes on the way."""
+        return None
+
+    def _behind(self) -> list[str]:
+        """The layers that have another number of blocks than they are to end with."""
+        layers = self.layers.items()
+        return [name for name, layer in layers if self.final_blocks(layer) not in (None, layer.topology.num_blocks)]
+
     @property
     def updates_now(self) -> bool:
-        return 0 < self.steps < self.stop_step and self.steps % self.interval == 0
+        if not 0 < self.steps < self.stop_step:
+            return False
+        if self.steps % self.interval == 0:
+            return True
+        # the last update, where it was refused for gradients that were not finite
+        late = self.resizes and self.replaces_step and self.steps > self.last_update
+        return late and any(self.layers[name].values.requires_grad for name in self._behind())
 
     @property
     def last_update(self) -> int:
@@ -176,12 +188,18 @@ class DynamicMethod(Method):
 
     @property
     def unfinished(self) -> str | None:
-        if not self.resizes or self.steps >= self.stop_step:
-            return None
-        return (
-            f"method {self.name!r} made {self.steps} of the {self.stop_step} steps to its final density. Where a "
-            "gradient scaler skips a step, an attached method makes none either: take fewer total_steps, or bfloat16"
-        )
+        if self.resizes and self.steps < self.stop_step:
+            return (
+                f"method {self.name!r} made {self.steps} of the {self.stop_step} steps to its final density. Where a "
+                "gradient scaler skips a step, an attached method makes none either: take fewer total_steps, or "
+                "bfloat16"
+            )
+        if behind := self._behind():
+            return (
+                f"method {self.name!r} did not bring {behind} to their final density: they were frozen before, or the "
+                "gradients of its last updates were not finite"
+            )
+        return None
 
     def next_batch(self) -> None:
         super().next_batch()
@@ -197,19 +215,8 @@ class DynamicMethod(Method):
 
     def _prepare(self) -> None:
         """Called before each batch."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._reached = [], set()
         if self.updates_now:
             reshard(self.sharding_modules)
-        if self.updates_now and self.exchanges:
-            for layer in self.layers.values():
-                if layer.values.requires_grad:
-                    hook = layer.values.register_post_accumulate_grad_hook(partial(self._note_gradient, layer))
-                    self._hooks.append(hook)
-
-    def _note_gradient(self, layer: SparseLayer, _: Tensor) -> None:
-        self._reached.add(layer)
 
     def _check_gradients(self, scaler: GradScaler | None) -> bool:
         """Whether the update may use this batch's gradients; without a scaler others than finite ones are an error."""
@@ -230,9 +237,10 @@ class DynamicMethod(Method):
         return True
 
     def takes_part(self, layer: SparseLayer) -> bool:
-        """Whether the layer has a gradient in this batch."""
+        """Whether the layer has a gradient in this batch, of anything but zeros, on any process."""
         grad = layer.values.grad
-        return grad is not None and (layer in self._reached or bool(grad.any()))
+        there = torch.zeros((), device=layer.values.device) if grad is None else part_of(grad).any().float()
+        return bool(sum_over_processes(there))
 
     def regrow(self, layer: SparseLayer) -> Regrown | None:
         """Choose the layer's next topology; None where it stays as it is."""
@@ -262,9 +270,9 @@ class DynamicMethod(Method):
         if not moved:
             self._tell_once(
                 "no gradient",
-                f"no layer had a gradient in the update of {type(self).__name__} at batch {self.steps}, so no topology "
-                "changed: it looks at what backward() leaves in the parameters' grad, not at gradients that are "
-                "computed and assigned by other ways",
+                f"no layer had a gradient in the update of {type(self).__name__} at batch {self.steps}, or nothing but "
+                "zeros, so no topology changed: it looks at what backward() leaves in the parameters' grad, not at "
+                "gradients that are computed and assigned by other ways",
             )
         self._check_processes(f"after the update at batch {self.steps}")
 

@@ -66,6 +66,7 @@ class _Pruning(DynamicMethod):
     Options = PruningOptions
     resizes = True
     default_start_sparsity = 0.0
+    plan: _Plan
 
     @classmethod
     def _first(cls, options: PruningOptions) -> float:
@@ -104,6 +105,9 @@ class _Pruning(DynamicMethod):
 
     def _ever_updates(self) -> bool:
         return True  # or there is no plan
+
+    def final_blocks(self, layer: SparseLayer) -> int:
+        return self.plan.last[layer]
 
 
 class GMP(_Pruning):

@@ -76,6 +76,9 @@ class SET(DynamicMethod):
                 f"got {drop_fraction!r}"
             )
         self.drop_fraction = drop_fraction
+        for batch in (self.interval, self.last_update):
+            if not 0.0 <= drop_fraction(batch) <= 1.0:
+                raise ValueError(f"drop_fraction must be in [0, 1], got {drop_fraction(batch)} at batch {batch}")
         self.seed = seed
         self.backwards_per_step = backwards_per_step
         self._streams = {layer: _GROWTH_STREAM + number for number, layer in enumerate(self.layers.values())}
@@ -143,11 +146,14 @@ class MEST(SET):
             raise ValueError(f"gradient_weight must be at least 0, got {gradient_weight}")
         self.gradient_weight = gradient_weight
 
+    def final_blocks(self, layer: SparseLayer) -> int | None:
+        return self.first_blocks[layer] if self.resizes else None
+
     def counts(self, layer: SparseLayer) -> tuple[int, int]:
         if not self.resizes:
             return super().counts(layer)
         first, present = self.first_blocks[layer], layer.topology.num_blocks
-        grow = 0 if self.steps == self.last_update else int(self.drop_fraction(self.steps) * first)
+        grow = 0 if self.steps >= self.last_update else int(self.drop_fraction(self.steps) * first)
         room = layer.topology.grid[0] * layer.topology.grid[1] - first
         return present - first, min(grow, room)
 
@@ -206,10 +212,10 @@ class RigL(SET):
     def _choose(self, layer: SparseLayer, grad: Tensor) -> "_Choice":
         mean_over_processes_(grad)
         self._present[layer] = grad
-        finite = grad.isfinite().all()
+        finite, nonzero = grad.isfinite().all(), grad.any()
         try:
             with gathered(layer, "values", self._gradients[layer].values):
-                return _Choice(self.choose(layer), finite)
+                return _Choice(self.choose(layer), finite, nonzero)
         finally:
             del self._present[layer]
 
@@ -220,10 +226,10 @@ class RigL(SET):
         return regrown
 
     def takes_part(self, layer: SparseLayer) -> bool:
-        return layer in self._present or layer in self._choices
+        return layer in self._present or (layer in self._choices and bool(self._choices[layer].nonzero))
 
     def regrow(self, layer: SparseLayer) -> Regrown | None:
-        return self._choices[layer].regrown if layer in self._choices else super().regrow(layer)
+        return self._choices[layer].regrown if self.takes_part(layer) else super().regrow(layer)
 
     def _gradients_finite(self) -> bool:
         gradients = self._gradients
@@ -249,4 +255,5 @@ class RigL(SET):
 class _Choice(NamedTuple):
     regrown: Regrown
     finite: Tensor
-    """Whether the gradient was, 0-d bool."""
+    nonzero: Tensor
+    """Whether the gradient was finite, and whether it was anything but zeros, 0-d bool."""

@@ -93,8 +93,9 @@ class SRigL(RigL):
         chosen = torch.zeros_like(score).scatter(1, order.gather(1, first)[:, :fan_in], 1.0) * active[:, None]
 
         stays = chosen.view(-1)[topology.positions()]
-        drop = int(topology.num_blocks - stays.sum())
-        return ops.drop_and_grow(stays, chosen, topology, drop, int(chosen.sum()) - topology.num_blocks + drop)
+        drop = topology.num_blocks - int(stays.count_nonzero())
+        grow = int(chosen.count_nonzero()) - topology.num_blocks + drop
+        return ops.drop_and_grow(stays, chosen, topology, drop, grow)
 
     def _active_rows(self, layer: SparseLayer, salient: Tensor) -> Tensor:
         """Bool (block rows,): the neurons that remain, of ``salient`` blocks each."""

@@ -123,6 +123,9 @@ class TopKAST(SET):
         """Number of blocks in A."""
         return round(self.forward_share * self.first_blocks[layer])
 
+    def final_blocks(self, layer: SparseLayer) -> int:
+        return self.active_blocks(layer)
+
     def counts(self, layer: SparseLayer) -> tuple[int, int]:
         idle = layer.topology.num_blocks - self.active_blocks(layer)
         if self.steps + 1 == self.stop_step:

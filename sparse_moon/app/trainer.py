@@ -179,6 +179,8 @@ class Trainer:
         Returns:
             What to predict with, :meth:`predictor`.
         """
+        if (reason := self.method.unfinished) is not None:
+            warnings.warn(reason, stacklevel=3)
         if self.reliability.finish(self.model):
             with autocast(self.config):
                 refresh_batch_norm(self.model, plain_batches(self.dataset.train, self.dataset, self.config))

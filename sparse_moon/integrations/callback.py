@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_moon.algorithms import ALGORITHMS, Method, TrainingRun
+from sparse_moon.algorithms import ALGORITHMS, DynamicMethod, Method, TrainingRun
 from sparse_moon.algorithms.optimizers import parameters_of
 from sparse_moon.allocation import Allocation, check_sparsity
 from sparse_moon.distributed import world_size
@@ -198,8 +198,11 @@ class SparseCallback:
 
     def check_finished(self, steps: int) -> None:
         """Say where the training has ended, after so many steps, and the method has not."""
-        if self.method is not None and steps > self.method.steps and self.method.unfinished is not None:
-            warnings.warn(self.method.unfinished, stacklevel=3)
+        method = self.method
+        if method is None or (reason := method.unfinished) is None:
+            return
+        if steps > method.steps or (isinstance(method, DynamicMethod) and method.steps >= method.stop_step):
+            warnings.warn(reason, stacklevel=3)
 
     def check_resumed(self, steps: int) -> None:
         """Raise ``ValueError`` where the training has done some steps already, but the method none."""
