@@ -12,7 +12,7 @@ scores and pages do not.
 
 Whether MOON does more than averaging, at 95 %: RigL, RigL with voting, MOON with three final weights, Deep Gamblers.
 And whether sparsity hurts: a dense network, and RigL at 80 to 99 %. Linear layers alone, half a minute each. For
-cifar10 a ResNet-18 of width 32, 25 minutes a run on two cores at 95 %, and MOON with the final weight 1.
+cifar10 a ResNet-18 of width 32, 25 to 30 minutes a run on two idle cores at 95 %, and MOON with the final weight 1.
 
     python benchmarks/compare.py mnist DATA --grid calibration --seed 0 1 2 3 4 5 6 7     # mnist-calibration
 
