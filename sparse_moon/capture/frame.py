@@ -1,6 +1,7 @@
 """What a graph of a training step takes for granted, so that no stale one is replayed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
+from operator import is_
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from sparse_moon.algorithms import Method
 from sparse_moon.algorithms.optimizers import inner_optimizers, parameters_of
 from sparse_moon.nn import SparseLayer
 from sparse_moon.topology import Topology
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Frame:
@@ -25,6 +28,10 @@ class Frame:
         self._bound: list[tuple[Any, Any, Any, str]] = []  # container, key, what is there, name
         self._tensors: list[tuple[Tensor, int, torch.Size, bool, str]] = []
         self._numbers: list[tuple[dict[str, Any], str, Any]] = []  # of the optimizer
+        self._lists: list[tuple[dict[str, Any], str, list[Any], str]] = []  # container, key, what is in it, name
+        self._sized: list[Sized] = []  # to which something may be added
+        self._sizes: list[int] = []
+        self._sized_names: list[str] = []
         self._layers: list[SparseLayer] = []
         self._topologies: list[Topology] = []
         self._written: dict[int, Tensor] = {}  # by a step; indices are not
@@ -34,6 +41,9 @@ class Frame:
                 self._see_module(name, module)
         for inner in inner_optimizers(method.optimizer):
             self._see_optimizer(inner)
+        for kind in _HOOKS:
+            self._see_hooks(vars(nn.modules.module), f"_global{kind}", f"torch's _global{kind}")
+        self._gradient_hooks = [(parameter, _gradient_hooks(parameter)) for parameter in self.parameters]
         self._written |= {id(parameter): parameter for parameter in self.parameters}
         self._grads: list[Tensor | None] = []
         self._hides: list[tuple[SparseLayer, Any, bool]] = []  # what is set, and whether by the step
@@ -41,6 +51,10 @@ class Frame:
     def _see_module(self, name: str, module: nn.Module) -> None:
         own = module.__dict__
         self._bound.append((own, "training", module.training, f"{name}.training"))
+        for kind in ("_modules", "_parameters", "_buffers"):
+            self._see_size(getattr(module, kind), f"{name}.{kind}")
+        for kind in _HOOKS:
+            self._see_hooks(own, kind, f"{name}.{kind}")
         self._bound += [(module._modules, key, child, f"{name}.{key}") for key, child in module._modules.items()]
         for tensors in (module._parameters, module._buffers):
             for key, tensor in tensors.items():
@@ -54,16 +68,24 @@ class Frame:
             self._topologies.append(module)
 
     def _see_optimizer(self, optimizer: Optimizer) -> None:
-        name = type(optimizer).__name__
+        name, own = type(optimizer).__name__, optimizer.__dict__
         for key in ("state", "param_groups"):
-            self._bound.append((optimizer.__dict__, key, getattr(optimizer, key), f"the optimizer's {key}"))
+            self._bound.append((own, key, getattr(optimizer, key), f"the optimizer's {key}"))
+        for key in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            self._see_hooks(own, key, f"{name}.{key}")
+        self._lists.append((own, "param_groups", list(optimizer.param_groups), "param_groups"))
         for group in optimizer.param_groups:
+            self._see_size(group, f"a parameter group of {name}")
             for key, value in group.items():
                 if isinstance(value, Tensor):
                     self._see_tensor(group, key, value, f"the {key} of {name}")
+                elif key == "params":
+                    self._lists.append((group, key, list(value), key))
                 else:
-                    self._numbers.append((group, key, list(value) if key == "params" else value))
+                    self._numbers.append((group, key, value))
+        self._see_size(optimizer.state, f"the state of {name}")
         for state in optimizer.state.values():
+            self._see_size(state, f"the state of a parameter in {name}")
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     self._see_tensor(state, key, value, f"the {key} of {name}")
@@ -74,6 +96,18 @@ class Frame:
         if tensor is not None:
             self._tensors.append((tensor, tensor.data_ptr(), tensor.shape, tensor.requires_grad, name))
 
+    def _see_size(self, container: Sized, name: str) -> None:
+        self._sized.append(container)
+        self._sizes.append(len(container))
+        self._sized_names.append(name)
+
+    def _see_hooks(self, owner: dict[str, Any], key: str, name: str) -> None:
+        hooks = owner[key]
+        self._see_size(hooks, name)
+        if hooks:
+            self._bound.append((owner, key, hooks, name))
+        self._bound += [(hooks, number, hook, name) for number, hook in hooks.items()]
+
     def around_capture(self) -> "_Hides":
         """A context to capture in, which finds out whose masks the graph has read."""
         return _Hides(self._layers, self._keep)
@@ -82,8 +116,12 @@ class Frame:
         self._hides = hides
         self._grads = [parameter.grad for parameter in self.parameters]
 
-    def change(self) -> str | None:
-        """What is not as it was: another object, or other memory. Looks at indices that were written to."""
+    def change(self, *, stepped: bool = False) -> str | None:
+        """What is not as it was: another object, or other memory. Looks at indices that were written to.
+
+        Args:
+            stepped: right after a step, which leaves hooks on parameters where the next batch ends with an update.
+        """
         for topology in self._topologies:
             topology.check()
         for container, key, value, name in self._bound:
@@ -94,9 +132,18 @@ class Frame:
                 return f"{name} has other memory"
             if tensor.requires_grad != trains:
                 return f"{name} has another requires_grad"
+        if list(map(len, self._sized)) != self._sizes:
+            sizes = zip(self._sized_names, map(len, self._sized), self._sizes, strict=True)
+            return next(f"{name} has {now} entries, not {then}" for name, now, then in sizes if now != then)
+        for parameter, numbers in () if stepped else self._gradient_hooks:
+            hooks = numbers or parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+            if hooks and _gradient_hooks(parameter) != numbers:
+                return "a parameter has other hooks"
+        for container, key, items, name in self._lists:
+            if len(container[key]) != len(items) or not all(map(is_, container[key], items)):
+                return f"{name} of the optimizer is another"
         for group, key, number in self._numbers:
-            same = all(map(_is, group[key], number)) if key == "params" else group.get(key) == number
-            if not same or (key == "params" and len(group[key]) != len(number)):
+            if group.get(key) != number:
                 return f"{key} of the optimizer is another"
         for layer, hide, by_step in self._hides:
             if not by_step and layer.hide is not hide:
@@ -155,5 +202,6 @@ def parameters(method: Method, modules: tuple[nn.Module, ...]) -> list[nn.Parame
     return list({id(p): p for p in (*every, *parameters_of(method.optimizer))}.values())
 
 
-def _is(a: object, b: object) -> bool:
-    return a is b
+def _gradient_hooks(parameter: Tensor) -> tuple[int, ...]:
+    """Numbers of the hooks that a backward pass calls for it."""
+    return *(parameter._backward_hooks or ()), *(parameter._post_accumulate_grad_hooks or ())

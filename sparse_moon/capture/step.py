@@ -32,8 +32,8 @@ class CapturedStep:
     with a topology update runs eagerly, and so does one of another shape than the first, such as a last, smaller one.
     Updates write into the memory that the graph knows, so they ask for no other capture. Before each replay everything
     that the graph took for granted is looked at: memory of parameters, buffers, optimizer state and indices, which
-    modules there are and whether they train, numbers of the optimizer. Where something is another, the step is captured
-    anew; where that goes on, steps run eagerly from then on.
+    modules, hooks and parameter groups there are, whether modules train, numbers of the optimizer. Where something is
+    another, was added or has gone, the step is captured anew; where that goes on, steps run eagerly from then on.
 
     Where no step can be captured, it runs eagerly and one warning says why: no GPU, several processes, a method that
     changes the number of a layer's weights, code that waits for the device or draws random numbers on the host.
@@ -158,7 +158,7 @@ class CapturedStep:
                 "the training step cannot be captured in a CUDA graph, and was left half done: run it without "
                 f"CapturedStep. {error}"
             ) from error
-        frame.rebound = frame.change()
+        frame.rebound = frame.change(stepped=True)
         self._frame, self._replays = frame, 0
         self.captures += 1
 
