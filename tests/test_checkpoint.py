@@ -23,15 +23,34 @@ OPTIMIZERS = {
     "momentum": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.01),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2),
 }
+# Those whose first step is not like others.
+FIRST_STEPS = {
+    "dampening": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, dampening=0.5),
+    "adam": lambda parameters: torch.optim.Adam(parameters, 1e-2),
+    "rprop": lambda parameters: torch.optim.Rprop(parameters, 1e-2),
+    "none": lambda parameters: torch.optim.SGD(parameters, 0.1),
+}
 warnings.simplefilter("error")
+
+
+class Net(nn.Sequential):
+    """The last layer is a head that takes no part before a checkpoint."""
+
+    def forward(self, x, late):
+        *body, early_head, late_head = self
+        for layer in body:
+            x = layer(x)
+        return late_head(x) if late else early_head(x)
 
 
 def make_run(seed, optimizer, wrap, dropout=0.0, attached=False, sparsity=0.5):
     """Model and method; topology and weights are those of the seed."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(12, 24), nn.Dropout(dropout), nn.ReLU(), nn.Linear(24, 5)).double()
+    heads = nn.Linear(24, 5), nn.Linear(24, 5)
+    model = Net(nn.Linear(12, 24), nn.Dropout(dropout), nn.ReLU(), *heads).double()
     model = wrap(sm.sparsify(model, sparsity, "uniform", first_dense=False))
-    method = sm.RigL(model, OPTIMIZERS[optimizer](model.parameters()), total_steps=STEPS, interval=INTERVAL, stop=0.9)
+    optimizer = {**OPTIMIZERS, **FIRST_STEPS}[optimizer](model.parameters())
+    method = sm.RigL(model, optimizer, total_steps=STEPS, interval=INTERVAL, stop=0.9)
     schedule = torch.optim.lr_scheduler.StepLR(method.optimizer, 4)
     return model, method.attach() if attached else method, schedule
 
@@ -45,7 +64,7 @@ def wrap(model):
 
 
 def parallel(model):
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def train(model, method, schedule, first, last, number=0, world=1):
@@ -53,7 +72,7 @@ def train(model, method, schedule, first, last, number=0, world=1):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(8, 12, generator=generator, dtype=torch.float64).chunk(world)[number]
         y = torch.randint(0, 5, (8,), generator=generator).chunk(world)[number]
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(x, step >= SAVED), y).backward()
         method.optimizer.step() if method.attached else method.step()
         schedule.step()
         method.optimizer.zero_grad()
@@ -136,6 +155,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(tmp_path, before,
         for results in found:
             for case, states in results.items():
                 expected = saved[case.split()[0]]
+                assert states["loaded"].keys() == expected["loaded"].keys(), (world, case)
                 for name, tensor in expected["loaded"].items():
                     assert torch.equal(states["loaded"][name], tensor), (world, case, name)
                 exactly = world == before and case in OPTIMIZERS
@@ -144,6 +164,82 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(tmp_path, before,
                         assert torch.equal(states["end"][name], tensor), (world, case, name)
                     else:  # sums in another order
                         torch.testing.assert_close(states["end"][name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("optimizer", FIRST_STEPS)
+def test_a_checkpoint_before_the_first_batch_or_a_refused_one_changes_no_training(tmp_path, optimizer):
+    run = make_run(1, optimizer, wrap)
+    train(*run, 0, STEPS)
+    expected = state_of(*run[:2])
+    run = make_run(1, optimizer, wrap)
+    save_checkpoint(tmp_path, *run[:2])
+    assert not run[1].optimizer.state
+    train(*run, 0, STEPS)
+    same(state_of(*run[:2]), expected)
+    run = make_run(1, optimizer, wrap)
+    other = make_run(2, optimizer, wrap, sparsity=0.6)
+    torch.manual_seed(3)
+    drawn = torch.get_rng_state()
+    groups = [dict(group) for group in other[1].optimizer.param_groups]
+    with pytest.raises(ValueError, match=r"it has model 0\.values"):
+        load_checkpoint(tmp_path, *other[:2])
+    assert not other[1].optimizer.state
+    assert [dict(group) for group in other[1].optimizer.param_groups] == groups
+    assert torch.equal(torch.get_rng_state(), drawn)
+    train(*other, 0, STEPS)
+    other_expected = make_run(2, optimizer, wrap, sparsity=0.6)
+    train(*other_expected, 0, STEPS)
+    same(state_of(*other[:2]), state_of(*other_expected[:2]))
+    run = make_run(2, optimizer, wrap)
+    train(*run, 0, 2)  # it has state, which goes
+    load_checkpoint(tmp_path, *run[:2])
+    assert not run[1].optimizer.state
+    run[2].load_state_dict(make_run(1, optimizer, wrap)[2].state_dict())
+    train(*run, 0, STEPS)
+    same(state_of(*run[:2]), expected)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_state_of_what_was_frozen_since_it_trained_is_kept(tmp_path, optimizer):
+    def frozen(run):
+        for parameter in run[0][0].parameters():
+            parameter.requires_grad_(False)
+
+    run = make_run(1, optimizer, wrap)
+    train(*run, 0, 4)
+    frozen(run)
+    train(*run, 4, SAVED)
+    save_checkpoint(tmp_path, *run[:2], {"schedule": run[2]})
+    loaded = state_of(*run[:2])
+    train(*run, SAVED, STEPS)
+    for batches in (0, 2, 8):  # without any state before, with less, and with more
+        other = make_run(2, optimizer, wrap)
+        train(*other, SAVED - 2, SAVED - 2 + batches)
+        frozen(other)
+        load_checkpoint(tmp_path, *other[:2], {"schedule": other[2]})
+        same(state_of(*other[:2]), loaded)
+        assert [p.requires_grad for p in other[0].parameters()] == [False, False, True, True, True, True]
+        train(*other, SAVED, STEPS)
+        same(state_of(*other[:2]), state_of(*run[:2]))
+
+
+def test_what_the_optimizer_holds_is_that_of_the_checkpoint(tmp_path):
+    run = make_run(1, "none", wrap)
+    save_checkpoint(tmp_path, *run[:2])
+    with pytest.raises(ValueError, match="it has optimizer SGD, not AdamW"):
+        load_checkpoint(tmp_path, *make_run(1, "adamw", wrap)[:2])
+    model = make_run(1, "none", wrap)[0]
+    method = sm.Static(model, torch.optim.SGD(list(model.parameters())[:-1], 0.1))
+    save_checkpoint(tmp_path, model, method)
+    method = sm.Static(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ValueError, match=r"it has no optimizer 4\.bias"):
+        load_checkpoint(tmp_path, model, method)
 
 
 def test_errors(tmp_path):

@@ -4,14 +4,15 @@ A folder by :func:`save_checkpoint` has what all processes have of model, optimi
 number of processes, in DistributedDataParallel, FSDP2 or alone. It holds
 
 - ``steps-N-K/``: DCP's own files, of the batch N.
-- ``checkpoint.json``: which folder that is, SHA-256 of its files, and the shapes of all tensors. It is written last, so
-  that a run that is killed while it saves leaves the checkpoint before.
+- ``checkpoint.json``: which folder that is, SHA-256 of its files, the shapes of all tensors, and which parameters the
+  optimizer has state of. It is written last, so that a run that is killed while it saves leaves the checkpoint before.
 """
 
 import hashlib
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,19 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
 
 from sparse_moon.algorithms import Method
-from sparse_moon.algorithms.optimizers import inner_optimizers, stepping
+from sparse_moon.algorithms.optimizers import inner_optimizers, parameters_of, stepping
 from sparse_moon.distributed import from_every_process, raise_together, rank, world_size
 from sparse_moon.files import read_json, write_json
 from sparse_moon.nn.plan import some
 
-_FORMAT = "sparse_moon checkpoint 1"
+_FORMAT = "sparse_moon checkpoint 2"
 _FILE = "checkpoint.json"
+_STATE, _NO_STATE = "with state", "without state"
 
 
 class TrainingState:
@@ -48,11 +51,23 @@ class TrainingState:
         self.optimizer = inner_optimizers(method.optimizer)[-1]
         self.random = True
         """Whether the random numbers of the processes are part of it."""
+        self.begins = True
+        """Whether an optimizer without state makes a step by nothing, which begins the state that DCP loads into. Such
+        a step changes the training that follows: False to save before the first batch, and to load what was saved so.
+        """
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains, by canonical names."""
+        with _without_steps(self.optimizer):
+            groups: Any = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+        return dict(zip((n for group in groups for n in group["params"]), parameters_of(self.optimizer), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors of the parameters' canonical names, divided among processes as the parameters are."""
-        with stepping(self.optimizer):  # where it has no state yet, DCP lets it make a step by nothing
+        with stepping(self.optimizer) if self.begins else _without_steps(self.optimizer):
             model, optimizer = get_state_dict(self.model, self.optimizer)
+        states: Any = optimizer["state"]
+        optimizer["state"] = {name: entries for name, entries in states.items() if entries}
         state = {"model": model, "optimizer": optimizer, "method": self.method.state_dict()}
         if self.random:
             state["random"] = {f"process {rank()}": _random_state()}
@@ -60,13 +75,68 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        with stepping(self.optimizer):
+        with _without_steps(self.optimizer), self._training(state["optimizer"]["state"]):
             set_state_dict(
                 self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
             )
         self.method.load_state_dict(state["method"])
         if "random" in state:
             _set_random_state(state["random"][f"process {rank()}"])
+
+    def begin(self, names: Container[str]) -> None:
+        """Let the optimizer have state of the parameters of these names, which is begun, and of no others."""
+        states, parameters = self.optimizer.state, self.parameters()
+        if all((name in names) == bool(states.get(p)) for name, p in parameters.items()):
+            return
+        self.optimizer.state = defaultdict(dict)
+        grads = [(p, p.grad) for p in parameters.values()]
+        for parameter, _ in grads:
+            parameter.grad = None  # with any, DCP would make no step
+        try:
+            with stepping(self.optimizer), self._training(names):
+                get_optimizer_state_dict(self.model, self.optimizer)
+        finally:
+            for parameter, grad in grads:
+                parameter.grad = grad
+
+    @contextmanager
+    def _training(self, names: Container[str]) -> Iterator[None]:
+        """Only these parameters train inside the block: DCP begins and loads the state of those that do."""
+        parameters = self.parameters()
+        before = [(p, p.requires_grad) for p in parameters.values()]
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in names)
+        try:
+            yield
+        finally:
+            for parameter, trains in before:
+                parameter.requires_grad_(trains)
+
+
+@contextmanager
+def _without_steps(optimizer: Optimizer) -> Iterator[None]:
+    """DCP makes a step, by nothing, with an optimizer that has no state; one empty entry is enough for it."""
+    first = parameters_of(optimizer)[0]
+    optimizer.state.setdefault(first, {})
+    try:
+        yield
+    finally:
+        if not optimizer.state.get(first, True):
+            del optimizer.state[first]
+
+
+@contextmanager
+def _unless_refused(optimizer: Optimizer) -> Iterator[None]:
+    """Leave the optimizer, and random numbers, as they were before the block where it raises an error."""
+    state, groups, random = optimizer.state, [dict(group) for group in optimizer.param_groups], _random_state()
+    try:
+        yield
+    except Exception:
+        optimizer.state = state
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)
+        _set_random_state(random)
+        raise
 
 
 def _randomness() -> str:
@@ -104,12 +174,13 @@ def save_checkpoint(
         OSError: it cannot be written.
     """
     folder, state = Path(folder), TrainingState(model, method)
+    state.begins = False
     parts = _parts(state, more)
     name = from_every_process(_new_name(folder, method.steps) if rank() == 0 else None)[0]
     with _quiet_alone():
         dcp.save(parts, checkpoint_id=folder / name)
     digests = _digests(folder / name, sorted(path.name for path in (folder / name).iterdir()))
-    tensors = _kinds(state.state_dict())
+    tensors = _kinds(state)
     if rank() == 0:
         content = {
             "format": _FORMAT, "torch": torch.__version__, "folder": name, "random": _randomness(),
@@ -129,8 +200,9 @@ def load_checkpoint(
     """Go on from :func:`save_checkpoint`, with any number of processes; every process calls it.
 
     The model has as many weights as it had (the same ``sparsify``), wherever they are; optimizer and method are made
-    as they were. With as many processes as before the run then ends as one that was not interrupted, bit for bit, as
-    far as the batches are the same.
+    as they were. The optimizer then has state of the parameters that it had state of, and of no others: not of those
+    that had no gradient yet. With as many processes as before the run ends as one that was not interrupted, bit for
+    bit, as far as the batches are the same.
 
     Args:
         folder ... more: as for :func:`save_checkpoint`.
@@ -141,8 +213,11 @@ def load_checkpoint(
     """
     folder, state = Path(folder), TrainingState(model, method)
     content = _read(folder, method, more)
-    state.random = content["random"] == _randomness()
-    raise_together(_difference(content["tensors"], _kinds(state.state_dict())))
+    state.random, state.begins = content["random"] == _randomness(), False
+    there = content["tensors"]
+    with _unless_refused(state.optimizer):
+        state.begin({name for name in state.parameters() if there.get(f"optimizer {name}") == _STATE})
+        raise_together(_difference(there, _kinds(state)))
     with _quiet_alone():
         dcp.load(_parts(state, more), checkpoint_id=folder / content["folder"])
 
@@ -204,12 +279,18 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str | None]:
     return {name: digest for said in from_every_process(own) for name, digest in said.items()}
 
 
-def _kinds(state: Mapping[str, Any]) -> dict[str, str]:
-    """Dtypes and shapes of the tensors of model and optimizer, by name."""
+def _kinds(training: TrainingState) -> dict[str, str]:
+    """Dtypes and shapes of the tensors of model and optimizer, and the parameters that it has state of, by name."""
+    state = training.state_dict()
+    states = state["optimizer"]["state"]
     named = {f"model {name}": tensor for name, tensor in state["model"].items()}
-    for name, states in state["optimizer"]["state"].items():
-        named |= {f"optimizer {name} {key}": tensor for key, tensor in states.items()}
-    return {name: f"{t.dtype} {list(t.shape)}" for name, t in named.items() if isinstance(t, Tensor)}
+    for name, entries in states.items():
+        named |= {f"optimizer {name} {key}": tensor for key, tensor in entries.items()}
+    kinds = {name: f"{t.dtype} {list(t.shape)}" for name, t in named.items() if isinstance(t, Tensor)}
+    kinds |= {f"optimizer {name}": _STATE if name in states else _NO_STATE for name in training.parameters()}
+    if not states:  # nothing else tells an SGD from an Adam
+        kinds["optimizer"] = type(training.optimizer).__name__
+    return kinds
 
 
 def _difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
