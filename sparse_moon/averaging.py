@@ -256,7 +256,7 @@ class TicketAverage(_PlacedAverage):
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the model's present parameters into the average."""
-        share = 1.0 / (self.count + 1)
+        share = 1.0 / (int(self.count) + 1)  # a tensor's would be float32
         for i, layer in enumerate(sparse_layers(model).values()):
             old, new = self.get_buffer(f"place_{i}"), layer.topology.positions()
             places = torch.cat([old, new]).unique()
@@ -266,7 +266,7 @@ class TicketAverage(_PlacedAverage):
             self.register_buffer(f"place_{i}", places)
             self.register_buffer(f"value_{i}", average)
         for average, parameter in zip(self._buffers_named("average_"), _unmasked(model), strict=True):
-            average.lerp_(parameter.to(average.dtype), share.to(average.dtype))
+            average.lerp_(parameter.to(average.dtype), share)
         self.count += 1
 
     def _kept(self, i: int, topology: Topology) -> tuple[Tensor, Tensor]:

@@ -111,9 +111,10 @@ def net_dense():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-15)])
 @pytest.mark.parametrize("pattern", ["unstructured", "vector2"])
-def test_tickets_of_different_topologies(pattern):
-    model = sm.sparsify(net_dense(), 0.75, exclude="3", pattern=pattern)
+def test_tickets_of_different_topologies(pattern, dtype, tolerance):
+    model = sm.sparsify(net_dense(), 0.75, exclude="3", pattern=pattern).to(dtype)
     average, weights, others = sm.TicketAverage(model), [], []
     layer = model[0]
     for _ in range(3):
@@ -122,7 +123,7 @@ def test_tickets_of_different_topologies(pattern):
         average.update(model)
         weights.append(layer.dense_weight().detach().clone())
         others.append([p.detach().clone() for p in model.parameters() if p is not layer.values])
-    resumed = sm.TicketAverage(net_like(pattern))
+    resumed = sm.TicketAverage(net_like(pattern).to(dtype))
     resumed.load_state_dict(average.state_dict())
     mean = torch.stack(weights).mean(0)
     blocks = mean.view(8 // layer.topology.block[0], -1, 6).abs().sum(1).flatten()
@@ -133,10 +134,10 @@ def test_tickets_of_different_topologies(pattern):
     for a in (average, resumed):
         perturb(model)
         a.copy_to(model)
-        torch.testing.assert_close(layer.dense_weight().detach(), mean * mask)
+        torch.testing.assert_close(layer.dense_weight().detach(), mean * mask, rtol=tolerance, atol=tolerance)
         now = [p.detach() for p in model.parameters() if p is not layer.values]
         for p, *moments in zip(now, *others, strict=True):
-            torch.testing.assert_close(p, torch.stack(moments).mean(0))
+            torch.testing.assert_close(p, torch.stack(moments).mean(0), rtol=tolerance, atol=tolerance)
     with pytest.raises(ValueError, match="no model has been averaged"):
         sm.TicketAverage(model).copy_to(model)
 
