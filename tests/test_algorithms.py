@@ -242,6 +242,8 @@ def test_not_finite_gradients():
     x, y = batch()
     with pytest.raises(ValueError, match="gradients at batch 1 are not finite"):
         train(model, method, 1, [(x * math.inf, y)])
+    with pytest.raises(ValueError, match="gradients at batch 1 are not finite"):
+        method.step(torch.amp.GradScaler("cpu", enabled=False))
 
 
 def test_gradient_scaler_skips_an_update_that_overflowed():

@@ -274,11 +274,11 @@ def unscale_(scaler: GradScaler | None, optimizer: Any) -> GradScaler | None:
     """Unscale the optimizer's gradients, unless the caller has: to clip them.
 
     Returns:
-        The scaler: this one, or that with which accelerate's optimizer steps. None where there is none.
+        The scaler: this one, or that with which accelerate's optimizer steps. None where none is enabled.
     """
     if scaler is None:
         scaler, optimizer = getattr(optimizer, "scaler", None), getattr(optimizer, "optimizer", None)
-    if not isinstance(scaler, GradScaler):
+    if not isinstance(scaler, GradScaler) or not scaler.is_enabled():
         return None
     with suppress(RuntimeError):  # "already been called"
         scaler.unscale_(optimizer)
