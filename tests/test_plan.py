@@ -108,13 +108,34 @@ def test_an_index_that_changes_between_forward_and_backward_is_an_error(kind, ho
         output.backward()
 
 
-def test_a_write_to_the_index_alone_is_an_error_in_the_backward_pass(layer):
+@pytest.mark.parametrize("backend", ["auto", "dense", "reference"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_write_to_the_index_alone_is_an_error_in_the_backward_pass(kind, backend):
+    layer = sm.SparseLinear(8, 6, sparsity=0.5) if kind == "linear" else sm.SparseConv2d(8, 6, 1, sparsity=0.5)
     values = layer.values.detach().requires_grad_()
-    plan = layer.topology.plan()
-    output = sm.ops.sparse_linear(torch.randn(2, 8), values, None, plan)
-    layer.topology.col.add_(0)
-    with pytest.raises(RuntimeError, match="index of a sparse layer has been modified"):
-        output.sum().backward()
+    x = torch.randn((2, 8) if kind == "linear" else (2, 8, 3, 3))
+    with use_backend(backend):
+        output = torch.func.functional_call(layer, {"values": values}, x).sum()
+        output.backward(retain_graph=True)
+        layer.topology.col.add_(0)
+        with pytest.raises(RuntimeError, match="index of a sparse layer has been modified"):
+            output.backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense", "reference"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_graph_from_before_an_update_gives_the_first_layer_no_gradient(kind, backend):
+    make = {
+        "linear": lambda: sm.SparseLinear(8, 6, sparsity=0.5),
+        "conv2d": lambda: sm.SparseConv2d(8, 6, 1, sparsity=0.5),
+    }
+    layer, x = make[kind](), torch.randn((2, 8) if kind == "linear" else (2, 8, 3, 3))
+    with use_backend(backend):
+        output = layer(x).sum()
+        moved(layer)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.backward()
+    assert layer.values.grad is None
 
 
 OPTIONS = [("stride", (2, 1)), ("padding", (2, 0)), ("padding", "same"), ("dilation", (2, 2)),

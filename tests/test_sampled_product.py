@@ -75,9 +75,11 @@ def test_errors():
         sampled_product(torch.zeros(6, 3), torch.zeros(3, 4, dtype=torch.float64), plan)
 
 
-def test_an_index_that_was_written_to_is_an_error():
+@pytest.mark.parametrize("backend", ["auto", "dense", "reference"])
+def test_an_index_that_was_written_to_is_an_error(backend):
     topology = Topology.random((6, 4), 0.5)
-    values = sampled_product(*operands((6, 4), 2), topology.plan())
+    with use_backend(backend):
+        values = sampled_product(*operands((6, 4), 2), topology.plan())
     with torch.no_grad():
         topology.col.add_(0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -231,8 +231,14 @@ def register_function(
         return below_autograd(keyset, *inputs)
 
     def dispatched(*inputs: Any) -> Any:
-        by_reference = not torch.compiler.is_compiling() and choice.current_backend() == "reference"
-        return reference(*inputs) if by_reference or transformed() else op(*parts(*inputs))
+        if transformed():
+            return reference(*inputs)
+        if torch.compiler.is_compiling() or choice.current_backend() != "reference":
+            return op(*parts(*inputs))
+        output, plan = reference(*inputs), inputs[-1]
+        if isinstance(plan, Plan) and output.requires_grad:  # torch's operators keep no index that it could watch
+            output.register_hook(lambda _: plan.check_unchanged())
+        return output
 
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)
     return function, dispatched
