@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sparse_moon as sm
 from sparse_moon.ops.bernoulli_mask import philox
@@ -213,6 +214,29 @@ def test_unannounced_accumulation_is_an_error():
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(RuntimeError, match="backwards_per_step"):
         F.cross_entropy(model(x), y).backward()
+
+
+def test_a_weight_in_several_reentrant_checkpoints_is_an_error_that_says_what_to_do():
+    def trained(reentrant, passes):
+        torch.manual_seed(5)
+        layers = sm.SparseLinear(8, 8, sparsity=0.5), sm.SparseLinear(8, 8, sparsity=0.5)
+        model = nn.Sequential(*layers).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        method = sm.RigL(model, optimizer, total_steps=20, interval=1, backwards_per_step=passes)
+        for _ in range(3):
+            h = layers[0](torch.randn(4, 8, dtype=torch.float64))
+            for _ in range(2):
+                h = checkpoint(layers[1], h.tanh(), use_reentrant=reentrant)
+            h.square().sum().backward()
+            method.step()
+            optimizer.zero_grad()
+        return model.state_dict()
+
+    with pytest.raises(RuntimeError, match=r"pass backwards_per_step .* in several segments of checkpoint"):
+        trained(True, 1)
+    states = trained(False, 1), trained(True, 2)
+    for a, b in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_tied_layers_grow_by_their_common_gradient():

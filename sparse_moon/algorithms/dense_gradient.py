@@ -86,7 +86,9 @@ class DenseGradient:
         elif self._passes > 1:
             raise RuntimeError(
                 "a second backward pass adds to the gradients of an update batch: pass backwards_per_step to the "
-                "training method where gradients are accumulated; call zero_grad after a pass that is not the step's"
+                "training method where gradients are accumulated, or where a weight is in several segments of "
+                "checkpoint(..., use_reentrant=True), each of which is a pass; call zero_grad after a pass that is not "
+                "the step's"
             )
         else:
             self.reduced = self.reduce(grad)
