@@ -1,0 +1,166 @@
+"""Attached methods: the optimizer's step is theirs."""
+
+import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import sparse_moon as sm
+from small_training import METHODS, backward, batch, changed, make, masks, net, sgd
+
+
+@pytest.mark.parametrize("schedule", ["none", "before", "after"])
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("kind", [*METHODS, "static"])
+def test_an_attached_method_trains_like_a_called_one(kind, closure, schedule):
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches = [batch() for _ in range(17)]
+    for model, attached in zip(models, (False, True), strict=True):
+        optimizer = sgd(model)
+        scheduler = CosineAnnealingLR(optimizer, 17) if schedule == "before" else None
+        method = sm.Static(model, optimizer) if kind == "static" else make(kind, model, optimizer)
+        if attached:
+            assert method.attach() is method
+        scheduler = CosineAnnealingLR(optimizer, 17) if schedule == "after" else scheduler
+        for one in batches:
+            if attached and closure:
+
+                def compute(model=model, optimizer=optimizer, one=one):
+                    optimizer.zero_grad()
+                    return backward(model, one)
+
+                assert optimizer.step(compute) > 0
+            else:
+                optimizer.zero_grad()
+                backward(model, one)
+                optimizer.step() if attached else method.step()
+            if scheduler is not None:
+                scheduler.step()
+        assert method.steps == 17
+        if attached:
+            with pytest.raises(ValueError, match="attached to method"):
+                method.attach()
+    for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_attached_method_reads_gradients_without_their_scale(fused):
+    seen = []
+    for scale in (1.0, 65536.0):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+        method = make("mest", model, optimizer, interval=2, gradient_weight=1.0).attach()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(5):
+            scaler.scale(F.cross_entropy(model(batch()[0]), batch()[1])).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert method.steps == 5
+        seen.append(copy.deepcopy(model.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in seen), strict=True))
+
+
+def test_an_attached_method_is_not_called_besides():
+    model = net()
+    method = make("rigl", model).attach()
+    backward(model, batch())
+    with pytest.raises(RuntimeError, match="is attached to its optimizer"):
+        method.step()
+
+
+def scaled_step(model, method, scaler, *, overflows):
+    """A batch as loops of others train it: the scaler calls the optimizer, which the method is attached to."""
+    x, y = batch()
+    scaler.scale(F.cross_entropy(model(x * (float("inf") if overflows else 1.0)), y)).backward()
+    scaler.step(method.optimizer)
+    scaler.update()
+    method.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_attached_method_with_a_gradient_scaler(fused):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+    method = make("rigl", model, optimizer, interval=2).attach()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = masks(model)
+    for step in range(7):
+        scaled_step(model, method, scaler, overflows=step == 2)
+        assert bool(changed(before, model)) == (step > 2)
+    assert method.steps == 6
+
+
+def test_accumulation_by_accelerate_counts_steps():
+    """Its wrapper steps only where gradients are synchronised."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer, self.gradient_state = optimizer, SimpleNamespace(sync_gradients=True)
+            self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+        def step(self, closure=None):
+            if self.gradient_state.sync_gradients:
+                self.optimizer.step(closure)
+
+        def zero_grad(self, set_to_none=True):
+            if self.gradient_state.sync_gradients:
+                self.optimizer.zero_grad(set_to_none)
+
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches = [batch() for _ in range(24)]
+    for model, how in zip(models, ("step", "attach"), strict=True):
+        wrapper = Wrapper(sgd(model))
+        method = make("rigl", model, wrapper, backwards_per_step=2, interval=3)
+        method = method.attach() if how == "attach" else method
+        for number, one in enumerate(batches):
+            wrapper.gradient_state.sync_gradients = number % 2 == 1
+            backward(model, one)
+            method.step() if how == "step" else wrapper.step()
+            wrapper.zero_grad()
+        assert method.steps == 12
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+def test_a_dense_gradient_that_overflows_ends_no_training_of_an_attached_method():
+    """A scaler looks at the parameters' gradients; that of the dense weight, which RigL reads, may be larger."""
+    mask = torch.rand(64, 32) < 0.4
+    mask[:, 0] = False
+    model = nn.Sequential(sm.SparseLinear.from_dense(nn.Linear(32, 64), mask), nn.ReLU(), nn.Linear(64, 6))
+    method = make("rigl", model, interval=2).attach()
+    before = masks(model)
+    for step in range(3):
+        x, y = batch()
+        x[:, 0] = 3e38  # no weight sees it
+        loss = 100 * F.cross_entropy(model(x), y)
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        with pytest.warns(UserWarning, match="at batch 2 are not finite: no topol") if step == 2 else nullcontext():
+            method.optimizer.step()
+        method.optimizer.zero_grad()
+    assert method.steps == 3 and not changed(before, model)
+
+
+@pytest.mark.parametrize("kind", ["gmp", "top-kast", "rigl"])
+def test_steps_that_a_scaler_skips_are_missing_at_the_end_and_said(kind):
+    model = net()
+    method = make(kind, model, total_steps=10, interval=2, stop=1.0).attach()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(10):
+        scaled_step(model, method, scaler, overflows=step == 3)
+    assert method.steps == 9
+    if kind == "rigl":
+        assert method.unfinished is None
+    else:
+        assert f"{kind!r} made 9 of the 10 steps to its final density" in method.unfinished
