@@ -19,6 +19,27 @@ METHODS = {
 EXCHANGES = ["set", "rigl", "srigl", "mest", "top-kast"]
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Slow weights in a state of its own, around another optimizer."""
+
+    def __init__(self, base):
+        self.base = base
+        super().__init__(base.param_groups, {})
+        self.slow = 0
+
+    def step(self, closure=None):
+        loss = self.base.step(closure)
+        self.slow += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                slow = self.state[p].setdefault("slow", p.detach().clone())
+                if self.slow % 3 == 0:
+                    with torch.no_grad():
+                        slow.lerp_(p, 0.5)
+                        p.copy_(slow)
+        return loss
+
+
 def net(sparsity=0.6):
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 6))
     return sm.sparsify(model, sparsity, "uniform", first_dense=False, selection="constant_fan_in")

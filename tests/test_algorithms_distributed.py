@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_moon as sm
-from sparse_moon.algorithms import GMP, MEST, GraNet, SRigL, TopKAST
+from sparse_moon.algorithms import GMP, MEST, GraNet, RigL, SRigL, TopKAST
 
 STEPS = 16
+DIVIDED = "rigl, Adam's state divided among the processes"
 KINDS = {
     "gmp": lambda *args, **common: GMP(*args, densities={"0": 0.2, "2": 0.3}, **common),
     "granet": lambda *args, **common: GraNet(*args, densities=0.3, **common),
@@ -22,22 +23,37 @@ KINDS = {
     "mest-soft": lambda *args, **common: MEST(*args, soft_memory_bound=True, **common),
     "top-kast": TopKAST,
     "srigl": lambda *args, **common: SRigL(*args, gamma_sal=0.9, **common),
+    DIVIDED: RigL,
 }
+
+
+def adam(parameters):
+    """Alone; in several processes each has the state of some parameters."""
+    if not dist.is_initialized():
+        return torch.optim.Adam(parameters, lr=0.01)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.Adam, lr=0.01)
 
 
 def train(kind, parts, wrap=lambda model: model):
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5)).double()
     model = sm.sparsify(model, 0.5, "uniform", first_dense=False, selection="constant_fan_in")
-    optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+    divided = kind == DIVIDED
+    optimizer = adam(model.parameters()) if divided else torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
     parallel = wrap(model)
     method = KINDS[kind](parallel, optimizer, total_steps=STEPS, interval=3, stop=0.9)
+    if divided:
+        method.attach()
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         x = torch.randn(8, 12, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 5, (8,), generator=generator)
         F.cross_entropy(parallel(x[parts]), y[parts]).backward()
-        if method.step() and method.resizes:
+        if divided:
+            optimizer.step()
+        elif method.step() and method.resizes:
             parallel = wrap(model)
         optimizer.zero_grad()
     return model.state_dict()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import sparse_moon as sm
-from small_training import METHODS, backward, batch, changed, make, masks, net, sgd
+from small_training import METHODS, Lookahead, backward, batch, changed, make, masks, net, sgd
 
 
 @pytest.mark.parametrize("schedule", ["none", "before", "after"])
@@ -164,3 +164,69 @@ def test_steps_that_a_scaler_skips_are_missing_at_the_end_and_said(kind):
         assert method.unfinished is None
     else:
         assert f"{kind!r} made 9 of the 10 steps to its final density" in method.unfinished
+
+
+class Both(torch.optim.Optimizer):
+    """Two optimizers as one: of what is sparse, and of the rest."""
+
+    def __init__(self, model):
+        named = dict(model.named_parameters())
+        self.sparse = torch.optim.Adam([p for name, p in named.items() if name.endswith("values")], 0.01)
+        self.rest = torch.optim.SGD([p for name, p in named.items() if name.endswith("bias")], 0.1, momentum=0.9)
+        super().__init__([*self.sparse.param_groups, *self.rest.param_groups], {})
+
+    def step(self, closure=None):
+        self.sparse.step()
+        self.rest.step()
+
+
+class Around:
+    """No optimizer itself."""
+
+    def __init__(self, model):
+        self.inner, self.step = sgd(model), lambda: self.inner.step()
+        self.zero_grad = self.inner.zero_grad
+
+
+class Beside:
+    """Two optimizers in what is none itself."""
+
+    def __init__(self, model):
+        both = Both(model)
+        self.rest, self.sparse = both.rest, both.sparse
+
+    def step(self):
+        self.sparse.step()
+        self.rest.step()
+
+    def zero_grad(self):
+        self.sparse.zero_grad()
+        self.rest.zero_grad()
+
+
+AROUND = {"lookahead": lambda model: Lookahead(sgd(model)), "both": Both, "beside": Beside, "around": Around}
+
+
+@pytest.mark.parametrize("kind", ["rigl", "gmp", "top-kast"])
+@pytest.mark.parametrize("name", AROUND)
+def test_an_optimizer_around_others_trains_alike_attached_and_called(name, kind):
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches = [batch() for _ in range(17)]
+    before, kept = masks(models[0]), []
+    for model, attached in zip(models, (False, True), strict=True):
+        optimizer = AROUND[name](model)
+        method = make(kind, model, optimizer)
+        if attached:
+            method.attach()
+        for one in batches:
+            optimizer.zero_grad()
+            backward(model, one)
+            optimizer.step() if attached else method.step()
+        assert method.steps == 17
+        states = [optimizer.state[p] for p in model.parameters()] if name == "lookahead" else []
+        kept.append([*model.state_dict().values(), *(state["slow"] for state in states)])
+    assert changed(before, models[0])
+    for called, attached in zip(*kept, strict=True):
+        assert torch.equal(called, attached)

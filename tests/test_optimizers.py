@@ -10,7 +10,7 @@ from torch import nn
 
 import sparse_moon as sm
 from small_frameworks import EXTRA
-from small_training import backward, batch, changed, make, masks, net, sgd, train
+from small_training import Lookahead, backward, batch, changed, make, masks, net, sgd, train
 from sparse_moon.algorithms.optimizers import StateRule, register_state
 
 # --- updates that never come
@@ -60,27 +60,6 @@ def test_names_that_begin_with_module_are_kept_apart():
 
 class MyAdamW(torch.optim.AdamW):
     pass
-
-
-class Lookahead(torch.optim.Optimizer):
-    """Slow weights in a state of its own, around another optimizer."""
-
-    def __init__(self, base):
-        self.base = base
-        super().__init__(base.param_groups, {})
-        self.slow = 0
-
-    def step(self, closure=None):
-        loss = self.base.step(closure)
-        self.slow += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                slow = self.state[p].setdefault("slow", p.detach().clone())
-                if self.slow % 3 == 0:
-                    with torch.no_grad():
-                        slow.lerp_(p, 0.5)
-                        p.copy_(slow)
-        return loss
 
 
 OPTIMIZERS = {

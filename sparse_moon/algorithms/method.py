@@ -227,10 +227,13 @@ class Method:
         because of an overflow, the method makes none either: a topology update waits for the next batch, and what is
         due at the end comes as many batches later, see :attr:`unfinished`.
 
+        Of an optimizer around another that keeps nothing itself, as accelerate's, the inner one's step is the method's;
+        of one with state of its own, or around several, its own, as where :meth:`step` is called.
+
         Returns:
             The method itself. From now on do not call :meth:`step` besides.
         """
-        attach(self.optimizer, self)
+        self.optimizer, self.attached = attach(self.optimizer, self), True
         return self
 
     def _step_optimizer(self, scaler: GradScaler | None, closure: Callable[[], Any] | None = None) -> None:

@@ -209,33 +209,50 @@ def synchronizes(optimizer: Any) -> bool:
 @contextmanager
 def stepping(optimizer: Any) -> Iterator[None]:
     """Steps inside the block are those of a training method."""
-    inner = inner_optimizers(optimizer)
-    for one in inner:
+    every = (optimizer, *inner_optimizers(optimizer))
+    for one in every:
         setattr(one, _STEPPING, True)
     try:
         yield
     finally:
-        for one in inner:
+        for one in every:
             setattr(one, _STEPPING, False)
 
 
-def is_stepping(optimizer: Optimizer) -> bool:
+def is_stepping(optimizer: Any) -> bool:
     """Whether a training method is calling the optimizer's step."""
     return getattr(optimizer, _STEPPING, False)
 
 
-def attach(optimizer: Any, method: "Method") -> None:
-    """Let the step of the innermost optimizer be the method's, which in turn calls the optimizer's own."""
-    innermost = inner_optimizers(optimizer)[-1]
-    own = innermost.step
+def stepped_optimizer(optimizer: Any) -> Any:
+    """What a step comes down to: the optimizer within wrappers that keep nothing, as accelerate's and Lightning's.
+
+    One with state of its own (Lookahead, ZeroRedundancyOptimizer), or around several, is itself what steps.
+    """
+    for _ in inner_optimizers(optimizer):
+        wrapped = {id(value): value for value in vars(optimizer).values() if isinstance(value, Optimizer)}
+        inner = next(iter(wrapped.values())) if len(wrapped) == 1 else None
+        if inner is None or getattr(optimizer, "state", inner.state) is not inner.state:
+            break
+        optimizer = inner
+    return optimizer
+
+
+def attach(optimizer: Any, method: "Method") -> Any:
+    """Let the optimizer's step be the method's, which in turn calls the optimizer's own.
+
+    Returns:
+        What steps: see :func:`stepped_optimizer`.
+    """
+    stepped = stepped_optimizer(optimizer)
+    own = stepped.step
     attached = getattr(own, _ATTACHED, None)
     if attached is not None:
         raise ValueError(f"the optimizer is attached to method {attached!r} already")
-    method.optimizer, method.attached = innermost, True
 
     # a bound method, as learning rate schedules expect it
     @functools.wraps(getattr(own, "__func__", own))
-    def step(self: Optimizer, closure: Any = None, **more: Any) -> Any:
+    def step(self: Any, closure: Any = None, **more: Any) -> Any:
         if is_stepping(self):
             return own(**more) if closure is None else own(closure, **more)
         if not _unscale_for_fused(self):
@@ -254,7 +271,8 @@ def attach(optimizer: Any, method: "Method") -> None:
         return results[-1] if results else None
 
     setattr(step, _ATTACHED, method.name)
-    innermost.step = MethodType(step, innermost)  # type: ignore[method-assign]
+    stepped.step = MethodType(step, stepped)
+    return stepped
 
 
 def _unscale_for_fused(optimizer: Optimizer) -> bool:
