@@ -15,6 +15,7 @@ from torch import nn
 
 import sparse_moon as sm
 from small_processes import environment, join, leave, run_processes
+from small_training import Lookahead
 from sparse_moon.integrations.checkpoint import load_checkpoint, save_checkpoint
 from sparse_moon.sharding import whole
 
@@ -272,6 +273,16 @@ def test_errors(tmp_path):
     (tmp_path / "checkpoint.json").write_text(json.dumps({**content, "steps": 9}))
     with pytest.raises(ValueError, match="its checksum is"):
         load_checkpoint(tmp_path, model, method, more)
+
+
+def test_what_is_more_than_one_optimizer_is_refused(tmp_path):
+    """DCP would leave out Lookahead's slow weights."""
+    model, method, schedule = make_run(1, "momentum", wrap)
+    method = sm.RigL(model, Lookahead(method.optimizer), total_steps=STEPS, interval=INTERVAL, stop=0.9)
+    train(model, method, schedule, 0, 1)
+    with pytest.raises(ValueError, match="Lookahead is more than one optimizer, and a checkpoint of DCP has what SGD"):
+        save_checkpoint(tmp_path, model, method)
+    assert not list(tmp_path.iterdir())
 
 
 def elastic(folder):

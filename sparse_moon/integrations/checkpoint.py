@@ -44,6 +44,9 @@ class TrainingState:
     Args:
         model: as the method has it, after ``fully_shard``, in DistributedDataParallel, or plain.
         method: with the optimizer; between two batches.
+
+    Raises:
+        ValueError: by ``state_dict``, where several optimizers keep state (Lookahead) or train parameters.
     """
 
     def __init__(self, model: nn.Module, method: Method) -> None:
@@ -64,6 +67,7 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors of the parameters' canonical names, divided among processes as the parameters are."""
+        self._check_optimizer()
         with stepping(self.optimizer) if self.begins else _without_steps(self.optimizer):
             model, optimizer = get_state_dict(self.model, self.optimizer)
         states: Any = optimizer["state"]
@@ -72,6 +76,18 @@ class TrainingState:
         if self.random:
             state["random"] = {f"process {rank()}": _random_state()}
         return state
+
+    def _check_optimizer(self) -> None:
+        """Whether the innermost optimizer, which DCP takes, is all that there is to keep."""
+        every, own = self.method.optimizer, self.optimizer
+        others = [inner for inner in inner_optimizers(every) if inner.state is not own.state]
+        held = {id(parameter) for parameter in parameters_of(own)}
+        besides = [p for p in parameters_of(every) if id(p) not in held or any(o.state.get(p) for o in others)]
+        if besides:
+            raise ValueError(
+                f"{type(every).__name__} is more than one optimizer, and a checkpoint of DCP has what "
+                f"{type(own).__name__} within it keeps: save state_dict() of each, of model and method yourself"
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
@@ -170,7 +186,7 @@ def save_checkpoint(
         more: other objects with ``state_dict`` and ``load_state_dict``, by name: a learning rate schedule, a loader.
 
     Raises:
-        ValueError: a name that is taken.
+        ValueError: a name that is taken, or more than one optimizer.
         OSError: it cannot be written.
     """
     folder, state = Path(folder), TrainingState(model, method)
