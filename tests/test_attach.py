@@ -51,13 +51,77 @@ def test_an_attached_method_trains_like_a_called_one(kind, closure, schedule):
         assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_an_attached_method_reads_gradients_without_their_scale(fused):
+class Scaled(torch.optim.SGD):
+    """Its step takes a factor of the learning rate, and returns it."""
+
+    def step(self, closure=None, scale=1.0):
+        rate = self.param_groups[0]["lr"]
+        self.param_groups[0]["lr"] = rate * scale
+        super().step(closure)
+        self.param_groups[0]["lr"] = rate
+        return scale
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_optimizers_own_step_gets_and_returns_what_it_has(by_name):
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches = [batch() for _ in range(7)]
+    for model, attached in zip(models, (False, True), strict=True):
+        optimizer = Scaled(model.parameters(), 0.1)
+        method = make("rigl", model, optimizer, interval=20)
+        if attached:
+            method.attach()
+        for one in batches:
+            optimizer.zero_grad()
+            backward(model, one)
+            if attached:
+                assert (optimizer.step(scale=0.5) if by_name else optimizer.step(None, 0.5)) == 0.5
+            else:
+                optimizer.param_groups[0]["lr"] = 0.05
+                method.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+def test_lbfgs_returns_its_first_loss():
+    torch.manual_seed(0)
+    model, one = net(), batch()
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
+    sm.Static(model, optimizer).attach()
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        losses.append(backward(model, one).item())
+        return torch.tensor(losses[-1])
+
+    returned = float(optimizer.step(closure))
+    assert len(losses) == 3 and returned == losses[0] != losses[-1]
+
+
+class Unscaling(torch.optim.AdamW):
+    """Takes the gradient scaler, as torch's contract for those that handle the scale has it."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None, *, grad_scaler=None):
+        grad_scaler.unscale_(self)
+        return super().step(closure)
+
+
+def fused(parameters):
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
+@pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, fused, Unscaling])
+def test_an_attached_method_reads_gradients_without_their_scale(make_optimizer):
     seen = []
     for scale in (1.0, 65536.0):
         torch.manual_seed(0)
         model = net()
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+        optimizer = make_optimizer(model.parameters())
         method = make("mest", model, optimizer, interval=2, gradient_weight=1.0).attach()
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         for _ in range(5):

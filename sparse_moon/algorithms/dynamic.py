@@ -222,7 +222,7 @@ class DynamicMethod(Method):
         """Whether the update may use this batch's gradients; without a scaler others than finite ones are an error."""
         scaler = unscale_(scaler, self.optimizer)  # which also notes overflows
         finite = self._gradients_finite()
-        if scaler is not None:
+        if scaler is not None and not self.attached:
             scaler.update()
         elif not finite and self.attached:  # to an optimizer that perhaps a scaler calls, which looks at less
             self._tell_once(

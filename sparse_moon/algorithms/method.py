@@ -66,7 +66,10 @@ class Method:
     """Whether the number of a layer's blocks changes during training."""
     weight_decay_matters = True
     """Whether sparse weights are to have the weight decay that dense ones have; else the run gives them none."""
-    attached = called_by_optimizer = False
+    attached = False
+    """Whether the optimizer's step is the method's."""
+    own_step: Callable[..., Any] | None = None
+    """Of an attached method that its optimizer calls: the optimizer's own step, which takes a closure or nothing."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -214,7 +217,7 @@ class Method:
 
     def _steps_now(self) -> bool:
         """Whether this batch ends with a step: not while accelerate accumulates gradients."""
-        if self.attached and not self.called_by_optimizer:
+        if self.attached and self.own_step is None:
             raise RuntimeError(
                 f"method {self.name!r} is attached to its optimizer: call optimizer.step(), not step() besides"
             )
@@ -223,9 +226,10 @@ class Method:
     def attach(self) -> Self:
         """Make ``optimizer.step()`` do what :meth:`step` does, for loops of others (Lightning, Hugging Face).
 
-        It returns what the optimizer's own step returns. A gradient scaler then calls it as ever; where it skips a step
-        because of an overflow, the method makes none either: a topology update waits for the next batch, and what is
-        due at the end comes as many batches later, see :attr:`unfinished`.
+        It takes and returns what the optimizer's own step does, or the closure's loss in a batch whose step an update
+        takes. A gradient scaler then calls it as ever; where it skips a step because of an overflow, the method makes
+        none either: a topology update waits for the next batch, and what is due at the end comes as many batches later,
+        see :attr:`unfinished`.
 
         Of an optimizer around another that keeps nothing itself, as accelerate's, the inner one's step is the method's;
         of one with state of its own, or around several, its own, as where :meth:`step` is called.
@@ -239,7 +243,9 @@ class Method:
     def _step_optimizer(self, scaler: GradScaler | None, closure: Callable[[], Any] | None = None) -> None:
         arguments = () if closure is None else (closure,)
         with stepping(self.optimizer):
-            if scaler is None:
+            if self.own_step is not None:
+                self.own_step(*arguments)
+            elif scaler is None:
                 self.optimizer.step(*arguments)
             else:
                 scaler.step(self.optimizer, *arguments)

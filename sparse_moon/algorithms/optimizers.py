@@ -252,27 +252,40 @@ def attach(optimizer: Any, method: "Method") -> Any:
 
     # a bound method, as learning rate schedules expect it
     @functools.wraps(getattr(own, "__func__", own))
-    def step(self: Any, closure: Any = None, **more: Any) -> Any:
+    def step(self: Any, closure: Any = None, *more: Any, **named: Any) -> Any:
+        def own_step(given: Any = None) -> Any:
+            return own(**named) if given is None and not more else own(given, *more, **named)
+
         if is_stepping(self):
-            return own(**more) if closure is None else own(closure, **more)
-        if not _unscale_for_fused(self):
-            return None
-        results: list[Any] = []
-
-        def noted() -> Any:
-            results.append(closure())
-            return results[-1]
-
-        method.called_by_optimizer = True
-        try:
-            method.step(closure=None if closure is None else noted)
-        finally:
-            method.called_by_optimizer = False
-        return results[-1] if results else None
+            return own_step(closure)
+        return _step_by(method, own_step, closure, named.get("grad_scaler")) if _unscale_for_fused(self) else None
 
     setattr(step, _ATTACHED, method.name)
     stepped.step = MethodType(step, stepped)
     return stepped
+
+
+def _step_by(
+    method: "Method", own_step: Callable[..., Any], closure: Callable[[], Any] | None, scaler: GradScaler | None
+) -> Any:
+    """What the optimizer's own step returned in that of the method, or else the closure."""
+    results: list[Any] = []
+    losses: list[Any] = []
+
+    def noted_step(*given: Any) -> None:
+        results.append(own_step(*given))
+
+    def noted_closure() -> Any:
+        assert closure is not None
+        losses.append(closure())
+        return losses[-1]
+
+    method.own_step = noted_step
+    try:
+        method.step(scaler=scaler, closure=None if closure is None else noted_closure)
+    finally:
+        method.own_step = None
+    return next((found for found in (*results, *losses) if found is not None), None)
 
 
 def _unscale_for_fused(optimizer: Optimizer) -> bool:
