@@ -7,7 +7,7 @@ import torch
 
 import sparse_moon as sm
 from small_frameworks import EXTRA
-from small_training import batch, make, net
+from small_training import make, net
 
 accelerate = pytest.importorskip("accelerate", reason=f"accelerate {EXTRA}")
 
@@ -91,13 +91,25 @@ def test_a_state_of_another_method_is_an_error(tmp_path):
         accelerator.load_state(str(tmp_path))
 
 
-def test_an_attached_method_steps_with_the_optimizer():
-    accelerator, model, optimizer, _, method = prepared("rigl", net())
+@pytest.mark.parametrize("overflow", [None, 2, 4])
+@pytest.mark.parametrize("scale", [None, 2.0**10])
+def test_an_attached_method_steps_with_the_optimizer(scale, overflow):
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator, model, optimizer, loader, method = prepared("rigl", net(), scaler=scaler)
+    before = [layer.mask() for layer in layers(model)]
     method.attach()
-    x, y = batch()
-    accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
-    optimizer.step()
-    assert method.steps == 1
+    for number, (x, y) in enumerate(loader):
+        if number == 6:
+            break
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        skipped = scaler is not None and number == overflow
+        accelerator.backward(loss * float("inf") if skipped else loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_was_skipped == skipped
+    assert method.steps == (6 if scaler is None or overflow is None else 5)
+    assert any(not torch.equal(layer.mask(), mask) for layer, mask in zip(layers(model), before, strict=True))
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["rigl", "mest", "top-kast", "gmp"])

@@ -77,6 +77,22 @@ def test_the_topology_moves_and_figures_are_logged(tmp_path):
     assert 0 < rows[-1]["step_ms"] < 60_000
 
 
+def test_a_gradient_scaler_changes_nothing(tmp_path):
+    """In the place of that of fp16=True, which needs a GPU and unscales before it clips."""
+    models = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        sparse = callback()
+        run = trainer(tmp_path, [sparse], save_strategy="no", max_grad_norm=0.0)
+        run.accelerator.scaler = scaler
+        before = {name: layer.mask() for name, layer in sm.sparse_layers(run.model).items()}
+        run.train()
+        assert sparse.method.steps == run.state.global_step == EXAMPLES // 8 * EPOCHS
+        assert any(not torch.equal(layer.mask(), before[name]) for name, layer in sm.sparse_layers(run.model).items())
+        models.append(run.model)
+    for plain, scaled in zip(*(one.parameters() for one in models), strict=True):
+        assert torch.equal(plain, scaled)
+
+
 def test_a_reporter_that_comes_later_sees_the_figures(tmp_path):
     class Reporter(transformers.TrainerCallback):
         def __init__(self):

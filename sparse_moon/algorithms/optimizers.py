@@ -262,6 +262,10 @@ def attach(optimizer: Any, method: "Method") -> Any:
 
     setattr(step, _ATTACHED, method.name)
     stepped.step = MethodType(step, stepped)
+    for outer in inner_optimizers(optimizer):
+        # with a gradient scaler accelerate calls the step that was there at prepare(): it looks for it anew here
+        if hasattr(outer, "_optimizer_patched_step_method"):
+            outer.__setstate__({})
     return stepped
 
 
