@@ -110,6 +110,8 @@ def test_an_attached_method_steps_with_the_optimizer(scale, overflow):
     assert method.steps == (6 if scaler is None or overflow is None else 5)
     assert any(not torch.equal(layer.mask(), mask) for layer, mask in zip(layers(model), before, strict=True))
     assert all(p.isfinite().all() for p in model.parameters())
+    method.detach()
+    assert method.optimizer is optimizer
 
 
 @pytest.mark.parametrize("kind", ["rigl", "mest", "top-kast", "gmp"])

@@ -142,6 +142,62 @@ def test_an_attached_method_is_not_called_besides():
         method.step()
 
 
+@pytest.mark.parametrize("schedule", ["none", "before", "after"])
+def test_a_detached_optimizer_takes_a_method_that_is_made_anew(schedule):
+    """A layer trains later, and the method is made anew for it."""
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches, before = [batch() for _ in range(15)], masks(models[0])
+    for model, attached in zip(models, (False, True), strict=True):
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        scheduler = CosineAnnealingLR(optimizer, 17) if schedule == "before" else None
+        method = make("rigl", model, optimizer, interval=4)
+        if attached:
+            method.attach()
+        scheduler = CosineAnnealingLR(optimizer, 17) if schedule == "after" else scheduler
+        for number, one in enumerate(batches):
+            if number == 4:
+                model[0].requires_grad_(True)
+            message = f"keep their topology; {'detach.. it and ' if attached else ''}make the method anew"
+            with pytest.warns(UserWarning, match=message) if number == 4 else nullcontext():
+                optimizer.zero_grad()
+                backward(model, one)
+                optimizer.step() if attached else method.step()
+            if scheduler is not None:
+                scheduler.step()
+            if number == 4:
+                anew = make("rigl", model, optimizer, interval=4)
+                if attached:
+                    with pytest.raises(ValueError, match=r"attached to method 'rigl' already: detach\(\) that first"):
+                        anew.attach()
+                    method.detach()
+                    anew.attach()
+                method = anew
+        assert method.steps == 10 and "0" in changed(before, model)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+def test_a_detached_method_is_called_as_one_that_never_was_attached():
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches = [batch() for _ in range(13)]
+    for model, attached in zip(models, (False, True), strict=True):
+        optimizer = sgd(model)
+        method = make("rigl", model, optimizer, interval=4)
+        method.detach()
+        if attached:
+            method.attach().detach()
+        for number, one in enumerate(batches):
+            optimizer.zero_grad()
+            backward(model, one)
+            optimizer.step() if number == 12 else method.step()
+        assert method.steps == 12
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
 def scaled_step(model, method, scaler, *, overflows):
     """A batch as loops of others train it: the scaler calls the optimizer, which the method is attached to."""
     x, y = batch()

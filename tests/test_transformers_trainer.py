@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,21 @@ def test_a_gradient_scaler_changes_nothing(tmp_path):
         models.append(run.model)
     for plain, scaled in zip(*(one.parameters() for one in models), strict=True):
         assert torch.equal(plain, scaled)
+
+
+@pytest.mark.parametrize("method", ["rigl", "top-kast"])
+def test_a_second_training_has_a_method_of_its_own(method, tmp_path):
+    sparse = callback(method)
+    run = trainer(tmp_path, [sparse], save_strategy="no")
+    run.train()
+    first, trained = sparse.method, sm.overall_sparsity(run.model)
+    before = {name: layer.mask() for name, layer in sm.sparse_layers(run.model).items()}
+    message = "was to start from a sparsity of 0.3602, and an earlier training has left 0.6224"
+    with pytest.warns(UserWarning, match=message) if method == "top-kast" else nullcontext():
+        run.train()
+    assert sparse.method is not first and sparse.method.steps == first.steps == EXAMPLES // 8 * EPOCHS
+    assert any(not torch.equal(layer.mask(), before[name]) for name, layer in sm.sparse_layers(run.model).items())
+    assert (sm.overall_sparsity(run.model) == trained) == (method == "rigl")
 
 
 def test_a_reporter_that_comes_later_sees_the_figures(tmp_path):

@@ -287,7 +287,7 @@ class DynamicMethod(Method):
             self._tell_once(
                 "trains later",
                 f"{new} train now, but when method {self.name!r} was made they were frozen or not in the optimizer, so "
-                "they keep their topology; make the method anew",
+                f"they keep their topology; {'detach() it and ' if self.attached else ''}make the method anew",
             )
 
     def _tell_once(self, kind: str, message: str) -> None:

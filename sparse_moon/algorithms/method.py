@@ -235,10 +235,23 @@ class Method:
         of one with state of its own, or around several, its own, as where :meth:`step` is called.
 
         Returns:
-            The method itself. From now on do not call :meth:`step` besides.
+            The method itself. Until :meth:`detach` do not call :meth:`step` besides.
+
+        Raises:
+            ValueError: the optimizer is attached already, to this method or another.
         """
-        self.optimizer, self.attached = attach(self.optimizer, self), True
+        given = self.optimizer
+        self.optimizer, self._given, self.attached = attach(given, self), given, True
         return self
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`, where it was called: ``optimizer.step()`` is the optimizer's own again.
+
+        Before another method of the same optimizer is attached, such as one that is made anew for layers that train
+        later.
+        """
+        if self.attached:
+            self.optimizer, self.attached = self._given, False
 
     def _step_optimizer(self, scaler: GradScaler | None, closure: Callable[[], Any] | None = None) -> None:
         arguments = () if closure is None else (closure,)

@@ -245,10 +245,29 @@ def attach(optimizer: Any, method: "Method") -> Any:
         What steps: see :func:`stepped_optimizer`.
     """
     stepped = stepped_optimizer(optimizer)
-    own = stepped.step
-    attached = getattr(own, _ATTACHED, None)
-    if attached is not None:
-        raise ValueError(f"the optimizer is attached to method {attached!r} already")
+    place = getattr(stepped.step, _ATTACHED, None)
+    if place is None:
+        place = _Place(method)
+        _replace_step(stepped, place)
+        for outer in inner_optimizers(optimizer):
+            # with a gradient scaler accelerate calls the step that was there at prepare(): it looks for it anew here
+            if hasattr(outer, "_optimizer_patched_step_method"):
+                outer.__setstate__({})
+    elif place.method.attached:
+        raise ValueError(f"the optimizer is attached to method {place.method.name!r} already: detach() that first")
+    place.method = method
+    return stepped
+
+
+@dataclass
+class _Place:
+    """Whose an optimizer's step is, while that method is attached; the step stays, as others may have wrapped it."""
+
+    method: "Method"
+
+
+def _replace_step(optimizer: Any, place: _Place) -> None:
+    own = optimizer.step
 
     # a bound method, as learning rate schedules expect it
     @functools.wraps(getattr(own, "__func__", own))
@@ -256,17 +275,12 @@ def attach(optimizer: Any, method: "Method") -> Any:
         def own_step(given: Any = None) -> Any:
             return own(**named) if given is None and not more else own(given, *more, **named)
 
-        if is_stepping(self):
+        if is_stepping(self) or not place.method.attached:
             return own_step(closure)
-        return _step_by(method, own_step, closure, named.get("grad_scaler")) if _unscale_for_fused(self) else None
+        return _step_by(place.method, own_step, closure, named.get("grad_scaler")) if _unscale_for_fused(self) else None
 
-    setattr(step, _ATTACHED, method.name)
-    stepped.step = MethodType(step, stepped)
-    for outer in inner_optimizers(optimizer):
-        # with a gradient scaler accelerate calls the step that was there at prepare(): it looks for it anew here
-        if hasattr(outer, "_optimizer_patched_step_method"):
-            outer.__setstate__({})
-    return stepped
+    setattr(step, _ATTACHED, place)
+    optimizer.step = MethodType(step, optimizer)
 
 
 def _step_by(

@@ -78,6 +78,7 @@ class SparseCallback:
         self.clock: StepClock | None = None
         self._model: nn.Module | None = None
         self._densities: Mapping[str, float] | None = None  # that the sparse layers are to end with
+        self._start = 0.0  # sparsity of the converted model
         self._steps = 0  # of the whole training
         self._saved: Mapping[str, Any] | None = None  # of a checkpoint, until there is a method
 
@@ -101,7 +102,7 @@ class SparseCallback:
                 model, self.sparsity, self.allocation, **shape, selection=self.kind.selection,
                 start_sparsity=self.kind.start_sparsity(self.options, self.sparsity, model, self._densities),
             )  # fmt: skip
-        self._model = model
+        self._model, self._start = model, overall_sparsity(model)
 
     def has_converted(self, model: nn.Module) -> bool:
         """Whether :meth:`convert` was called for this model, and not for another since."""
@@ -137,6 +138,9 @@ class SparseCallback:
             backwards_per_step=backwards_per_step,
         )  # fmt: skip
         optimizer = self._optimizer_of(model, optimizers)
+        if self.method is not None:  # of an earlier training
+            self.method.detach()
+        self._check_start()
         self.method = self.kind(model, optimizer, **self.kind.arguments(self.options, run)).attach()
         self._check_weight_decay(self.method)
         self.clock = StepClock(next(model.parameters()).device)
@@ -161,6 +165,16 @@ class SparseCallback:
             f"method {self.kind.name!r} needs one optimizer that holds the weights of the sparse layers, "
             f"{len(holding)} of {len(optimizers)} do"
         )
+
+    def _check_start(self) -> None:
+        assert self._model is not None
+        sparsity = overall_sparsity(self._model)
+        if self.kind.resizes and self._saved is None and sparsity > self._start:
+            warnings.warn(
+                f"method {self.kind.name!r} was to start from a sparsity of {self._start:.4f}, and an earlier training "
+                f"has left {sparsity:.4f}: it starts from there, and may end sparser than asked",
+                stacklevel=3,
+            )
 
     def _check_weight_decay(self, method: Method) -> None:
         values = {id(layer.values) for layer in method.layers.values()}
