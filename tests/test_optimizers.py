@@ -47,6 +47,24 @@ def test_a_copy_and_a_method_after_it_know_nothing_of_an_update_batch():
     static.step()
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer does not hold the values of")
+def test_a_method_of_other_layers_leaves_an_update_batch_alone():
+    torch.manual_seed(0)
+    models = [net()]
+    models.append(copy.deepcopy(models[0]))
+    batches, before = [batch() for _ in range(3)], masks(models[0])
+    for model, beside in zip(models, (False, True), strict=True):
+        method = make("rigl", model, sgd(model[0]), interval=2)
+        for number, one in enumerate(batches):
+            if number == 2 and beside:
+                make("set", model, sgd(model[2]), interval=2)
+            backward(model, one)
+            assert method.step() == (number == 2)
+            model.zero_grad()
+        assert changed(before, model) == ["0"]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
 def test_names_that_begin_with_module_are_kept_apart():
     model = nn.Module()
     model.fc, model.module = nn.Linear(32, 32), nn.Module()

@@ -83,9 +83,6 @@ class Method:
         every = dict(zip(plain_names(found), found.values(), strict=True))
         self.tied = tied_layers(model)
         """For each layer all that share its weight, itself first."""
-        for layers in self.tied.values():
-            for layer in layers:
-                layer.probe = None  # of a method that was left in an update batch
         held = {id(parameter) for parameter in parameters_of(optimizer)}
         trainable = {name: layer for name, layer in every.items() if layer.values.requires_grad}
         self.layers = {name: layer for name, layer in trainable.items() if id(layer.values) in held}
@@ -116,6 +113,9 @@ class Method:
                 check_weight_decay(model, inner)
         self.steps = 0
         self._check_processes("at the start")
+        for name, layer in every.items():
+            for tied in self.tied[layer] if name not in others else ():  # which may be another method's
+                tied.probe = None  # of a method that was left in an update batch
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
