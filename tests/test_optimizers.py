@@ -65,6 +65,28 @@ def test_a_method_of_other_layers_leaves_an_update_batch_alone():
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_of_two_methods_that_share_layers_the_first_cannot_go_on(attached):
+    model = net()
+    first, second = make("rigl", model), make("set", model[:1], sgd(model[0]))
+    step = first.attach().optimizer.step if attached else first.step
+    backward(model, batch())
+    step()
+    train(model, second, 1)
+    backward(model, batch())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="'rigl' cannot go on: method 'set' has begun to train layers of it"):
+        step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    train(model, second, 6)
+
+
+def test_methods_that_move_nothing_may_share_layers():
+    model = net()
+    for method in [sm.Static(model, sgd(model)) for _ in range(2)] * 2:
+        train(model, method, 2)
+
+
 def test_names_that_begin_with_module_are_kept_apart():
     model = nn.Module()
     model.fc, model.module = nn.Linear(32, 32), nn.Module()

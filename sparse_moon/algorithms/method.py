@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from sparse_moon.algorithms.optimizers import (
 )
 from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.distributed import check_same, launched_alone, world_size
-from sparse_moon.nn import Selection, sparse_layers
+from sparse_moon.nn import Selection, SparseLayer, sparse_layers
 from sparse_moon.nn.inspect import tied_layers
 from sparse_moon.registry import Registry
 from sparse_moon.settings import NoOptions
@@ -28,6 +29,9 @@ from sparse_moon.weight_decay import check_weight_decay
 
 ALGORITHMS: "Registry[Method]" = Registry("method", "sparse_moon.algorithms", "Method")
 """Every training method, by name."""
+
+_TRAINED_BY: "WeakKeyDictionary[SparseLayer, ref[Method]]" = WeakKeyDictionary()
+"""The method that began last to step with a layer."""
 
 
 class Method:
@@ -112,6 +116,8 @@ class Method:
             for inner in inner_optimizers(optimizer)[:1]:
                 check_weight_decay(model, inner)
         self.steps = 0
+        self._begun = False
+        self._successor: str | None = None
         self._check_processes("at the start")
         for name, layer in every.items():
             for tied in self.tied[layer] if name not in others else ():  # which may be another method's
@@ -201,6 +207,10 @@ class Method:
 
         Returns:
             True where the topology was updated. While accelerate accumulates gradients nothing happens: False.
+
+        Raises:
+            RuntimeError: it is attached; or another method has begun to step with one of its layers since, where either
+                changes topologies.
         """
         if not self._steps_now():
             return False
@@ -221,7 +231,23 @@ class Method:
             raise RuntimeError(
                 f"method {self.name!r} is attached to its optimizer: call optimizer.step(), not step() besides"
             )
+        if self._successor is not None:
+            raise RuntimeError(
+                f"method {self.name!r} cannot go on: method {self._successor!r} has begun to train layers of it since, "
+                f"and a topology has one method at a time{'; detach() this one' if self.attached else ''}"
+            )
+        if not self._begun:
+            self._begin()
         return synchronizes(self.optimizer)
+
+    def _begin(self) -> None:
+        """Take the layers from methods that trained them before."""
+        self._begun = True
+        for layer in self.layers.values():
+            before = _TRAINED_BY[layer]() if layer in _TRAINED_BY else None
+            if before is not None and (self.updates or before.updates):
+                before._successor = self.name
+            _TRAINED_BY[layer] = ref(self)
 
     def attach(self) -> Self:
         """Make ``optimizer.step()`` do what :meth:`step` does, for loops of others (Lightning, Hugging Face).
