@@ -7,6 +7,7 @@ are left out, as in RigL (Evci et al. 2020); what the reliability methods add is
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +17,12 @@ from sparse_moon.algorithms import ALGORITHMS, TrainingFlops
 from sparse_moon.allocation import Allocation
 from sparse_moon.layer_costs import LayerCost, layer_costs
 from sparse_moon.nn import Exclude, Pattern, layer_densities, sparse_layers
-from sparse_moon.nn.inspect import Inputs, weights
+from sparse_moon.nn.inspect import Inputs, weight_layers, weights
 from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.reliability import RELIABILITY, RunCost
 from sparse_moon.reliability.costs import Refresh
 from sparse_moon.text_table import text_table
+from sparse_moon.topology import block_grid, block_shape, blocks_of, matrix_shape
 
 __all__ = [
     "LayerCost",
@@ -117,32 +119,36 @@ def flops_report(
         ValueError: a sparsity for a model that has sparse layers already, a model that costs nothing, or as the
             functions that this one calls.
     """
-    densities = {}
-    if sparsity is not None and ALGORITHMS.find(method).sparse:
+    densities: dict[str, float] = {}
+    kind = ALGORITHMS.find(method)
+    built = partial(
+        _built_densities, model, allocation=allocation, pattern=pattern, exclude=exclude,
+        constant_fan_in=kind.selection == "constant_fan_in",
+    )  # fmt: skip
+    if sparsity is not None and kind.sparse:
         if sparse_layers(model):
             raise ValueError(
                 f"sparsity {sparsity} is for a dense model, this one has sparse layers: leave sparsity out"
             )
-        densities = layer_densities(model, sparsity, allocation, pattern=pattern, exclude=exclude)
+        densities = built(sparsity)
     costs = layer_costs(model, inputs, densities)
     f_dense, f_sparse = sum(c.forward_dense for c in costs), sum(c.forward_sparse for c in costs)
     if f_dense == 0:
         raise ValueError("none of the model's layers that cost FLOPs is called in a forward pass")
     f_start = None
     if built_sparsity is not None and densities:
-        start = layer_densities(model, built_sparsity, allocation, pattern=pattern, exclude=exclude)
-        f_start = sum(c.forward_sparse for c in layer_costs(model, inputs, start))
+        f_start = sum(c.forward_sparse for c in layer_costs(model, inputs, built(built_sparsity)))
     train_ratio = training_flops_ratio(
         method, f_sparse, f_dense, interval=interval, update_fraction=update_fraction, f_start=f_start, growth=growth
     )
 
     with as_linear_layers(model):  # whose names densities have
         found = weights(model)
-    present = {weight.name: weight.present * densities.get(weight.name, 1.0) for weight in found}
+    present = [weight.present * densities.get(weight.name, 1.0) for weight in found]
     numel = sum(weight.numel for weight in found)
     stored = sum(p.numel() for p in model.parameters())
-    parameters = stored - sum(weight.present - present[weight.name] for weight in found)
-    masked = sum(present[weight.name] for weight in found if present[weight.name] < weight.numel)
+    parameters = stored - sum(weight.present for weight in found) + sum(present)
+    masked = sum(count for weight, count in zip(found, present, strict=True) if count < weight.numel)
 
     training_flops = 3.0 * f_dense * train_ratio * examples * epochs
     averaged_epochs = epochs - math.floor(0.8 * epochs)
@@ -158,7 +164,7 @@ def flops_report(
         del layers[cost.name]["name"]
     return {
         "method": method,
-        "sparsity": 1.0 - sum(present.values()) / numel if numel else 0.0,
+        "sparsity": 1.0 - sum(present) / numel if numel else 0.0,
         "parameters": round(parameters),
         "forward_dense": f_dense,
         "forward_sparse": f_sparse,
@@ -167,6 +173,21 @@ def flops_report(
         "overhead": {name: overhead for name, overhead in overheads.items() if overhead is not None},
         "layers": layers,
     }
+
+
+def _built_densities(
+    model: nn.Module, sparsity: float, *, allocation: Allocation, pattern: Pattern,
+    exclude: Iterable[Exclude] | Exclude, constant_fan_in: bool,
+) -> dict[str, float]:  # fmt: skip
+    """Density by layer of what would be built: of whole blocks, or of as many in each row."""
+    densities = layer_densities(model, sparsity, allocation, pattern=pattern, exclude=exclude)
+    with as_linear_layers(model):
+        layers = weight_layers(model)
+        for name, density in densities.items():
+            grid = block_grid(matrix_shape(tuple(layers[name].weight.shape)), block_shape(pattern))
+            if total := math.prod(grid):
+                densities[name] = blocks_of(density, grid, constant_fan_in=constant_fan_in) / total
+    return densities
 
 
 def format_report(report: Mapping[str, Any]) -> str:

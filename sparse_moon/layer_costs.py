@@ -61,8 +61,8 @@ def layer_costs(model: nn.Module, inputs: Inputs, densities: Mapping[str, float]
         inputs: the shape of one example without the batch dimension, for a batch of one in the dtype and on the device
             of the first parameter (of int64 for the table of an ``nn.Embedding``); or example inputs, a tensor, a tuple
             of positional or a mapping of keyword arguments, for the cost of that whole batch.
-        densities: density by layer name, for layers that are not sparse modules; those not named have density 1. A
-            sparse module has the density of its topology.
+        densities: density by layer name, for layers that are not sparse modules; those not named have the density of
+            one that shares their weight, or 1. A sparse module has the density of its topology.
 
     Raises:
         ValueError: nothing that costs, a density outside [0, 1], or one for a name that is no dense layer.
@@ -81,12 +81,14 @@ def _costs(model: nn.Module, inputs: Inputs, densities: Mapping[str, float]) -> 
             raise ValueError(f"densities name {name!r}, which is not a dense linear or convolution layer of the model")
         if not 0.0 <= density <= 1.0:
             raise ValueError(f"the density of {name!r} must be in [0, 1], got {density}")
+    shared = {layers[name]._parameters.get("weight"): density for name, density in densities.items()}
+    shared.pop(None, None)  # of computed weights
 
     outputs, products = _count(model, inputs)
     for name, module in model.named_modules():
         if isinstance(module, _Layer):
             shape = module.weight_shape if isinstance(module, SparseLayer) else tuple(module.weight.shape)
-            density = densities.get(name, 1.0)
+            density = densities.get(name, shared.get(module._parameters.get("weight"), 1.0))
             if isinstance(module, SparseLayer):
                 density = module.topology.nnz / module.topology.numel
             # Each output number takes one multiplication and one addition for every weight of its row.

@@ -32,6 +32,7 @@ __all__ = [
     "Topology",
     "block_grid",
     "block_shape",
+    "blocks_of",
     "build_index",
     "entry_positions",
     "matrix_shape",
@@ -172,18 +173,13 @@ class Topology(nn.Module):
         *,
         constant_fan_in: bool = False,
     ) -> "Topology":
-        """Exactly ``round(density * blocks)`` blocks drawn without replacement by torch's default CPU generator.
-
-        Args:
-            constant_fan_in: the same number in every block row, ``round(density * block cols)``, at least 1 unless the
-                density is 0.
-        """
+        """Exactly :func:`blocks_of` this density, drawn without replacement by torch's default CPU generator."""
         grid = block_grid(shape, block)
+        count = blocks_of(density, grid, constant_fan_in=constant_fan_in)
         if constant_fan_in:
-            fan_in = max(round(density * grid[1]), int(density > 0.0))
+            fan_in = count // max(grid[0], 1)
             drawn = torch.rand(grid, device="cpu").argsort(1)[:, :fan_in].sort(1).values
             return cls((drawn + torch.arange(grid[0], device="cpu")[:, None] * grid[1]).flatten(), shape, block)
-        count = round(density * grid[0] * grid[1])
         return cls(torch.randperm(grid[0] * grid[1], device="cpu")[:count].sort().values, shape, block)
 
     @classmethod
@@ -203,9 +199,9 @@ class Topology(nn.Module):
 
     @classmethod
     def from_scores(cls, scores: Tensor, density: float, block: tuple[int, int] = (1, 1)) -> "Topology":
-        """The ``round(density * blocks)`` blocks with the largest sum of ``scores`` (rows, cols), first on ties."""
+        """The :func:`blocks_of` this density with the largest sum of ``scores`` (rows, cols), first on ties."""
         per_block = _sum(grid_view(scores, block), (2, 3))
-        count = round(density * per_block.numel())
+        count = blocks_of(density, (per_block.shape[0], per_block.shape[1]))
         best = per_block.flatten().sort(descending=True, stable=True).indices[:count]
         return cls(best.sort().values, (scores.shape[0], scores.shape[1]), block)
 
@@ -346,6 +342,19 @@ class Topology(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} x {self.shape[1]}, block={self.block}, sparsity={self.sparsity:.4f}"
+
+
+def blocks_of(density: float, grid: tuple[int, int], *, constant_fan_in: bool = False) -> int:
+    """How many blocks of a grid a density stands for: ``round(density * blocks)``.
+
+    Args:
+        constant_fan_in: the same number in every block row, ``round(density * block cols)``, at least 1 unless the
+            density is 0.
+    """
+    rows, cols = grid
+    if constant_fan_in:
+        return rows * max(round(density * cols), int(density > 0.0))
+    return round(density * rows * cols)
 
 
 def topology_of(

@@ -350,6 +350,56 @@ def test_report_counts_shared_weights_once() -> None:
     assert flops_report(sparsify(tied(), 0.5), (20,))["layers"] == report["layers"]
 
 
+def test_report_of_modules_with_several_weights() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.fc = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.lstm(x)[0][:, -1])
+
+    report = flops_report(Recurrent(), (5, 8))
+    weights = 4 * 16 * (8 + 16) + 16 * 4
+    assert (report["sparsity"], report["parameters"]) == (0.0, weights + 2 * 4 * 16 + 4)
+    report = flops_report(Recurrent(), (5, 8), sparsity=0.5)
+    assert (report["sparsity"], report["parameters"]) == (pytest.approx(32 / weights), 1732 - 32)
+
+
+def test_report_of_layers_of_several_sizes_that_share_a_weight() -> None:
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 8))
+        model[1].weight = model[0].weight
+        return model
+
+    planned = flops_report(tied(), (32,), sparsity=0.8, method="static")
+    actual = flops_report(sparsify(tied(), 0.8), (32,), method="static")
+    assert planned == actual
+    assert planned["forward_sparse"] == 2 * (2 * 158 + 99)  # 158 and 99 weights by ERK
+    assert planned["train_ratio"] == pytest.approx(830 / 4608)
+    own = layer_costs(tied(), (32,), {"0": 0.5, "1": 0.25})
+    assert [cost.density for cost in own] == [0.5, 0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "fc"),
+    # round(0.3 * 8) of 4 x 2 blocks; in each row round(0.3 * 2), or round(0.3 * 32) weights
+    [("rigl", "block16", 2 / 8), ("srigl", "block16", 1 / 2), ("srigl", "unstructured", 10 / 32)],
+)
+def test_report_counts_whole_blocks(method: str, pattern: str, fc: float) -> None:
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Flatten(), nn.Linear(32, 32), nn.Linear(32, 64))
+
+    settings: dict[str, Any] = {"allocation": "uniform", "pattern": pattern}
+    planned = flops_report(net(), (16, 1, 1), sparsity=0.7, **settings, method=method)
+    selection = "constant_fan_in" if method == "srigl" else "random"
+    with pytest.warns(UserWarning, match="the rest is rounding to whole blocks or rows"):
+        model = sparsify(net(), 0.7, **settings, selection=selection)
+    actual = flops_report(model, (16, 1, 1), method=method)
+    assert planned == actual
+    assert planned["layers"]["3"]["density"] == fc
+
+
 def test_report_keeps_dense_what_the_block_does_not_divide() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 10))
     with pytest.warns(UserWarning, match="stay dense"):

@@ -14,6 +14,7 @@ from sparse_moon.algorithms.run import TrainingFlops, TrainingRun
 from sparse_moon.nn import SparseLayer
 from sparse_moon.options import PruningOptions
 from sparse_moon.schedules import Cubic
+from sparse_moon.topology import blocks_of
 
 Densities = Mapping[str, float] | float
 
@@ -51,8 +52,7 @@ def _plan(method: DynamicMethod, densities: Densities, start: float, total_steps
         raise ValueError(f"densities do not fit the model: no sparse layers {unknown}, without a density {missing}")
     last = {}
     for name, layer in method.layers.items():
-        rows, cols = layer.topology.grid
-        last[layer] = round(by_name[name] * rows * cols)
+        last[layer] = blocks_of(by_name[name], layer.topology.grid)
         if not 0 <= last[layer] <= layer.topology.num_blocks:
             raise ValueError(
                 f"layer {name!r} cannot be pruned from density {1.0 - layer.sparsity:.4f} to {by_name[name]}"
