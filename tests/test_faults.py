@@ -201,6 +201,22 @@ def test_a_folder_that_vanishes_before_it_is_locked_is_made_again(tmp_path, monk
         assert folder.is_dir()
 
 
+def test_a_link_to_nothing_is_an_error(tmp_path):
+    """It was looked at again and again."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    code = (
+        "import sys; from pathlib import Path; from sparse_moon.app import run_folder\n"
+        "with run_folder.only_writer(Path(sys.argv[1])): pass"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "link")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert f"link is a link to {tmp_path / 'nowhere'}, which does not exist" in done.stderr
+    (tmp_path / "nowhere").mkdir()
+    with run_folder.only_writer(tmp_path / "link"):
+        (tmp_path / "link" / "x").touch()
+    assert (tmp_path / "nowhere" / "x").exists()
+
+
 def test_only_its_maker_removes_an_empty_folder(tmp_path):
     (tmp_path / "there").mkdir()
     for name in ("there", "new"):

@@ -48,6 +48,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process is in such a block for the same folder.
+        OSError: it cannot be made, or is a link to nothing.
     """
     made, handle = _locked(folder)
     try:
@@ -74,6 +75,8 @@ def _locked(folder: Path) -> tuple[bool, int | None]:
             made = True
         except FileExistsError:
             made = False
+            if folder.is_symlink() and not folder.exists():
+                raise FileNotFoundError(f"{folder} is a link to {folder.readlink()}, which does not exist") from None
         if fcntl is None:
             return made, None
         try:
