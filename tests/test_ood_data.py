@@ -129,6 +129,24 @@ def test_the_in_distribution_set_is_not_ood(tmp_path: Path) -> None:
     save(tmp_path / "mnist.npz", arrays())
     with pytest.raises(ValueError, match="mnist is the in-distribution set"):
         load_ood("mnist", load("mnist", tmp_path), tmp_path)
+    for file, spelling in (("CIFAR-10.npz", "cifar10"), ("cifar10.npz", "CIFAR_10"), ("tin.npz", "tinyimagenet")):
+        mine = load(save(tmp_path / file, arrays()))
+        with pytest.raises(ValueError, match=r"(cifar10|tinyimagenet) is the in-distribution set"):
+            load_ood(spelling, mine, tmp_path)
+        (tmp_path / file).unlink()
+
+
+def test_the_test_images_are_not_ood_by_another_name(tmp_path: Path) -> None:
+    mine = load(save(tmp_path / "mine.npz", arrays()))
+    with pytest.raises(ValueError, match=r"other=.*mine.npz holds the test images of the in-distribution set mine"):
+        load_ood(f"other={tmp_path / 'mine.npz'}", mine)
+    assert load_ood(f"other={save(tmp_path / 'x.npz', {'x': 255 - arrays()['x_test']})}", mine)[0] == "other"
+    save_tree(tmp_path / "folder", {"train": {"a": 1, "b": 1}, "test": {"a": 2, "b": 1}})
+    mine = load(str(tmp_path / "folder"))
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "test")
+    with pytest.raises(ValueError, match=r"other=.*link holds the test images of the in-distribution set folder"):
+        load_ood(f"other={tmp_path / 'link'}", mine)
+    assert len(load_ood(f"other={tmp_path / 'link' / 'a'}", mine)[1]) == 2
 
 
 def test_held_out_digits_are_not_those_of_another_file(tmp_path: Path) -> None:

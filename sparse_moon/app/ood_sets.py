@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sparse_moon.app.data_root import LISTS, find_archive, find_folder, find_list
 from sparse_moon.app.datasets import DataSet, digits_by_class
@@ -63,8 +64,18 @@ def load_ood(
 
     Raises:
         FileNotFoundError: the data is not there.
-        ValueError: it is damaged or not as described above, or is the in-distribution set itself.
+        ValueError: it is damaged or not as described above, or is the in-distribution set itself, by name or as its
+            test images.
     """
+    name, images = _load(spec, like, root, seed, download, max_pixels)
+    if _same(images, like.test):
+        raise ValueError(f"{spec} holds the test images of the in-distribution set {like.name}")
+    return name, images
+
+
+def _load(
+    spec: str, like: DataSet, root: Path | None, seed: int, download: bool, max_pixels: int
+) -> tuple[str, Images]:
     name, given, place = spec.partition("=")
     shape = like.train.shape
     if given:
@@ -75,7 +86,7 @@ def load_ood(
             raise ValueError(f'expected a printable NAME without "/" or "\\" and other than "id", got {name!r}')
         return name, _at(Path(place), like, max_pixels)
     name = canonical(name)
-    if name == like.name:
+    if name == canonical(like.name):
         raise ValueError(f"{name} is the in-distribution set")
     if name in GENERATED:
         return name, TensorImages(GENERATED[name](shape, np.random.default_rng(seed)), shape=shape)
@@ -90,6 +101,17 @@ def load_ood(
         return name, _named(name, like, Path(root or "data"), download, max_pixels)
     known = ", ".join(["digits-8-9", *GENERATED, *SPELLINGS])
     raise ValueError(f"no out-of-distribution set {name!r}: expected one of {known}, or NAME=PATH")
+
+
+def _same(images: Images, others: Images) -> bool:
+    """Whether two sources have the same images, as far as one can tell without decoding files."""
+    if len(images) != len(others):
+        return False
+    if isinstance(images, TensorImages) and isinstance(others, TensorImages):
+        return torch.equal(images.pixels, others.pixels)
+    if isinstance(images, FolderImages) and isinstance(others, FolderImages):
+        return {path.resolve() for path in images.paths} == {path.resolve() for path in others.paths}
+    return False
 
 
 def _named(name: str, like: DataSet, root: Path, download: bool, max_pixels: int) -> Images:
