@@ -96,6 +96,14 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, argv, message):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_folder_with_the_name_of_a_preset_does_not_hide_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moon-mnist").mkdir()
+    for command in ("train", "compare"):
+        line = refused(capsys, command, "--config", "moon-mnist", "--out", "moon-mnist", "--lr", "-1")
+        assert "need lr > 0" in line and not any((tmp_path / "moon-mnist").iterdir())
+
+
 def test_mistakes_in_a_settings_file_get_one_line(tmp_path, capsys):
     path = tmp_path / "own.yaml"
     for text, message in (

@@ -101,6 +101,17 @@ def test_mistakes(tmp_path, config, settings, message):
     assert message in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_a_folder_may_have_the_name_of_a_preset(tmp_path, monkeypatch):
+    """As the folder of its run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moon-cifar10").mkdir()
+    with pytest.raises(ValueError, match="need lr > 0"):
+        sm.train("moon-cifar10", lr=-1.0)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"other cannot be read: .*Is a directory"):
+        sm.train("other")
+
+
 @pytest.mark.parametrize("text, message", [("a: [", "cannot be read"), ("[1]", "must hold settings by name, got list")])
 def test_files_that_hold_no_settings(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)

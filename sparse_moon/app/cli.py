@@ -160,7 +160,7 @@ def _with_presets(argv: list[str]) -> list[str]:
     for i, word in enumerate(words[:-1]):
         if word == "--config":
             path = Path(words[i + 1])
-            path = known[words[i + 1]] if words[i + 1] in known and not path.exists() else path
+            path = known[words[i + 1]] if words[i + 1] in known and not path.is_file() else path
             if re.fullmatch(r"[\w./~-]+", words[i + 1]) and not path.exists():
                 raise ValueError(f"{path} does not exist{suggestion(str(path), list(known))}")
             words[i + 1] = _settings_of_runs(path) if words[0] == "compare" and path.is_file() else str(path)

@@ -109,10 +109,10 @@ def _content(config: TrainConfig | Mapping[str, Any] | Path | str | None) -> dic
     if isinstance(config, Mapping):
         return dict(config)
     path = Path(config)
-    if not path.exists():
-        if config not in presets():
-            raise ValueError(f"{path} is neither a file nor one of the presets {', '.join(presets())}")
+    if config in presets() and not path.is_file():  # but perhaps the folder of its run
         path = presets()[str(config)]
+    elif not path.exists():
+        raise ValueError(f"{path} is neither a file nor one of the presets {', '.join(presets())}")
     try:
         content = yaml.load(files.read_text(path), _Loader)
     except yaml.YAMLError as error:
