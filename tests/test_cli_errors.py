@@ -111,11 +111,15 @@ def test_mistakes_in_a_settings_file_get_one_line(tmp_path, capsys):
         ("lr: fast\n", "--lr must be a number, got fast"),
         ("a: [", "the settings of --config cannot be read: "),
         ("[1, 2]\n", "--config"),
-        ("exclude: 3\n", "--config that takes a list"),
+        *((f"{name}: {value}\n", f"error: --{name.replace('_', '-')} must be a list, got ")
+          for name in ("ood", "score", "exclude", "without", "lr_milestones") for value in ("a", 3, "{a: 1}")),
         ("\x00", "--config"),
-    ):
+    ):  # fmt: skip
         path.write_text(text)
-        assert message in refused(capsys, "train", "--config", path, "--out", tmp_path / "run")
+        for command in ("train", "compare"):
+            assert message in refused(capsys, command, "--config", path, "--out", tmp_path / "run")
+    for text in ("exclude: fc", "exclude: 3"):
+        assert "--config that takes a list" in refused(capsys, "train", "--config", text)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "--epoch", "3"], ["--version"], []])

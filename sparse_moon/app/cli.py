@@ -50,6 +50,9 @@ _GROUPS = {
     "output": ("headline", "score", "ece_bins", "diagnostics"),
 }  # fmt: skip
 
+# Settings that are lists.
+_LISTS = ("ood", "score", "exclude", "without", "lr_milestones")
+
 # What ``compare`` combines.
 _COMBINED = {
     "method": "one or more of train's",
@@ -163,18 +166,31 @@ def _with_presets(argv: list[str]) -> list[str]:
             path = known[words[i + 1]] if words[i + 1] in known and not path.is_file() else path
             if re.fullmatch(r"[\w./~-]+", words[i + 1]) and not path.exists():
                 raise ValueError(f"{path} does not exist{suggestion(str(path), list(known))}")
-            words[i + 1] = _settings_of_runs(path) if words[0] == "compare" and path.is_file() else str(path)
+            settings = _settings(path) if os.path.isfile(path) else None
+            words[i + 1] = str(path) if settings is None or words[0] != "compare" else _settings_of_runs(settings)
     return words
 
 
-def _settings_of_runs(path: Path) -> str:
-    """Settings of ``train`` in a YAML file, as ``compare`` takes them: lists of what it combines."""
+def _settings(path: Path) -> dict[str, Any] | None:
+    """Settings in a YAML file; None where there are none, of which the parser says what is wrong.
+
+    Raises:
+        ValueError: one that should be a list, of which the parser would not say which.
+    """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        settings = None
+        return None
     if not isinstance(settings, dict):
-        return str(path)  # the parser says what is wrong with it
+        return None
+    for name in _LISTS:
+        if not isinstance(settings.get(name), list | None):
+            raise ValueError(f"{name} must be a list, got {settings[name]!r}")
+    return settings
+
+
+def _settings_of_runs(settings: dict[str, Any]) -> str:
+    """Settings of ``train`` as ``compare`` takes them: lists of what it combines."""
     without = "".join(f"-{part}" for part in settings.pop("without", None) or ())
     if without:
         settings["reliability"] = f"{settings.get('reliability', TrainConfig.reliability)}:{without}"
@@ -373,10 +389,9 @@ def _add_options(group: Any, settings: type, names: Collection[str]) -> None:
     text, hints = helps(settings), get_type_hints(settings)
     for name in names:
         flag = "--" + name.replace("_", "-")
-        if name in ("ood", "score", "exclude", "without"):
-            group.add_argument(flag, type=str, nargs="+", help=text[name])
-        elif name == "lr_milestones":
-            group.add_argument(flag, type=float, nargs="+", help=text[name])
+        if name in _LISTS:
+            kind = float if name == "lr_milestones" else str
+            group.add_argument(flag, type=kind, nargs="+", help=text[name])
         elif hints[name] is bool:
             on = getattr(settings, name)  # by default, so that there is --no-NAME
             group.add_argument(flag, action=BooleanOptionalAction if on else "store_true", default=on, help=text[name])

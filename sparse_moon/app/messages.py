@@ -61,7 +61,7 @@ def parse_message(message: str, known: Sequence[str]) -> str:
         return f"unknown command {found[1]}, expected {listing(COMMANDS)}{suggestion(found[1], list(COMMANDS))}"
     if found := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", text):
         return f"the settings of --config cannot be read: {found[1]}"
-    if text.endswith("object is not iterable"):
+    if text.endswith(("object is not iterable", "object does not support item assignment")):
         return "a setting of --config that takes a list has another value"
     if text.startswith('expected "command"'):
         return f"expected a command: {listing(COMMANDS)}"
