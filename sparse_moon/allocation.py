@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Literal, get_args
 
 Allocation = Literal["uniform", "er", "erk"]
@@ -11,6 +12,11 @@ def check_sparsity(sparsity: float) -> None:
     """Raise ``ValueError`` unless ``0 <= sparsity < 1``."""
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+
+
+def exact(share: float) -> Fraction:
+    """A share as it is written: of 90 things 0.7 are 63, but the product of floating point is 62.99999999999999."""
+    return Fraction(str(float(share)))
 
 
 def allocate(
@@ -49,7 +55,7 @@ def allocate(
 
 def _erdos_renyi(shapes: Mapping[str, tuple[int, ...]], sparsity: float, *, kernel: bool) -> dict[str, float]:
     size = {name: math.prod(shape) for name, shape in shapes.items()}
-    removed = {name: math.floor(sparsity * n) for name, n in size.items()}
+    removed = {name: math.floor(exact(sparsity) * n) for name, n in size.items()}
     dense = {name for name, n in size.items() if not n}
     score = {}
     for name, shape in shapes.items():

@@ -308,6 +308,24 @@ def test_srigl_keeps_the_largest_where_the_fan_in_falls():
     assert layer.mask()[3].tolist() == [False] * 4 + [True] * 4 and layer.topology.nnz == 8
 
 
+def test_srigl_compares_with_the_share_as_it_is_written():
+    """0.3 of a fan-in of 50 are 15; in float32 the product is above."""
+    mask = torch.zeros(2, 100, dtype=torch.bool)
+    mask[:, :50] = True
+    model = nn.Sequential(sm.SparseLinear.from_dense(nn.Linear(100, 2), mask))
+    method = SRigL(
+        model, torch.optim.SGD(model.parameters(), 0.0), total_steps=30, interval=1, gamma_sal=0.3, no_ablation=(),
+        drop_fraction=sm.Constant(1.0),
+    )  # fmt: skip
+    x = torch.full((2, 100), 0.001)
+    x[0, :15] = x[1, :85] = 1.0  # the largest gradients, 15 in row 0 and 85 in row 1
+    for _ in range(2):
+        model(x).diagonal().sum().backward()
+        method.step()
+        method.optimizer.zero_grad()
+    assert model[0].topology.row_ptr.diff().tolist() == [50, 50]
+
+
 def test_srigl_layers_without_ablation():
     for no_ablation, whole in ((None, "3"), (("0",), "0"), ((), None)):
         model, _, _ = start("srigl")

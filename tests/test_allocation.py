@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sparse_moon.allocation import allocate
+from sparse_moon.allocation import allocate, exact
 
 # ResNet-like: one small first layer that ERK keeps dense at moderate sparsity
 SHAPES = {"stem": (16, 3, 3, 3), "a": (64, 32, 3, 3), "b": (128, 64, 1, 1), "fc": (10, 128)}
@@ -40,6 +40,13 @@ def test_layers_at_the_cap_stay_dense_and_the_rest_keeps_its_proportions():
     assert densities["stem"] == densities["fc"] == 1.0
     ratio = (64 + 32 + 6) / (64 * 32 * 9) / ((128 + 64 + 2) / (128 * 64))
     assert densities["a"] / densities["b"] == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("method", ["er", "erk"])
+def test_the_sparsity_is_taken_as_it_is_written(method):
+    """0.7 of 90 weights are 63; the product of floating point is below."""
+    assert allocate({"a": (9, 10)}, 0.7, method) == {"a": pytest.approx(27 / 90, abs=1e-12)}
+    assert [exact(0.7) * 90, exact(0.29) * 100, exact(1e-7) * 10**7, exact(0)] == [63, 29, 1, 0]
 
 
 @pytest.mark.parametrize("method", ["er", "erk"])

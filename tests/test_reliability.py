@@ -90,6 +90,12 @@ def test_parts_and_what_they_change():
         MOON(RUN, without=["x"])
 
 
+@pytest.mark.parametrize(("share", "epochs"), [(0.7, 90), (0.57, 100), (0.58, 50), (0.29, 200), (0.8, 10), (1.0, 10)])
+def test_voting_begins_after_the_share_as_it_is_written(share, epochs):
+    moon = MOON(replace(RUN, epochs=epochs, stop=0.0), MOON.Options(vote_from=share))
+    assert moon.first_vote == min(round(100 * share) * epochs // 100 + 1, epochs)
+
+
 def test_what_does_not_fit_its_run():
     with pytest.raises(ValueError, match="'cigl' masks sparse layers, it needs another method than 'dense'"):
         made("cigl", method=Dense)

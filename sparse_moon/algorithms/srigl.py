@@ -1,5 +1,6 @@
 """SRigL: RigL with the same number of weights in every row."""
 
+import math
 from collections.abc import Collection
 from typing import Any, Unpack
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from sparse_moon import ops
 from sparse_moon.algorithms.regrowth import ExchangeArguments, RigL
 from sparse_moon.algorithms.run import TrainingRun
+from sparse_moon.allocation import exact
 from sparse_moon.nn import SparseLayer
 from sparse_moon.ops.drop_and_grow import Regrown
 from sparse_moon.options import SRigLOptions
@@ -103,7 +105,7 @@ class SRigL(RigL):
         if gamma_sal == 0.0:
             return fan_ins > 0
         needed = -(-self.first_blocks[layer] // layer.topology.grid[1])  # rows that hold the budget when they are full
-        active = salient >= gamma_sal * fan_ins.max()
+        active = salient >= math.ceil(exact(gamma_sal) * int(fan_ins.max()))
         active[salient.sort(stable=True, descending=True).indices[:needed]] = True
         return active
 

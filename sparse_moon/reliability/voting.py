@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from sparse_moon.allocation import exact
 from sparse_moon.averaging import TicketAverage, WeightAverage
 from sparse_moon.options import VotingOptions
 from sparse_moon.reliability.method import Reliability
@@ -36,7 +37,7 @@ class Voting(Reliability):
     @property
     def first_vote(self) -> int:
         """Number, from 1, of the first epoch whose end takes part in the vote."""
-        return min(math.floor(self.options.vote_from * self.run.epochs) + 1, self.run.epochs)
+        return min(math.floor(exact(self.options.vote_from) * self.run.epochs) + 1, self.run.epochs)
 
     def votes(self, epoch: int) -> bool:
         """Whether the end of epoch number ``epoch``, from 1, takes part."""
