@@ -139,6 +139,26 @@ class Taken(Reliability):
     @dataclass(frozen=True)
     class Options:
         left_alone: int = 3
+
+
+class Hidden(Reliability):
+    """With an option that has the name of a setting, and another default than that."""
+
+    name = "hidden"
+
+    @dataclass(frozen=True)
+    class Options:
+        keep: float = 0.5
+
+
+class Shared(Reliability):
+    """With a setting as an option."""
+
+    name = "shared"
+
+    @dataclass(frozen=True)
+    class Options:
+        keep: float = 0.9
 '''
 
 OWN = {"method": "own_method.CautiousSET", "reliability": "own_reliable.ConfidencePenalty"}
@@ -283,6 +303,9 @@ def test_help_has_their_options(own, capsys):
             ["--method", OWN["method"], "--reliability", "own_reliable.Taken"],
             "Taken.Options and Options have different options left_alone",
         ),
+        (["--reliability", "own_reliable.Hidden"], "Hidden.Options has the default 0.5 for keep, which is"),
+        (["--reliability", "own_reliable.Hidden", "--keep", "0.5"], "0.9 there: give it that default, or another name"),
+        (["--reliability", "own_reliable.Shared", "--keep", "2"], "keep must be in (0, 1], got 2.0"),
     ],
 )
 def test_what_does_not_fit_gets_one_line(own, capsys, options, message):

@@ -237,18 +237,24 @@ def own_options(methods: Iterable[str], reliability: Iterable[str]) -> dict[str,
         methods, reliability: names of training methods and of reliability methods; those that are import paths count.
 
     Raises:
-        ValueError: one is not imported, or two have an option of the same name that is not the same.
+        ValueError: one is not imported, two have an option of the same name that is not the same, or an option has
+            the name of a setting and another default, which would not count.
     """
     kinds = [_algorithm(name).Options for name in methods if is_import_path(name)]
     kinds += [_reliability(name).Options for name in reliability if is_import_path(name)]
     found: dict[str, type] = {}
-    known = {field.name for field in fields(TrainConfig)}
+    known = {field.name: field.default for field in fields(TrainConfig)}
     for kind in kinds:
         frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
         if not frozen or any(option.default is MISSING for option in fields(kind)):
             raise ValueError(f"{kind.__qualname__} must be a frozen dataclass whose fields have defaults")
         for option in fields(kind):
             if option.name in known:
+                if option.default != known[option.name]:
+                    raise ValueError(
+                        f"{kind.__qualname__} has the default {option.default!r} for {option.name}, which is train's "
+                        f"setting of that name and {known[option.name]!r} there: give it that default, or another name"
+                    )
                 continue
             other = found.setdefault(option.name, kind)
             if (option.type, option.default) not in [(o.type, o.default) for o in fields(other)]:
