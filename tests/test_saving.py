@@ -197,6 +197,20 @@ def test_every_damage_is_noticed(saved):
     assert same_state(sm.load(folder, net()), model)
 
 
+def test_every_flipped_bit_of_the_tensors_file_is_an_error(tmp_path):
+    sm.save(nn.Linear(2, 1), tmp_path)
+    path = weights_of(tmp_path)
+    whole = path.read_bytes()
+    for place in range(8 * len(whole)):
+        byte, bit = divmod(place, 8)
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << bit]) + whole[byte + 1 :])
+        with pytest.raises(ValueError, match=r"model-\w+.safetensors is damaged"):
+            sm.load(tmp_path, nn.Linear(2, 1))
+    path.write_bytes(whole)
+    save_file(load_file(path), path)  # by another program, without metadata
+    sm.load(tmp_path, nn.Linear(2, 1))
+
+
 def test_a_torn_file_names_itself(saved):
     _, folder = saved
     path = weights_of(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from sparse_moon.topology import Topology, matrix_shape
 
 DESCRIPTION = "model.json"
 FORMAT = "sparse_moon model 1"
+_METADATA = {"format": "pt"}  # of the file of tensors, as other libraries write it
 
 _PARTS = ("values", "topology.row_ptr", "topology.col")  # of a sparse layer in a state dict, in place of a weight
 _KINDS = {"format": str, "weights": str, "sha256": str, "layers": dict, "tied": dict}
@@ -68,7 +69,7 @@ def save(model: nn.Module, folder: Path | str) -> None:
     before = _weights_file(folder)
     with files.replacing(weights) as temporary:
         try:
-            save_file(_without_shared_memory(tensors), temporary, metadata={"format": "pt"})
+            save_file(_without_shared_memory(tensors), temporary, metadata=_METADATA)
         except SafetensorError as error:  # which the writer makes of all that the system says
             raise OSError(f"{weights} cannot be written: {error}") from None
     files.write_json(folder / DESCRIPTION, description)
@@ -222,8 +223,12 @@ def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} does not exist")
     try:
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
     except Exception as error:  # damage has no one kind of error
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+    if metadata not in (None, _METADATA):  # which the digest does not know
+        raise ValueError(f"{path} is damaged: expected the metadata {_METADATA} or none, got {metadata}")
     if (found := _digest(tensors)) != expected:
         raise ValueError(f"{path} is damaged: its tensors have the digest {found}, not {expected}")
     return tensors
