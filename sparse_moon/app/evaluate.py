@@ -14,7 +14,7 @@ from sparse_moon.app.build import load_network
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.names import Score
 from sparse_moon.app.own import imported
-from sparse_moon.app.run_data import RunData, load_dataset, plain_batches
+from sparse_moon.app.run_data import RunData, difference, identity, load_dataset, plain_batches
 from sparse_moon.ood import (
     DICE,
     SCORES,
@@ -62,8 +62,8 @@ def load_run(folder: Path, **where: Any) -> FinishedRun:
             its own; None leaves those.
 
     Raises:
-        ValueError: a folder without a finished run, damaged files, or a model of the user's own that has not been
-            imported.
+        ValueError: a folder without a finished run, damaged files, other data than it was trained with, or a model of
+            the user's own that has not been imported.
     """
     state = run_folder.read_checkpoint(folder)
     if not state["finished"]:
@@ -72,6 +72,9 @@ def load_run(folder: Path, **where: Any) -> FinishedRun:
     if is_import_path(config.model):
         imported(config.model)
     dataset = load_dataset(config)
+    kept = state.get("data_identity")  # which older checkpoints lack
+    if kept and (other := difference(kept, identity(dataset))):
+        raise ValueError(f"the run in {folder} was trained with {other}")
     try:
         model = load_network(config, dataset, state["model"]).to(config.device).eval()
         reliability = config.make_reliability()

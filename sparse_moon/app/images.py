@@ -4,6 +4,8 @@ Shape letters: B batch, N images, C channels (1 grey or 3 RGB), H W plane.
 """
 
 import math
+import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ Shape = tuple[int, int, int]
 """(C, H, W)"""
 
 _PADDING = 4
+_CHECKSUM_FILES = 256
 # Of random crops: shares of the area, width over height.
 _AREAS, _ASPECTS = (0.08, 1.0), (3 / 4, 4 / 3)
 _Pick = tuple[int, int | None]  # index and, for a random part, seed of an image
@@ -64,6 +67,13 @@ class Images(ABC):
         """The images of the int64 ``indices`` (B,), B >= 1: uint8 (B, C, H, W) on the CPU."""
         return next(self.stream([indices]))
 
+    def checksum(self) -> str | None:
+        """By which the same images and labels, kept in the same form, are known again wherever they are.
+
+        A word for the form comes first. None where a source does not say.
+        """
+        return None
+
 
 class TensorImages(Images):
     """Images in memory.
@@ -89,6 +99,12 @@ class TensorImages(Images):
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def checksum(self) -> str:
+        value = 0
+        for part in self.pixels.split(4096):  # which need not be contiguous
+            value = zlib.crc32(part.contiguous().numpy().data, value)
+        return f"pixels {_with_labels(value, self.labels)}"
 
     def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
         for indices in order:
@@ -140,6 +156,15 @@ class FolderImages(Images):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def checksum(self) -> str:
+        """Of the files' names and sizes, and of what some of them hold: to read all takes as long as an epoch."""
+        value, every = 0, -(-len(self.paths) // _CHECKSUM_FILES)
+        for i, path in enumerate(self.paths):
+            value = zlib.crc32(b"%b/%d/" % (os.fsencode(path.name), path.stat().st_size), value)
+            if i % every == 0:
+                value = zlib.crc32(path.read_bytes(), value)
+        return f"files {_with_labels(value, self.labels)}"
+
     def stream(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
         return self._stream([(i, None) for i in indices.tolist()] for indices in order)
 
@@ -177,6 +202,10 @@ class FolderImages(Images):
         elif pixels.size != (width, height):
             pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(pixels)).view(height, width, channels).permute(2, 0, 1)
+
+
+def _with_labels(checksum: int, labels: Tensor | None) -> str:
+    return f"{checksum if labels is None else zlib.crc32(labels.contiguous().numpy().data, checksum):08x}"
 
 
 class _Batched(Dataset[Tensor]):

@@ -1,8 +1,9 @@
 """The data of a run: what it trains on, what it keeps back, what it is tested on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.ood_groups import canonical
 from sparse_moon.app.ood_sets import default_ood, load_ood
 
+_COUNTS = {"train": "training images", "test": "test images", "classes": "classes"}
+_SAME_STATISTICS = 1 / 255  # of one set as arrays and as files, of which a part is read for them
 _HOLDOUT_STREAM = 1  # apart from the orders of the epochs, which are hashed from (seed, epoch) as well
 
 
@@ -45,6 +48,10 @@ class _Part(datasets.Images):
     def random_crops(self, order: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         return self.images.random_crops((self.indices[indices], seeds) for indices, seeds in order)
 
+    def checksum(self) -> str | None:
+        """Of the whole source: which part this is follows from the settings."""
+        return self.images.checksum()
+
 
 def load_dataset(config: TrainConfig) -> RunData:
     """The run's in-distribution data, the held-out part drawn by its seed.
@@ -76,6 +83,34 @@ def load_dataset(config: TrainConfig) -> RunData:
                 "lower holdout, or choose another seed"
             )
     return RunData(**{**content, "train": _Part(whole.train, kept)}, holdout=_Part(whole.train, held))
+
+
+def identity(dataset: datasets.DataSet) -> dict[str, Any]:
+    """By what a run's data is known again; goes into its checkpoints."""
+    return {
+        "train": len(dataset.train),
+        "test": len(dataset.test),
+        "classes": dataset.num_classes,
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
+        "checksum": dataset.train.checksum(),
+    }
+
+
+def difference(kept: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """What is other about the data with the identity ``found`` than about that with ``kept``, or None.
+
+    A checksum tells other training images of the same number, where both are kept in the same form.
+    """
+    for name, things in _COUNTS.items():
+        if kept[name] != found[name]:
+            return f"{kept[name]} {things}, here are {found[name]}"
+    for name in ("mean", "std"):
+        pairs = zip(kept[name], found[name], strict=False)
+        if len(kept[name]) != len(found[name]) or any(abs(a - b) > _SAME_STATISTICS for a, b in pairs):
+            return f"images whose {name} is {kept[name]}, here it is {found[name]}"
+    (form, _, old), (other_form, _, new) = (str(one["checksum"]).partition(" ") for one in (kept, found))
+    return "other training images or labels of the same number" if form == other_form and old != new else None
 
 
 def load_ood_sets(config: TrainConfig, dataset: datasets.DataSet) -> dict[str, datasets.Images]:

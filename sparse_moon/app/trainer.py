@@ -16,7 +16,7 @@ from sparse_moon.app.build import autocast, build_run, captures_steps, check_dty
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.datasets import Images
 from sparse_moon.app.diagnostics import Diagnostics
-from sparse_moon.app.run_data import RunData, plain_batches
+from sparse_moon.app.run_data import RunData, difference, identity, plain_batches
 from sparse_moon.capture import CapturedStep
 from sparse_moon.distributed import mean_over_processes_, world_size
 from sparse_moon.nn import overall_sparsity, refresh_batch_norm
@@ -38,6 +38,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: RunData, ood_sets: Mapping[str, Images] | None = None) -> None:
         self.run = run = build_run(config, dataset)
         self.config, self.dataset, self.batches = config, dataset, run.batches
+        self.identity = identity(dataset)
         self.model, self.optimizer = run.model, run.optimizer
         self.method, self.reliability = run.method, run.reliability
         self.total_steps = run.total_steps
@@ -214,15 +215,19 @@ class Trainer:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "random_state": torch.get_rng_state(),
             "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
+            "data_identity": self.identity,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: a state that does not fit this run's model or method.
+            ValueError: a state that does not fit this run's model or method, or is of other data.
         """
         try:
+            kept = state.get("data_identity")  # which older checkpoints lack
+            if kept and (other := difference(kept, self.identity)):
+                raise ValueError(f"it was trained with {other}")
             check_dtypes(self.model, state["model"])
             self.model.load_state_dict(state["model"])
             own = [(group["lr"], group["fused"]) for group in self.optimizer.param_groups]
