@@ -188,9 +188,9 @@ def test_a_run_whose_checkpoint_was_removed_counts(tmp_path):
     write_run(tmp_path, CONFIG, accuracy=0.9, near=0.5, far=(0.5, 0.5), seconds=[1.0])
     path = tmp_path / run_name(CONFIG)
     (path / run_folder.CHECKPOINT).unlink()
-    assert compare._finished(path)
+    assert run_folder.is_finished(path)
     (path / run_folder.RESULTS).unlink()
-    assert not compare._finished(path)
+    assert not run_folder.is_finished(path)
 
 
 def settings(**changes):

@@ -28,7 +28,6 @@ LONGER = {}
 _RUNS = "no public way says which runs of a comparison would start"
 PRIVATE = {
     ("tests/test_cli_errors.py", "sparse_moon.app.cli._GROUPS"): "each option is in one group of the help",
-    ("tests/test_compare.py", "sparse_moon.app.compare._finished"): _RUNS,
     ("tests/test_compare.py", "sparse_moon.app.compare._prepare"): _RUNS,
     ("tests/test_compare.py", "sparse_moon.app.compare._start"): _RUNS,
     ("tests/test_data.py", "sparse_moon.app.datasets._FOLDER_STATISTICS_IMAGES"): "a folder of 20,000 images is large",

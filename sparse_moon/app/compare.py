@@ -1,4 +1,4 @@
-"""Many runs side by side: train every combination, each in a folder of its own, and evaluate them again."""
+"""Many runs side by side: train every combination, each in a folder of its own."""
 
 import os
 import shutil
@@ -9,24 +9,18 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sparse_moon import files
 from sparse_moon.app import run_folder
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.evaluate import evaluate_model, load_run, scores_for
 from sparse_moon.app.experiment import experiment, run_key, run_name, unlike_name, varying_settings
+from sparse_moon.app.finished_runs import add_ood_sets, add_scores
 from sparse_moon.app.logs import Logs, check_kinds
-from sparse_moon.app.ood_sets import default_ood
 from sparse_moon.app.own import options_to_import
-from sparse_moon.app.report import write_report
-from sparse_moon.app.run_data import load_ood_sets
-from sparse_moon.app.run_record import RunRecord, read_record
 
 LOG = "log.txt"
 
@@ -126,8 +120,8 @@ def run_all(
         pool.shutdown()
     for name in [name for name in runs if name not in failed]:
         try:
-            _add_ood_sets(folder / name, runs[name], where)
-            _add_scores(folder / name, runs[name], where)
+            add_ood_sets(folder / name, runs[name], where)
+            add_scores(folder / name, runs[name], where)
         except (OSError, ValueError) as error:
             print(f"{name}: FAILED to evaluate it again: {error}", flush=True)
             failed.append(name)
@@ -195,24 +189,17 @@ def _prepare(folder: Path, config: TrainConfig) -> bool:
 def _train(folder: Path, processes: _Processes, log: Collection[str]) -> tuple[bool, str]:
     """Train a run unless that is done: whether it is finished now, and what came of it in words."""
     try:
-        if _finished(folder):
+        if run_folder.is_finished(folder):
             if log:
                 with Logs(folder, log) as logs, run_folder.only_writer(folder):
                     logs.write(run_folder.read_metrics(folder))
             return True, "finished before"
         code = processes.run(folder)
-        if code == 0 and _finished(folder):
+        if code == 0 and run_folder.is_finished(folder):
             return True, _summary(files.read_json(folder / run_folder.RESULTS))
         return False, f"FAILED with code {code}: {_reason(folder)}"
     except (OSError, ValueError) as error:  # such as damaged files
         return False, f"FAILED: {error}"
-
-
-def _finished(folder: Path) -> bool:
-    """Whether the run has its results and its last checkpoint, which may have been removed since to save space."""
-    if not (folder / run_folder.RESULTS).exists():
-        return False
-    return not (folder / run_folder.CHECKPOINT).exists() or bool(run_folder.read_checkpoint(folder)["finished"])
 
 
 def _start(folder: Path, options: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
@@ -240,82 +227,3 @@ def _reason(folder: Path) -> str:
     lines = [line for line in text.split("\n") if line.strip()]
     messages = [line for line in lines if ": error: " in line]
     return (messages or lines or ["it printed nothing"])[-1]
-
-
-def evaluate_again(
-    folder: Path, *, ood: list[str] | None = None, scores: Sequence[str] | None = None,
-    where: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """Evaluate every finished run in ``folder`` without training, on these OOD sets and with these scores.
-
-    What is found goes beside what the run's results.json and scores.npz hold already, or in its place. Of ``where`` see
-    :func:`run_all`.
-
-    Raises:
-        ValueError: no finished run, or as :func:`sparse_moon.app.evaluate.evaluate_model`.
-    """
-    for path in finished_runs(folder):
-        _evaluate(path, {"score": None} if ood is None else {"score": None, "ood": ood}, scores, where or {})
-
-
-def _evaluate(
-    path: Path, changes: Mapping[str, Any], scores: Sequence[str] | None, where: Mapping[str, Any]
-) -> None:  # fmt: skip
-    """Evaluate a finished run with these changes of its settings."""
-    with run_folder.only_writer(path):
-        run = load_run(path, **where)
-        config = replace(run.config, **changes)
-        new, arrays = evaluate_model(run.predictor, config, run.dataset, load_ood_sets(config, run.dataset), scores)
-        record = _with_evaluation(read_record(path), new, arrays)
-        run_folder.write_scores(path, record.scores)
-        files.write_json(path / run_folder.RESULTS, record.results)
-        write_report(path, record)
-    print(f"{path.name}: evaluated on {', '.join(new['ood'])}", flush=True)
-
-
-def _add_ood_sets(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
-    """Evaluate a finished run on those OOD sets of ``config`` that it lacks, where it was made for others."""
-    saved = files.read_json(path / run_folder.CONFIG).get("ood")
-    if saved == config.ood:
-        return
-    asked = default_ood(config.dataset) if config.ood is None else config.ood
-    kept = {spec.partition("=")[0]: spec for spec in saved or ()}
-    for spec in asked:
-        if kept.get(name := spec.partition("=")[0], spec) != spec:
-            raise ValueError(f"it has the OOD set {kept[name]}, got {spec}: give that another name")
-    found = files.read_json(path / run_folder.RESULTS)["ood"]
-    if missing := [spec for spec in asked if spec.partition("=")[0] not in found]:
-        _evaluate(path, {"ood": missing, "score": config.score}, None, where)
-
-
-def _add_scores(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
-    """Evaluate a finished run with the scores of ``config`` that it lacks, where it was made for others."""
-    results = files.read_json(path / run_folder.RESULTS)
-    asked = [] if config.score is None else scores_for(config)
-    missing = [
-        name
-        for name in asked
-        if name not in results.get("left_out", {}) and any(name not in found for found in results["ood"].values())
-    ]
-    if missing:
-        _evaluate(path, {"ood": config.ood}, missing, where)
-
-
-def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RunRecord:
-    """What a run left, with the figures and arrays of another evaluation beside the old ones or in their place."""
-    ood = {name: {**by_score} for name, by_score in record.results["ood"].items()}
-    for name, by_score in new["ood"].items():
-        ood.setdefault(name, {}).update(by_score)
-    return replace(record, results={**record.results, **new, "ood": ood}, scores={**record.scores, **arrays})
-
-
-def finished_runs(folder: Path) -> list[Path]:
-    """The folders of the finished runs in ``folder``.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [path.parent for path in sorted(folder.glob(f"*/{run_folder.RESULTS}")) if _finished(path.parent)]
-    if not found:
-        raise ValueError(f"{folder} holds no finished run")
-    return found

@@ -12,10 +12,10 @@ from scipy.special import stdtrit
 
 from sparse_moon import files
 from sparse_moon.app import plots, run_folder
-from sparse_moon.app.compare import finished_runs
 from sparse_moon.app.comparison_text import format_markdown
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.experiment import NAMED, REFERENCE, experiment, row_label, run_key, varying_settings
+from sparse_moon.app.finished_runs import finished_runs
 from sparse_moon.app.ood_groups import by_group
 from sparse_moon.app.published import published_figures
 

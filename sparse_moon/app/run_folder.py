@@ -174,3 +174,16 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} is not a checkpoint of sparse_moon")
     return state
+
+
+def is_finished(folder: Path, state: Mapping[str, Any] | None = None) -> bool:
+    """Whether the run has its results and its last checkpoint, which may have been removed since to save space.
+
+    Args:
+        state: what the checkpoint holds, where it has been read.
+    """
+    if not (folder / RESULTS).exists():
+        return False
+    if state is None and (folder / CHECKPOINT).exists():
+        state = read_checkpoint(folder)
+    return state is None or bool(state["finished"])

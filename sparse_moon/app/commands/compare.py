@@ -12,6 +12,7 @@ from sparse_moon.app.commands import settings
 from sparse_moon.app.comparison_text import format_summary
 from sparse_moon.app.config import TrainConfig, parse_label
 from sparse_moon.app.experiment import WHERE
+from sparse_moon.app.finished_runs import evaluate_again
 
 
 def run(arguments: Namespace) -> None:
@@ -21,7 +22,7 @@ def run(arguments: Namespace) -> None:
         raise ValueError("--log is for training; without --table-only and --evaluate finished runs are logged, too")
     where = {name: arguments[name] for name in WHERE if name in arguments.given}
     if arguments.evaluate:
-        compare.evaluate_again(folder, ood=arguments.ood, scores=arguments.score, where=where)
+        evaluate_again(folder, ood=arguments.ood, scores=arguments.score, where=where)
     failed: list[str] = []
     if not (arguments.table_only or arguments.evaluate):
         if arguments.jobs < 1:

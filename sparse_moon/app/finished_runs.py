@@ -1,0 +1,98 @@
+"""The finished runs of a folder, and their evaluation on other OOD sets and with other scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_moon import files
+from sparse_moon.app import run_folder
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.evaluate import evaluate_model, load_run, scores_for
+from sparse_moon.app.ood_sets import default_ood
+from sparse_moon.app.report import write_report
+from sparse_moon.app.run_data import load_ood_sets
+from sparse_moon.app.run_record import RunRecord, read_record
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """The folders of the finished runs in ``folder``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        path.parent for path in sorted(folder.glob(f"*/{run_folder.RESULTS}")) if run_folder.is_finished(path.parent)
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds no finished run")
+    return found
+
+
+def evaluate_again(
+    folder: Path, *, ood: list[str] | None = None, scores: Sequence[str] | None = None,
+    where: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Evaluate every finished run in ``folder`` without training, on these OOD sets and with these scores.
+
+    What is found goes beside what the run's results.json and scores.npz hold already, or in its place. Of ``where`` see
+    :func:`sparse_moon.app.compare.run_all`.
+
+    Raises:
+        ValueError: no finished run, or as :func:`sparse_moon.app.evaluate.evaluate_model`.
+    """
+    for path in finished_runs(folder):
+        _evaluate(path, {"score": None} if ood is None else {"score": None, "ood": ood}, scores, where or {})
+
+
+def _evaluate(
+    path: Path, changes: Mapping[str, Any], scores: Sequence[str] | None, where: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Evaluate a finished run with these changes of its settings."""
+    with run_folder.only_writer(path):
+        run = load_run(path, **where)
+        config = replace(run.config, **changes)
+        new, arrays = evaluate_model(run.predictor, config, run.dataset, load_ood_sets(config, run.dataset), scores)
+        record = _with_evaluation(read_record(path), new, arrays)
+        run_folder.write_scores(path, record.scores)
+        files.write_json(path / run_folder.RESULTS, record.results)
+        write_report(path, record)
+    print(f"{path.name}: evaluated on {', '.join(new['ood'])}", flush=True)
+
+
+def add_ood_sets(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
+    """Evaluate a finished run on those OOD sets of ``config`` that it lacks, where it was made for others."""
+    saved = files.read_json(path / run_folder.CONFIG).get("ood")
+    if saved == config.ood:
+        return
+    asked = default_ood(config.dataset) if config.ood is None else config.ood
+    kept = {spec.partition("=")[0]: spec for spec in saved or ()}
+    for spec in asked:
+        if kept.get(name := spec.partition("=")[0], spec) != spec:
+            raise ValueError(f"it has the OOD set {kept[name]}, got {spec}: give that another name")
+    found = files.read_json(path / run_folder.RESULTS)["ood"]
+    if missing := [spec for spec in asked if spec.partition("=")[0] not in found]:
+        _evaluate(path, {"ood": missing, "score": config.score}, None, where)
+
+
+def add_scores(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
+    """Evaluate a finished run with the scores of ``config`` that it lacks, where it was made for others."""
+    results = files.read_json(path / run_folder.RESULTS)
+    asked = [] if config.score is None else scores_for(config)
+    missing = [
+        name
+        for name in asked
+        if name not in results.get("left_out", {}) and any(name not in found for found in results["ood"].values())
+    ]
+    if missing:
+        _evaluate(path, {"ood": config.ood}, missing, where)
+
+
+def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RunRecord:
+    """What a run left, with the figures and arrays of another evaluation beside the old ones or in their place."""
+    ood = {name: {**by_score} for name, by_score in record.results["ood"].items()}
+    for name, by_score in new["ood"].items():
+        ood.setdefault(name, {}).update(by_score)
+    return replace(record, results={**record.results, **new, "ood": ood}, scores={**record.scores, **arrays})
