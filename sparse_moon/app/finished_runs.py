@@ -11,10 +11,10 @@ from sparse_moon import files
 from sparse_moon.app import run_folder
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.evaluate import evaluate_model, load_run, scores_for
-from sparse_moon.app.ood_sets import default_ood
+from sparse_moon.app.ood_sets import default_ood, same_source, set_name
 from sparse_moon.app.report import write_report
 from sparse_moon.app.run_data import load_ood_sets
-from sparse_moon.app.run_record import RunRecord, read_record
+from sparse_moon.app.run_record import SPECS, RunRecord, read_record
 
 
 def finished_runs(folder: Path) -> list[Path]:
@@ -52,10 +52,12 @@ def _evaluate(
 ) -> None:  # fmt: skip
     """Evaluate a finished run with these changes of its settings."""
     with run_folder.only_writer(path):
-        run = load_run(path, **where)
+        record, run = read_record(path), load_run(path, **where)
         config = replace(run.config, **changes)
+        specs = _new_specs(record.config, record.results, config)
+        added = {name: spec for name, spec in specs.items() if name not in record.results["ood"]}
         new, arrays = evaluate_model(run.predictor, config, run.dataset, load_ood_sets(config, run.dataset), scores)
-        record = _with_evaluation(read_record(path), new, arrays)
+        record = _with_evaluation(record, {**new, SPECS: {**record.results.get(SPECS, {}), **added}}, arrays)
         run_folder.write_scores(path, record.scores)
         files.write_json(path / run_folder.RESULTS, record.results)
         write_report(path, record)
@@ -63,18 +65,32 @@ def _evaluate(
 
 
 def add_ood_sets(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
-    """Evaluate a finished run on those OOD sets of ``config`` that it lacks, where it was made for others."""
-    saved = files.read_json(path / run_folder.CONFIG).get("ood")
-    if saved == config.ood:
+    """Evaluate a finished run on those OOD sets of ``config`` that it lacks, where it was made for others.
+
+    Raises:
+        ValueError: it has one of that name from elsewhere.
+    """
+    settings, results = (files.read_json(path / name) for name in (run_folder.CONFIG, run_folder.RESULTS))
+    asked = _new_specs(settings, results, config)
+    if settings.get("ood") == config.ood:
         return
-    asked = default_ood(config.dataset) if config.ood is None else config.ood
-    kept = {spec.partition("=")[0]: spec for spec in saved or ()}
-    for spec in asked:
-        if kept.get(name := spec.partition("=")[0], spec) != spec:
-            raise ValueError(f"it has the OOD set {kept[name]}, got {spec}: give that another name")
-    found = files.read_json(path / run_folder.RESULTS)["ood"]
-    if missing := [spec for spec in asked if spec.partition("=")[0] not in found]:
+    if missing := [spec for name, spec in asked.items() if name not in results["ood"]]:
         _evaluate(path, {"ood": missing, "score": config.score}, None, where)
+
+
+def _new_specs(settings: Mapping[str, Any], results: Mapping[str, Any], config: TrainConfig) -> dict[str, str]:
+    """By name where the OOD sets of ``config`` come from; raise ``ValueError`` where a run has one from elsewhere."""
+    own = {"dataset": TrainConfig.dataset, "ood": None, **settings}
+    kept = _by_name(own["dataset"], own["ood"]) | results.get(SPECS, {})
+    asked = _by_name(config.dataset, config.ood)
+    for name, spec in asked.items():
+        if not same_source(spec, kept.get(name, spec)):
+            raise ValueError(f"it has the OOD set {kept[name]}, got {spec}: give that another name")
+    return asked
+
+
+def _by_name(dataset: str, specs: Sequence[str] | None) -> dict[str, str]:
+    return {set_name(spec): spec for spec in (default_ood(dataset) if specs is None else specs)}
 
 
 def add_scores(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:

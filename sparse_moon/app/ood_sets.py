@@ -1,5 +1,6 @@
 """Out-of-distribution (OOD) images by name or by path, to go with an in-distribution set."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,18 @@ from sparse_moon.app.torchvision_sets import DOWNLOADED, READ, download_files, r
 def default_ood(dataset: str) -> list[str]:
     """Names for `load_ood` that are always at hand for the data set `sparse_moon.app.datasets.load` calls so."""
     return [*(["digits-8-9"] if dataset == "digits" else []), *GENERATED]
+
+
+def set_name(spec: str) -> str:
+    """What the results call the set of a spec of `load_ood`."""
+    name, given, _ = spec.partition("=")
+    return name if given else canonical(name)
+
+
+def same_source(spec: str, other: str) -> bool:
+    """Whether two specs of `load_ood` of one name say the same place, seen from the working folder."""
+    (_, given, path), (_, other_given, other_path) = spec.partition("="), other.partition("=")
+    return given == other_given and os.path.realpath(path) == os.path.realpath(other_path)
 
 
 def load_ood(

@@ -20,6 +20,9 @@ METRICS = ("auroc", "fpr95", "aupr_in", "aupr_out")
 MEMORY = ("parameter", "gradient", "optimizer", "index")
 """What the bytes in the results are counted of; of dense weights all but the last."""
 
+SPECS = "ood_specs"
+"""In the results: by name where OOD sets that were added later came from, NAME or NAME=PATH; older results lack it."""
+
 _IDENTITY = ("accuracy", "ece", "nll", "brier")
 _LATER = ("classwise_ece", "adaptive_ece", "ece_all_outputs", "aurc")  # which older or other runs lack
 _CALIBRATION = ("temperature", "ece_before", "ece_after")
@@ -100,7 +103,7 @@ def _read_results(path: Path) -> dict[str, Any]:
         results["calibration"] = _numbers(calibration, path, "calibration", _CALIBRATION)
     if "steps" in content:
         results["steps"] = _read_steps(content["steps"], layers, path)
-    for key in ("environment", "left_out"):
+    for key in ("environment", "left_out", SPECS):
         _mapping(content.get(key, {}), path, key)
     return {**content, **results}
 

@@ -1,0 +1,94 @@
+"""Finished runs that are evaluated again, with other OOD sets and scores: nothing is lost, nothing is mixed up."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sparse_moon import files
+from sparse_moon.app import run_folder
+from sparse_moon.app.cli import main
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.train import train
+
+CONFIG = TrainConfig(
+    model="mlp", width=16, epochs=1, batch_size=256, interval=2, reliability="none", ood=["noise"], score=["msp"]
+)
+OPTIONS = ["--model", "mlp", "--width", "16", "--epochs", "1", "--batch-size", "256", "--interval", "2",
+           "--reliability", "none", "--score", "msp", "--out", "all"]  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:.* never updates the topology:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """By their OOD sets runs that nothing has happened to."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, ood in (("noise", ["noise"]), ("default", None)):
+        train(replace(CONFIG, ood=ood), folder / name, progress=False)
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    """A copy of one, alone in the folder ``all``, beside files of images."""
+    monkeypatch.chdir(tmp_path)
+    for name, lowest in (("b1", 0), ("b2", 170)):
+        images = np.random.default_rng(lowest).integers(lowest, lowest + 80, (60, 8, 8))
+        np.savez(f"{name}.npz", x=images.astype(np.uint8))
+    return shutil.copytree(trained / "noise", tmp_path / "all" / "run")
+
+
+def compare(*options):
+    main(["compare", *OPTIONS, *options])
+
+
+def evaluate(*options):
+    main(["compare", "--out", "all", "--evaluate", *options])
+
+
+def refused(capsys, command, *options, code):
+    """What a command says that ends with this code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(*options)
+    assert stop.value.code == code
+    return "".join(capsys.readouterr())
+
+
+def ood(run):
+    return files.read_json(run / run_folder.RESULTS)["ood"]
+
+
+def test_an_ood_set_from_another_file_needs_another_name(run, capsys):
+    compare("--ood", "noise", "b=b1.npz")
+    before = ood(run)
+    message = "it has the OOD set b=b1.npz, got b=b2.npz: give that another name"
+    assert message in refused(capsys, compare, "--ood", "noise", "b=b2.npz", code=1)
+    assert message in refused(capsys, evaluate, "--ood", "b=b2.npz", code=2)
+    compare("--ood", "noise", "b=./b1.npz")  # the same file
+    assert ood(run) == before
+    compare("--ood", "noise", "c=b2.npz")
+    evaluate("--ood", "b=b1.npz")
+    assert ood(run)["b"]["msp"] == before["b"]["msp"] != ood(run)["c"]["msp"]
+
+
+def test_a_default_ood_set_is_not_taken_for_a_file_of_its_name(trained, run, capsys):
+    default = shutil.copytree(trained / "default", run.parent / "default")
+    shutil.rmtree(run)
+    before = ood(default)
+    message = "it has the OOD set letters, got letters=b1.npz: give that another name"
+    assert message in refused(capsys, compare, "--ood", "letters=b1.npz", code=1)
+    compare("--ood", "letters")
+    assert ood(default) == before
+
+
+def test_results_that_do_not_say_where_their_ood_sets_came_from_are_read(run):
+    compare("--ood", "noise", "b=b1.npz")
+    results = files.read_json(run / run_folder.RESULTS)
+    assert results.pop("ood_specs") == {"b": "b=b1.npz"}
+    files.write_json(run / run_folder.RESULTS, results)
+    compare("--ood", "noise", "b=b1.npz")
+    assert files.read_json(run / run_folder.RESULTS) == results
+    evaluate("--ood", "b=b1.npz")
+    assert ood(run)["b"]["msp"] == results["ood"]["b"]["msp"]
