@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* never updates the topology:Us
 def trained(tmp_path_factory):
     """By their OOD sets runs that nothing has happened to."""
     folder = tmp_path_factory.mktemp("trained")
-    for name, ood in (("noise", ["noise"]), ("default", None)):
-        train(replace(CONFIG, ood=ood), folder / name, progress=False)
+    for name, changes in (("noise", {}), ("default", {"ood": None}), ("held", {"holdout": 0.2})):
+        train(replace(CONFIG, **changes), folder / name, progress=False)
     return folder
 
 
@@ -92,3 +92,22 @@ def test_results_that_do_not_say_where_their_ood_sets_came_from_are_read(run):
     assert files.read_json(run / run_folder.RESULTS) == results
     evaluate("--ood", "b=b1.npz")
     assert ood(run)["b"]["msp"] == results["ood"]["b"]["msp"]
+
+
+def test_scores_are_added_to_the_ood_sets_that_are_asked_for(run, capsys):
+    compare("--ood", "noise", "b=b1.npz")
+    compare("--ood", "noise", "--score", "energy")
+    assert {name: {*by_score} for name, by_score in ood(run).items()} == {"noise": {"msp", "energy"}, "b": {"msp"}}
+    capsys.readouterr()
+    compare("--ood", "noise", "--score", "energy")
+    assert "evaluated" not in capsys.readouterr().out
+
+
+def test_what_held_out_images_chose_stays(trained, run):
+    shutil.rmtree(run)
+    run = shutil.copytree(trained / "held", run)
+    evaluate("--score", "dice")
+    chosen = files.read_json(run / run_folder.RESULTS)["dice"]
+    evaluate("--score", "dice:score=energy")
+    both = files.read_json(run / run_folder.RESULTS)["dice"]
+    assert chosen.keys() == {"p"} and both.keys() == {"p", "dice:score=energy"} and both["p"] == chosen["p"]

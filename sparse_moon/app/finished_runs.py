@@ -94,21 +94,22 @@ def _by_name(dataset: str, specs: Sequence[str] | None) -> dict[str, str]:
 
 
 def add_scores(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
-    """Evaluate a finished run with the scores of ``config`` that it lacks, where it was made for others."""
+    """Evaluate a finished run with the scores that it lacks on OOD sets of ``config``, where it was made for others."""
+    if config.score is None:
+        return
     results = files.read_json(path / run_folder.RESULTS)
-    asked = [] if config.score is None else scores_for(config)
-    missing = [
-        name
-        for name in asked
-        if name not in results.get("left_out", {}) and any(name not in found for found in results["ood"].values())
-    ]
-    if missing:
+    sets = [results["ood"][name] for name in _by_name(config.dataset, config.ood) if name in results["ood"]]
+    left_out = results.get("left_out", {})
+    asked = [score for score in scores_for(config) if score not in left_out]
+    if missing := [score for score in asked if any(score not in found for found in sets)]:
         _evaluate(path, {"ood": config.ood}, missing, where)
 
 
 def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RunRecord:
     """What a run left, with the figures and arrays of another evaluation beside the old ones or in their place."""
-    ood = {name: {**by_score} for name, by_score in record.results["ood"].items()}
-    for name, by_score in new["ood"].items():
-        ood.setdefault(name, {}).update(by_score)
-    return replace(record, results={**record.results, **new, "ood": ood}, scores={**record.scores, **arrays})
+    results = {**record.results, **new}
+    for part in {"ood", "dice", "left_out"} & results.keys():  # by set, or by score
+        results[part] = {**record.results.get(part, {}), **new.get(part, {})}
+    for name, by_score in record.results["ood"].items():
+        results["ood"][name] = {**by_score, **new["ood"].get(name, {})}
+    return replace(record, results=results, scores={**record.scores, **arrays})
