@@ -111,3 +111,52 @@ def test_what_held_out_images_chose_stays(trained, run):
     evaluate("--score", "dice:score=energy")
     both = files.read_json(run / run_folder.RESULTS)["dice"]
     assert chosen.keys() == {"p"} and both.keys() == {"p", "dice:score=energy"} and both["p"] == chosen["p"]
+
+
+@pytest.fixture
+def evaluated(run):
+    """A run that was evaluated on more sets, with more scores."""
+    evaluate("--ood", "noise", "photos", "b=b1.npz", "--score", "msp", "knn:k=5")
+    return run
+
+
+def contents(run):
+    return {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_timing_a_finished_run_keeps_what_it_was_evaluated_on(evaluated):
+    before = contents(evaluated)
+    results = files.read_json(evaluated / run_folder.RESULTS)
+    assert results["ood"].keys() == {"noise", "photos", "b"}
+    assert all(by_score.keys() == {"msp", "knn:k=5"} for by_score in results["ood"].values())
+    main(["train", "--resume", "--time-dense", "--quiet", "--out", str(evaluated)])
+    timed = files.read_json(evaluated / run_folder.RESULTS)
+    assert timed["steps"].pop("beside_dense")["dense_ms"] > 0 and timed == results
+    changed = {name for name, content in contents(evaluated).items() if content != before[name]}
+    assert changed == {run_folder.RESULTS, run_folder.REPORT}
+    assert "photos" in (page := (evaluated / run_folder.REPORT).read_text()) and "Over dense" in page
+
+
+@pytest.mark.parametrize("name", [run_folder.CONFIG, run_folder.METRICS, run_folder.SCORES, run_folder.REPORT])
+def test_a_file_of_a_finished_run_comes_back_as_it_was(evaluated, name):
+    main(["train", "--resume", "--time-dense", "--quiet", "--out", str(evaluated)])
+    before, kept = contents(evaluated), run_folder.read_scores(evaluated)
+    (evaluated / name).unlink()
+    main(["train", "--resume", "--quiet", "--out", str(evaluated)])
+    after, found = contents(evaluated), run_folder.read_scores(evaluated)
+    same = {name for name in before if before[name] == after[name]} | {run_folder.SCORES}  # in another order
+    assert same == before.keys() == after.keys()
+    assert found.keys() == kept.keys() and all(np.array_equal(found[key], kept[key]) for key in kept)
+
+
+def test_scores_do_not_come_back_where_it_is_not_known_of_which_images(evaluated):
+    results = files.read_json(evaluated / run_folder.RESULTS)
+    del results["ood_specs"]["b"]
+    files.write_json(evaluated / run_folder.RESULTS, results)
+    (evaluated / run_folder.SCORES).unlink()
+    before = contents(evaluated)
+    with pytest.raises(
+        ValueError, match=r"scores\.npz is gone, and results\.json does not say where b came from: with"
+    ):
+        train(CONFIG, evaluated, resume=True, progress=False)
+    assert contents(evaluated) == before

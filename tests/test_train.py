@@ -133,8 +133,11 @@ def test_a_finished_run_without_its_checkpoint_is_not_trained_anew(whole, tmp_pa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(ValueError, match=r"checkpoint.pt is gone: it lacks the times beside a dense network"):
         train(QUICK, tmp_path, resume=True, progress=False, time_dense=True)
-    (tmp_path / run_folder.REPORT).unlink()
-    with pytest.raises(ValueError, match=r"checkpoint.pt is gone: it lacks report.html, which need"):
+    (tmp_path / run_folder.REPORT).unlink()  # which is made of the other files
+    train(QUICK, tmp_path, resume=True, progress=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / run_folder.SCORES).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint.pt is gone: it lacks scores.npz, which need that file"):
         train(QUICK, tmp_path, resume=True, progress=False)
 
 

@@ -80,13 +80,18 @@ def add_ood_sets(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> N
 
 def _new_specs(settings: Mapping[str, Any], results: Mapping[str, Any], config: TrainConfig) -> dict[str, str]:
     """By name where the OOD sets of ``config`` come from; raise ``ValueError`` where a run has one from elsewhere."""
-    own = {"dataset": TrainConfig.dataset, "ood": None, **settings}
-    kept = _by_name(own["dataset"], own["ood"]) | results.get(SPECS, {})
+    kept = _kept_specs(settings, results)
     asked = _by_name(config.dataset, config.ood)
     for name, spec in asked.items():
         if not same_source(spec, kept.get(name, spec)):
             raise ValueError(f"it has the OOD set {kept[name]}, got {spec}: give that another name")
     return asked
+
+
+def _kept_specs(settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
+    """By name where a run's OOD sets came from, as far as its settings and results say it."""
+    dataset, specs = settings.get("dataset", TrainConfig.dataset), settings.get("ood")
+    return _by_name(dataset, specs) | results.get(SPECS, {})
 
 
 def _by_name(dataset: str, specs: Sequence[str] | None) -> dict[str, str]:
@@ -113,3 +118,23 @@ def _with_evaluation(record: RunRecord, new: Mapping[str, Any], arrays: Mapping[
     for name, by_score in record.results["ood"].items():
         results["ood"][name] = {**by_score, **new["ood"].get(name, {})}
     return replace(record, results=results, scores={**record.scores, **arrays})
+
+
+def restore_scores(path: Path, where: Mapping[str, Any]) -> None:
+    """Write the scores.npz of a finished run anew, of all OOD sets and scores that its results have.
+
+    Raises:
+        ValueError: results that do not say where an OOD set came from.
+    """
+    run, results = load_run(path, **where), files.read_json(path / run_folder.RESULTS)
+    kept = _kept_specs(run.config.to_dict(), results)
+    if unknown := [name for name in results["ood"] if name not in kept]:
+        raise ValueError(
+            f"{path / run_folder.SCORES} is gone, and {run_folder.RESULTS} does not say where {', '.join(unknown)} "
+            "came from: without that file, too, the run is evaluated as its settings say"
+        )
+    config = replace(run.config, ood=[kept[name] for name in results["ood"]])
+    scores = dict.fromkeys(score for by_score in results["ood"].values() for score in by_score)
+    sets = load_ood_sets(config, run.dataset)
+    _, arrays = evaluate_model(run.predictor, config, run.dataset, sets, list(scores) or None)
+    run_folder.write_scores(path, arrays)

@@ -20,7 +20,8 @@ from sparse_moon.app.build import autocast, emulates_amp, final_densities
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.environment import environment
 from sparse_moon.app.evaluate import evaluate_model, scores_for
-from sparse_moon.app.experiment import PLACE
+from sparse_moon.app.experiment import PLACE, WHERE
+from sparse_moon.app.finished_runs import restore_scores
 from sparse_moon.app.logs import Logs
 from sparse_moon.app.progress import live_stream
 from sparse_moon.app.report import write_report
@@ -43,7 +44,7 @@ def train(
     Args:
         folder: where the run is written; it must not hold another run unless ``resume``.
         resume: continue from the folder's checkpoint (from the start if there is none yet); the end is the same, bit
-            for bit, as that of an uninterrupted run. A finished run stays as it is.
+            for bit, as that of an uninterrupted run. A finished run stays as it is; files that were removed come back.
         progress: show a progress bar on a terminal and in a notebook, and elsewhere print a line an epoch.
         time_dense: after training, time a few steps of the network beside those of the same network made dense, on
             copies; of a finished run as well, whose results then gain them.
@@ -69,17 +70,11 @@ def _train(
     if not resume and (folder / run_folder.CONFIG).exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
     state = run_folder.read_checkpoint(folder) if resume and (folder / run_folder.CHECKPOINT).exists() else None
-    if resume and state is None and (folder / run_folder.RESULTS).exists():
-        return _without_checkpoint(config, folder, time_dense=time_dense, logs=logs)
-    finished = state is not None and state["finished"]
+    if resume and run_folder.is_finished(folder, state):
+        return _finished(config, folder, state, time_dense=time_dense, logs=logs)
+    finished = state is not None and state["finished"]  # its results were removed
     if state is not None:
         _check_settings(config, TrainConfig.from_dict(state["config"]))
-    if state is not None and finished and all((folder / name).exists() for name in run_folder.FILES):
-        results = files.read_json(folder / run_folder.RESULTS)
-        if not time_dense or "beside_dense" in results.get("steps", {}):
-            if rank() == 0:
-                logs.write(state["history"])
-            return results
     dataset = load_dataset(config)
     ood_sets = load_ood_sets(config, dataset)
     if config.headline not in scores_for(config):
@@ -112,24 +107,49 @@ def _train(
                 logs.write(trainer.history)
             if shown and stream is None:
                 print(_line(trainer), file=sys.stderr, flush=True)
-    # a finished run is here again because files were removed since
     model = trainer.predictor() if finished else trainer.finish()
     return _results(trainer, model, ood_sets, folder, finished, time_dense) if main else {}
 
 
-def _without_checkpoint(config: TrainConfig, folder: Path, *, time_dense: bool, logs: Logs) -> dict[str, Any]:
-    """The results of a finished run whose checkpoint was removed, as it may be to save space."""
-    _check_settings(config, TrainConfig.from_dict(files.read_json(folder / run_folder.CONFIG)))
-    lacks = [name for name in run_folder.FILES if name != run_folder.CHECKPOINT and not (folder / name).exists()]
+def _finished(
+    config: TrainConfig, folder: Path, state: Mapping[str, Any] | None, *, time_dense: bool, logs: Logs
+) -> dict[str, Any]:
+    """The results of a finished run; what was removed or is asked for now is added to its folder, the rest stays.
+
+    Without ``state``, as its checkpoint may be removed to save space, only the page can be added.
+    """
+    saved = files.read_json(folder / run_folder.CONFIG) if state is None else state["config"]
+    _check_settings(config, TrainConfig.from_dict(saved))
+    if rank() > 0:
+        return {}
+    lacks = [name for name in run_folder.FILES if not (folder / name).exists()]
     results: dict[str, Any] = files.read_json(folder / run_folder.RESULTS)
-    if lacks or (time_dense and "beside_dense" not in results.get("steps", {})):
-        wanted = " and ".join([*lacks, *["the times beside a dense network"] * time_dense])
-        raise ValueError(
-            f"the run in {folder} is finished, and its {run_folder.CHECKPOINT} is gone: it lacks {wanted}, which need "
-            f"the network. Without {run_folder.RESULTS} it is trained anew"
-        )
-    if rank() == 0:
-        logs.write(run_folder.read_metrics(folder, results.get("epochs")))
+    untimed = time_dense and "beside_dense" not in results.get("steps", {})
+    if state is None:
+        wanted = [name for name in lacks if name not in (run_folder.CHECKPOINT, run_folder.REPORT)]
+        if wanted or untimed:
+            raise ValueError(
+                f"the run in {folder} is finished, and its {run_folder.CHECKPOINT} is gone: it lacks "
+                f"{' and '.join([*wanted, *['the times beside a dense network'] * untimed])}, which need that file. "
+                f"Without {run_folder.RESULTS} it is trained anew"
+            )
+        history = run_folder.read_metrics(folder, results.get("epochs"))
+    else:
+        history = state["history"]
+        if run_folder.CONFIG in lacks:
+            files.write_json(folder / run_folder.CONFIG, saved)
+        if run_folder.METRICS in lacks:
+            run_folder.write_metrics(folder, history)
+        if run_folder.SCORES in lacks:
+            restore_scores(folder, {name: getattr(config, name) for name in WHERE})
+        if untimed:
+            trainer = Trainer(replace(config, diagnostics=False), load_dataset(config))
+            trainer.load_state_dict(state)
+            results = {**results, "steps": {**_steps(trainer, time_dense), **results.get("steps", {})}}
+            files.write_json(folder / run_folder.RESULTS, results)
+    if untimed or run_folder.REPORT in lacks:
+        write_report(folder, run_record.read_record(folder))
+    logs.write(history)
     return results
 
 
