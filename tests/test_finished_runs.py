@@ -160,3 +160,32 @@ def test_scores_do_not_come_back_where_it_is_not_known_of_which_images(evaluated
     ):
         train(CONFIG, evaluated, resume=True, progress=False)
     assert contents(evaluated) == before
+
+
+def test_runs_that_cannot_be_evaluated_leave_the_others_alone(trained, run, capsys):
+    moon = run.parent / "a-moon"
+    train(replace(CONFIG, reliability="moon", epochs=2, stop=0.5), moon, progress=False)
+    for seed, (name, lacking) in enumerate(
+        (("no-checkpoint", run_folder.CHECKPOINT), ("no-scores", run_folder.SCORES))
+    ):
+        shutil.copytree(trained / "noise", run.parent / name)
+        files.write_json(run.parent / name / run_folder.CONFIG, replace(CONFIG, seed=seed + 1).to_dict())
+        (run.parent / name / lacking).unlink()
+    before = {path.name: contents(path) for path in run.parent.iterdir() if path != moon}
+    assert "no run could be evaluated again; a-moon: unknown scores ['mps']" in refused(
+        capsys, evaluate, "--score", "mps", code=2
+    )
+    assert contents(run) == contents(trained / "noise")
+
+    printed = refused(capsys, evaluate, "--score", "unknown", code=1)
+    assert "3 runs failed: no-checkpoint, no-scores, run" in printed
+    for name, reason in (
+        ("no-checkpoint", "all/no-checkpoint/checkpoint.pt does not exist: it was removed since"),
+        ("no-scores", "all/no-scores/scores.npz does not exist"),
+        ("run", "the unknown score needs 8 + 1 outputs"),
+    ):
+        assert f"{name}: FAILED to evaluate it again: {reason}" in printed
+    assert all(contents(path) == before[path.name] for path in run.parent.iterdir() if path.name in before)
+    assert ood(moon)["noise"].keys() == {"msp", "unknown"}
+    auroc = ood(moon)["noise"]["unknown"]["auroc"]
+    assert f" | {100 * auroc:.2f} |\n| rigl none 0.9 epochs=1" in (run.parent / "table.md").read_text()

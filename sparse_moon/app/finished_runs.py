@@ -34,17 +34,30 @@ def finished_runs(folder: Path) -> list[Path]:
 def evaluate_again(
     folder: Path, *, ood: list[str] | None = None, scores: Sequence[str] | None = None,
     where: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """Evaluate every finished run in ``folder`` without training, on these OOD sets and with these scores.
 
-    What is found goes beside what the run's results.json and scores.npz hold already, or in its place. Of ``where`` see
-    :func:`sparse_moon.app.compare.run_all`.
+    What is found goes beside what the run's results.json and scores.npz hold already, or in its place. A run that fails
+    is reported and leaves the others alone. Of ``where`` see :func:`sparse_moon.app.compare.run_all`.
+
+    Returns:
+        Names of the runs that failed.
 
     Raises:
-        ValueError: no finished run, or as :func:`sparse_moon.app.evaluate.evaluate_model`.
+        ValueError: no finished run, or all failed.
     """
-    for path in finished_runs(folder):
-        _evaluate(path, {"score": None} if ood is None else {"score": None, "ood": ood}, scores, where or {})
+    runs, failed = finished_runs(folder), {}
+    changes = {"score": None} if ood is None else {"score": None, "ood": ood}
+    for path in runs:
+        try:
+            _evaluate(path, changes, scores, where or {})
+        except (OSError, ValueError) as error:
+            print(f"{path.name}: FAILED to evaluate it again: {error}", flush=True)
+            failed[path.name] = error
+    if len(failed) == len(runs):
+        name, first = next(iter(failed.items()))
+        raise ValueError(f"no run could be evaluated again; {name}: {first}")
+    return list(failed)
 
 
 def _evaluate(

@@ -168,7 +168,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     """
     path = folder / CHECKPOINT
     if not path.exists():
-        raise ValueError(f"{path} does not exist: the run has not finished an epoch")
+        reason = "it was removed since" if (folder / RESULTS).exists() else "the run has not finished an epoch"
+        raise ValueError(f"{path} does not exist: {reason}")
     state = read_archive(path, "a checkpoint")
     kinds = {"model": dict, "config": dict, "epoch": int, "finished": bool}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):

@@ -21,9 +21,9 @@ def run(arguments: Namespace) -> None:
     if arguments.log and (arguments.evaluate or arguments.table_only):
         raise ValueError("--log is for training; without --table-only and --evaluate finished runs are logged, too")
     where = {name: arguments[name] for name in WHERE if name in arguments.given}
-    if arguments.evaluate:
-        evaluate_again(folder, ood=arguments.ood, scores=arguments.score, where=where)
     failed: list[str] = []
+    if arguments.evaluate:
+        failed = evaluate_again(folder, ood=arguments.ood, scores=arguments.score, where=where)
     if not (arguments.table_only or arguments.evaluate):
         if arguments.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")
