@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +190,20 @@ def test_runs_that_cannot_be_evaluated_leave_the_others_alone(trained, run, caps
     assert ood(moon)["noise"].keys() == {"msp", "unknown"}
     auroc = ood(moon)["noise"]["unknown"]["auroc"]
     assert f" | {100 * auroc:.2f} |\n| rigl none 0.9 epochs=1" in (run.parent / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--ece-bins", "3"], "--ece-bins"),
+        (["--seed", "1", "--method", "set", "--jobs", "2"], "--seed, --method, --jobs"),
+        (["--sweep", "final_weight=1,2"], "--sweep"),
+        (["--config", "c.yaml"], "--lr"),
+    ],
+)
+def test_an_evaluation_takes_no_settings_of_training(run, capsys, options, named):
+    Path("c.yaml").write_text("lr: 0.1\nood: [noise]\n")
+    before = contents(run)
+    message = f"evaluates all finished runs, with the settings that they have: leave out {named}\n"
+    assert message in refused(capsys, evaluate, "--score", "energy", *options, code=2)
+    assert contents(run) == before

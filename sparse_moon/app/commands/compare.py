@@ -13,6 +13,8 @@ from sparse_moon.app.comparison_text import format_summary
 from sparse_moon.app.config import TrainConfig, parse_label
 from sparse_moon.app.experiment import WHERE
 from sparse_moon.app.finished_runs import evaluate_again
+from sparse_moon.app.own import NAMES
+from sparse_moon.settings import is_import_path
 
 
 def run(arguments: Namespace) -> None:
@@ -23,6 +25,7 @@ def run(arguments: Namespace) -> None:
     where = {name: arguments[name] for name in WHERE if name in arguments.given}
     failed: list[str] = []
     if arguments.evaluate:
+        _check_evaluation(arguments)
         failed = evaluate_again(folder, ood=arguments.ood, scores=arguments.score, where=where)
     if not (arguments.table_only or arguments.evaluate):
         if arguments.jobs < 1:
@@ -35,6 +38,23 @@ def run(arguments: Namespace) -> None:
     if failed:
         print(f"sparse-moon compare: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _check_evaluation(arguments: Namespace) -> None:
+    """Raise ``ValueError`` for options that finished runs are not evaluated with, as they have their own."""
+    read = {*WHERE, "ood", "score", "headline", *(name for name in NAMES if _imports(arguments[name]))}
+    unread = [name for name in arguments.given if name not in read]
+    unread += ["sweep"] * bool(arguments.sweep) + ["jobs"] * (arguments.jobs != 1)
+    if unread:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        raise ValueError(
+            f"--evaluate evaluates all finished runs, with the settings that they have: leave out {options}"
+        )
+
+
+def _imports(asked: str | list[str]) -> bool:
+    """Whether these are import paths, which are given so that they are imported."""
+    return all(is_import_path(parse_label(one)[0]) for one in ([asked] if isinstance(asked, str) else asked))
 
 
 def _combinations(arguments: Namespace) -> list[TrainConfig]:
