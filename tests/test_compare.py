@@ -78,7 +78,7 @@ def test_runs_are_trained_skipped_and_survive_a_failing_one(tmp_path, capsys, mo
 
 
 def test_a_configuration_of_train_holds_for_all_runs(tmp_path, capsys, monkeypatch):
-    started = []
+    started, run_all = [], compare.run_all
     monkeypatch.setattr(compare, "run_all", lambda configs, folder, **_: (started.extend(configs), [])[1])
     monkeypatch.setattr(comparison, "write_table", lambda folder, **_: {"near": [], "rows": []})
     main(["compare", "--config", "moon-mnist", "--method", "rigl", "set", "--epochs", "15", "--out", str(tmp_path)])
@@ -94,6 +94,14 @@ def test_a_configuration_of_train_holds_for_all_runs(tmp_path, capsys, monkeypat
     assert [(c.label, c.sparsity, c.lr) for c in started] == [
         ("moon:-loss-voting", 0.5, 0.3), ("moon:-loss-voting", 0.6, 0.3),
     ]  # fmt: skip
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "run_all", run_all)
+        path.write_text("model: mlp\nwidth: 8\nepochs: 1\nbatch_size: 256\ninterval: 2\nood: [noise]\nscore: [msp]\n"
+                        "reliability: none\ncapture: false\ndownload: false\ndata_root: null\n")  # fmt: skip
+        main(["compare", "--config", str(path), "--out", str(tmp_path / "all")])
+    (written,) = (tmp_path / "all").glob(f"*/{run_folder.CONFIG}")
+    assert files.read_json(written)["data_root"] is None and (written.parent / run_folder.RESULTS).exists()
 
     path.write_text("a: [1")
     with pytest.raises(SystemExit) as stop:

@@ -212,9 +212,9 @@ def _start(folder: Path, options: Sequence[str], variables: Mapping[str, str]) -
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """A setting as ``sparse-moon train`` takes it."""
+    """A setting as ``sparse-moon train`` takes it, which has no option for None and for what is not wanted."""
     flag = f"--{name.replace('_', '-')}"
-    return [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    return [] if value is None or value is False else [flag] if value is True else [flag, str(value)]
 
 
 def _summary(results: Mapping[str, Any]) -> str:
