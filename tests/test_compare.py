@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import statistics
@@ -238,6 +239,17 @@ def test_the_table_by_hand(tmp_path):
     rows = comparison.write_table(tmp_path, {"rigl moon:-voting 0.95": 1.02})["rows"]
     measured = [row["figures"].get("relative_epoch_time") for row in rows]
     assert measured == [None, None, {"mean": 1.02, "std": None}]
+
+
+def test_runs_without_epochs_have_a_table(tmp_path):
+    for method in ("rigl", "dense"):
+        config = replace(CONFIG, method=method, epochs=0, weights="w.pt")
+        write_run(tmp_path, config, accuracy=0.8, near=0.7, far=(0.8, 1.0), seconds=[])
+        path = tmp_path / run_name(config) / run_folder.RESULTS
+        files.write_json(path, {**files.read_json(path), "epochs": 0})
+    rows = comparison.write_table(tmp_path)["rows"]
+    assert all(math.isnan(row["epoch_s"]) and "relative_epoch_time" not in row["figures"] for row in rows)
+    assert "| dense none | 1 | 80.00 | 0.1000 |" in (tmp_path / comparison.MARKDOWN).read_text()
 
 
 def test_other_settings_that_differ_are_named(tmp_path):

@@ -118,7 +118,8 @@ def _read_runs(folder: Path) -> Iterator[_Run]:
         results = files.read_json(path / run_folder.RESULTS)
         try:
             epochs = [row["time_s"] for row in run_folder.read_metrics(path, results.get("epochs"))]
-            run = _Run(config, experiment(config.to_dict()), results, statistics.median(epochs))
+            epoch_s = statistics.median(epochs) if epochs else math.nan  # with --epochs 0 there are none
+            run = _Run(config, experiment(config.to_dict()), results, epoch_s)
             _figures(run)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the results in {path} are incomplete: {error!r}") from None
@@ -172,7 +173,7 @@ def _table_row(
     if relative_times is not None:
         if label in relative_times:
             figures["relative_epoch_time"] = {"mean": relative_times[label], "std": None}
-    elif reference := next(kin, None):
+    elif (reference := next(kin, None)) and config.epochs:
         figures["relative_epoch_time"] = _mean_and_std([run.epoch_s / reference.epoch_s for run in runs])
     shown = {name: settings[name] for name in (*NAMED, *varying) if name in settings}
     return {
