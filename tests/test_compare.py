@@ -241,6 +241,37 @@ def test_the_table_by_hand(tmp_path):
     assert measured == [None, None, {"mean": 1.02, "std": None}]
 
 
+def ood_of(folder, config, sets):
+    """Leave a run these OOD sets, with these scores beside msp."""
+    path = folder / run_name(config) / run_folder.RESULTS
+    results = files.read_json(path)
+    kept = {name: results["ood"][name] for name, _ in sets}
+    for name, scores in sets:
+        kept[name] |= {score: {"auroc": 0.9, "fpr95": 0.1} for score in scores}
+    files.write_json(path, {**results, "ood": kept})
+
+
+def test_a_row_counts_what_all_its_runs_have(tmp_path):
+    runs = [replace(CONFIG, seed=seed) for seed in (0, 1)]
+    for config, noise in zip(runs, (0.8, 0.6), strict=True):
+        write_run(tmp_path, config, accuracy=0.8, near=0.7, far=(noise, 1.0), seconds=[1.0])
+    ood_of(tmp_path, runs[0], [("noise", ["knn"]), ("photos", ["knn"])])
+    ood_of(tmp_path, runs[1], [("noise", []), ("letters", ["knn"])])
+    table = comparison.write_table(tmp_path)
+    (row,) = table["rows"]
+    assert (row["ood"], row["some_ood"]) == (["noise"], ["photos", "letters"])
+    assert (table["near"], table["far"]) == ([], ["noise"])
+    assert {name for name in row["figures"] if "/" in name} == {"auroc/far/msp", "fpr95/far/msp"}
+    assert row["figures"]["auroc/far/msp"] == {"mean": pytest.approx(0.7), "std": pytest.approx(0.1 * 2**0.5)}
+    note = "which do not count (`--evaluate --ood` adds them):\n- rigl none 0.9: photos, letters\n"
+    assert note in (tmp_path / comparison.MARKDOWN).read_text()
+
+    ood_of(tmp_path, runs[0], [("photos", [])])
+    table = comparison.write_table(tmp_path)
+    (row,) = table["rows"]
+    assert row["ood"] == table["far"] == [] and not [name for name in row["figures"] if "/" in name]
+
+
 def test_runs_without_epochs_have_a_table(tmp_path):
     for method in ("rigl", "dense"):
         config = replace(CONFIG, method=method, epochs=0, weights="w.pt")

@@ -71,11 +71,12 @@ def write_table(
         What ``table.json`` holds: ``near``, ``far`` and ``ungrouped``, the names of the OOD sets by group;
         ``headline``, the score of the first table; ``axes``, the settings besides method and reliability in
         which rows differ, with their values in order; ``rows``, each with ``label``, ``sparse`` (whether its networks
-        are), ``settings``, ``runs``, ``ood`` (names of sets), ``figures`` ``{name: {"mean", "std"}}`` and
-        ``published``, see :func:`sparse_moon.app.published.published_figures`; ``paired``, each with the ``axis`` that
-        two rows differ on, ``label`` minus ``other``, their common ``seeds`` and ``figures`` ``{name: {"mean", "low",
-        "high"}}``, the latter the ends of the 95 % confidence interval. std is that of a sample, None for a single run.
-        Shares are in [0, 1].
+        are), ``settings``, ``runs``, ``ood`` (names of the sets that all its runs have, which alone count),
+        ``some_ood`` (those that only some have), ``figures`` ``{name: {"mean", "std"}}`` and ``published``, see
+        :func:`sparse_moon.app.published.published_figures`; ``paired``, each with the ``axis`` that two rows differ on,
+        ``label`` minus ``other``, their common ``seeds`` and ``figures`` ``{name: {"mean", "low", "high"}}``, the
+        latter the ends of the 95 % confidence interval. std is that of a sample, None for a single run. Shares are in
+        [0, 1].
 
     Raises:
         ValueError: no finished run, one that is there twice, or whose results are incomplete; a headline that none has.
@@ -87,7 +88,7 @@ def write_table(
     headline = _known_headline(headline, members) or members[0].first.config.headline
     rows = [_table_row(row, members, varying, relative_times) for row in members]
     table: dict[str, Any] = {
-        **_groups(members[0].first), "headline": headline, "axes": axes, "rows": rows,
+        **by_group(members[0].first.config.dataset, rows[0]["ood"]), "headline": headline, "axes": axes, "rows": rows,
         "paired": list(_paired(members, varying)),
     }  # fmt: skip
     files.write_json(folder / TABLE, table)
@@ -120,7 +121,7 @@ def _read_runs(folder: Path) -> Iterator[_Run]:
             epochs = [row["time_s"] for row in run_folder.read_metrics(path, results.get("epochs"))]
             epoch_s = statistics.median(epochs) if epochs else math.nan  # with --epochs 0 there are none
             run = _Run(config, experiment(config.to_dict()), results, epoch_s)
-            _figures(run)
+            _figures(run, _scored(run))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the results in {path} are incomplete: {error!r}") from None
         yield run
@@ -163,11 +164,12 @@ def _table_row(
     row: _Row, members: Iterable[_Row], varying: Sequence[str], relative_times: Mapping[str, float] | None
 ) -> dict[str, Any]:
     config, settings, runs = row.first.config, row.settings, row.runs.values()
-    gathered: dict[str, list[float]] = {}
-    for run in runs:
-        for name, value in _figures(run).items():
-            gathered.setdefault(name, []).append(value)
-    figures = {name: _mean_and_std(values) for name, values in gathered.items()}
+    found = [_figures(run, _common(runs)) for run in runs]
+    figures = {
+        name: _mean_and_std([one[name] for one in found]) for name in found[0] if all(name in one for one in found)
+    }
+    sets = dict.fromkeys(name for run in runs for name in run.results["ood"])
+    shared = [name for name in sets if all(name in run.results["ood"] for run in runs)]
     label = row_label(config, varying)
     kin = (other for other in members if other.is_reference and not _differing(row, other) - {"method", "reliability"})
     if relative_times is not None:
@@ -178,8 +180,9 @@ def _table_row(
     shown = {name: settings[name] for name in (*NAMED, *varying) if name in settings}
     return {
         "label": label, "sparse": config.method_class.sparse, "settings": {"sparsity": config.sparsity, **shown},
-        "runs": len(runs), "epoch_s": row.epoch_s, "ood": list(row.first.results["ood"]), "figures": figures,
-        "published": published_figures(settings, row.first.results["ood"]),
+        "runs": len(runs), "epoch_s": row.epoch_s, "ood": shared,
+        "some_ood": [name for name in sets if name not in shared], "figures": figures,
+        "published": published_figures(settings, shared),
     }  # fmt: skip
 
 
@@ -229,8 +232,8 @@ def _rank(row: _Row, axis: str) -> tuple[bool, Any]:
 def _pair(axis: str, row: _Row, base: _Row, varying: Sequence[str]) -> dict[str, Any]:
     seeds = sorted(row.runs.keys() & base.runs.keys())
     pairs = [(row.runs[seed], base.runs[seed]) for seed in seeds]
-    sets = set.intersection(*(set(run.results["ood"]) for pair in pairs for run in pair))
-    found = [(_figures(mine, sets), _figures(theirs, sets)) for mine, theirs in pairs]
+    common = _common(run for pair in pairs for run in pair)
+    found = [(_figures(mine, common), _figures(theirs, common)) for mine, theirs in pairs]
     figures = {
         name: _interval([mine[name] - theirs[name] for mine, theirs in found])
         for name in found[0][0]
@@ -247,14 +250,19 @@ def _interval(differences: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - reach, "high": mean + reach}
 
 
-def _groups(run: _Run) -> dict[str, list[str]]:
-    """Names of the OOD sets by group."""
-    return by_group(run.config.dataset, run.results["ood"])
+def _scored(run: _Run) -> set[tuple[str, str]]:
+    """Its OOD sets, each with the scores that were computed for it."""
+    return {(name, score) for name, by_score in run.results["ood"].items() for score in by_score}
 
 
-def _figures(run: _Run, only: Collection[str] | None = None) -> dict[str, float]:
-    """A run's figures by name; AUROC and FPR95 as means over the OOD sets of each group, or over those in ``only``."""
-    results, groups = run.results, _groups(run)
+def _common(runs: Iterable[_Run]) -> set[tuple[str, str]]:
+    """What all of these runs have of :func:`_scored`."""
+    return set.intersection(*map(_scored, runs))
+
+
+def _figures(run: _Run, counted: Collection[tuple[str, str]]) -> dict[str, float]:
+    """A run's figures by name; AUROC and FPR95 as means over the OOD sets of each group, of those in ``counted``."""
+    results, groups = run.results, by_group(run.config.dataset, run.results["ood"])
     found = {key: results["id"][key] for key in ("accuracy", "ece", "nll")}
     if "calibration" in results:
         found["ece_scaled"] = results["calibration"]["ece_after"]
@@ -264,8 +272,7 @@ def _figures(run: _Run, only: Collection[str] | None = None) -> dict[str, float]
     scores = dict.fromkeys(score for by_score in results["ood"].values() for score in by_score)
     for score in scores:
         for kind, names in groups.items():
-            counted = [name for name in names if only is None or name in only]
-            sets = [results["ood"][name][score] for name in counted if score in results["ood"][name]]
+            sets = [results["ood"][name][score] for name in names if (name, score) in counted]
             for metric in ("auroc", "fpr95") if sets else ():
                 found[f"{metric}/{kind}/{score}"] = statistics.mean(metrics[metric] for metrics in sets)
     return found

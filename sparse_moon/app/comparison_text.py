@@ -67,11 +67,21 @@ def _score_column(metric: str, group: str, score: str) -> _Column:
 
 
 def _other_sets(table: _Table) -> list[str]:
-    """Which rows have means over other OOD sets."""
+    """Which rows have means over other OOD sets, and which of their sets do not count."""
     named = {name for group in GROUPS for name in table.get(group, ())}
-    found = [f"{row['label']}: {', '.join(row['ood'])}" for row in table["rows"] if {*row.get("ood", named)} != named]
-    return ["", "These rows have other OOD sets, so their means are not comparable with the others':",
-            *(f"- {line}" for line in found)] if found else []  # fmt: skip
+    found = [
+        f"{row['label']}: {', '.join(row['ood']) or 'none'}"
+        for row in table["rows"]
+        if {*row.get("ood", named)} != named
+    ]
+    some = [f"{row['label']}: {', '.join(row['some_ood'])}" for row in table["rows"] if row.get("some_ood")]
+    lines = []
+    for heading, rows in (
+        ("These rows have other OOD sets, so their means are not comparable with the others':", found),
+        ("Not all runs of these rows have these OOD sets, which do not count (`--evaluate --ood` adds them):", some),
+    ):
+        lines += ["", heading, *(f"- {line}" for line in rows)] if rows else []
+    return lines
 
 
 def _published(table: _Table) -> list[str]:
