@@ -51,3 +51,21 @@ def test_tiny_unknown_probabilities_are_drawn_by_their_logarithm() -> None:
     svg = plots.score_histogram(rng.uniform(0.99995, 0.99999, 99), rng.uniform(0.99994, 0.99999, 99), "x", "msp",
                                   number=0, height=300)  # fmt: skip
     assert not any("e" in text and "+" in text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg))
+
+
+def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
+    scores = np.random.default_rng(0).normal(size=(3, 50))
+    drawn = [
+        plots.roc_curves(scores[0], {"_x": scores[1], "y": scores[2]}, "msp", height=300),
+        plots.roc_curves(scores[0], {"_x": scores[1]}, "msp", height=300),
+        plots.score_histogram(scores[0], scores[1], "_x", "msp", number=0, height=300),
+    ]
+    for svg in drawn:
+        assert "_x" in [text.lstrip("\u200b") for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+    rows = [
+        {"label": f"_own.Method none {sparsity}", "sparse": True, "settings": {"sparsity": sparsity},
+         "figures": {"accuracy": {"mean": 0.5, "std": None}}}
+        for sparsity in (0.8, 0.9)
+    ]  # fmt: skip
+    (legend,) = plots.comparison(rows, ["msp"]).legends
+    assert [text.get_text().lstrip("\u200b") for text in legend.get_texts()] == ["_own.Method none"]

@@ -135,7 +135,7 @@ def score_histogram(
         share = counts / counts.sum()
         highest = max(highest, share.max())
         axes.stairs(share, bins, fill=True, color=colour, alpha=0.3)
-        axes.stairs(share, bins, color=colour, linewidth=1.5, label=_short(label))
+        axes.stairs(share, bins, color=colour, linewidth=1.5, label=_in_legend(_short(label)))
     axes.set(xlim=(low, high), xlabel=label_x, ylabel="share of images")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.ticklabel_format(axis="x", useOffset=False)
@@ -162,7 +162,7 @@ def roc_curves(id_scores: np.ndarray, ood_scores: Mapping[str, np.ndarray], scor
         # ranks, because infinite scores are allowed
         rank = np.unique(np.concatenate([id_scores, scores]), return_inverse=True)[1]
         false, true, _ = roc_curve(is_id, rank)
-        axes.plot(false, true, color=_set_colour(i), label=_short(name))
+        axes.plot(false, true, color=_set_colour(i), label=_in_legend(_short(name)))
     axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="share of OOD kept", ylabel="share of ID kept")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
@@ -260,7 +260,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figu
         words = row["label"].split(" ")
         if several and row["sparse"]:
             del words[2]  # the sparsity
-        lines.setdefault(" ".join(words), []).append(row)
+        lines.setdefault(_in_legend(" ".join(words)), []).append(row)
     height = 6.4 + 0.2 * len(lines) / 4 if several else 2 * (1.2 + 0.25 * len(lines))
     figure = Figure(figsize=(4.2 * len(columns), height), layout="constrained")
     grid = figure.subplots(2, len(columns), squeeze=False, sharey=False if several else "row")
@@ -324,6 +324,11 @@ def _set_colour(number: int) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 28 else f"{name[:12]}…{name[-15:]}"
+
+
+def _in_legend(label: str) -> str:
+    """As a legend has it: of one that begins with ``_`` matplotlib makes no entry, so it begins with no width."""
+    return f"\u200b{label}" if label.startswith("_") else label
 
 
 def _svg(figure: Figure, title: str) -> str:
