@@ -52,8 +52,9 @@ def training_dense():
 
 def captured():
     warnings.filterwarnings("ignore", "training steps are not captured")  # without a GPU; pytest undoes it
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {**data(), "network": dense()["model"], "criterion": torch.nn.CrossEntropyLoss(), "device": device}
+    device, network = "cuda" if torch.cuda.is_available() else "cpu", dense()["model"]
+    del network[6]  # a rectifier that dies at this page's learning rate, after which all gradients are 0
+    return {**data(), "network": network, "criterion": torch.nn.CrossEntropyLoss(), "device": device}
 
 
 def ood():
