@@ -42,6 +42,16 @@ def test_scores_that_few_images_do_not_allow_are_left_out_with_one_line(tmp_path
     assert load_run(tmp_path / "run").config.epochs == 2
 
 
+@pytest.mark.filterwarnings("ignore:scores left out")
+@pytest.mark.parametrize(("batch_size", "size"), [(8, 8), (1000, 30)])
+def test_kernels_are_looked_at_with_a_batch_that_there_is(tmp_path, monkeypatch, batch_size, size):
+    seen = []
+    for name in ("what_runs", "what_would_pay"):
+        monkeypatch.setattr(f"sparse_moon.app.train.{name}", lambda model, batch, *_: seen.append(batch.shape))
+    train(config(tmp_path, batch_size=batch_size, method="static", score=["msp"]), tmp_path / "run", progress=False)
+    assert seen == [(size, 1, 8, 8)] * 2
+
+
 def test_a_score_that_is_asked_for_is_an_error(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

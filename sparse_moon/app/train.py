@@ -171,9 +171,9 @@ def _line(trainer: Trainer) -> str:
 
 
 def _zeros(trainer: Trainer) -> torch.Tensor:
-    """As large as a batch of this process."""
-    size = trainer.config.batch_size // world_size()
-    return torch.zeros(size, *trainer.dataset.train.shape, device=trainer.device)
+    """As large as a batch of this process, of which few images make a smaller one than was asked for."""
+    size = min(trainer.config.batch_size, len(trainer.dataset.train))
+    return torch.zeros(size // world_size(), *trainer.dataset.train.shape, device=trainer.device)
 
 
 def _say_what_is_slow(trainer: Trainer) -> None:
