@@ -116,9 +116,12 @@ def flops_report(
         forward_sparse}}``.
 
     Raises:
-        ValueError: a sparsity for a model that has sparse layers already, a model that costs nothing, or as the
-            functions that this one calls.
+        ValueError: a sparsity for a model that has sparse layers already, a model that costs nothing, no examples or
+            epochs, or as the functions that this one calls.
     """
+    for name, number in (("examples", examples), ("epochs", epochs)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     densities: dict[str, float] = {}
     kind = ALGORITHMS.find(method)
     built = partial(

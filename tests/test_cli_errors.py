@@ -86,6 +86,11 @@ def started(*argv, **settings):
         ("train --ood noise noise", "two OOD sets are called 'noise'"),
         ("train --dataset mnist", "pass --download to fetch them"),
         ("flops --input 3,224,22", "--input must be square, got 224 x 22"),
+        ("flops --model mlp --input 1,8,8 --examples 0", "flops: error: --examples must be at least 1, got 0"),
+        ("flops --model mlp --input 1,8,8 --epochs 0", "flops: error: --epochs must be at least 1, got 0"),
+        ("train --weights .", "train: error: . is a folder, expected the file of weights"),
+        ("export run --onnx x --sparse-onnx ./x", "each form needs a place of its own, got x, x"),
+        ("export run --dense x --folder x", "each form needs a place of its own, got x, x"),
         ("eval nowhere", "nowhere/checkpoint.pt does not exist"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ def one_line(message: object) -> str:
 def _in_options(text: str) -> str:
     """Settings that a message names, as options."""
     text = text.replace("pass download=True", "pass --download")
-    for name in (field.name for field in fields(TrainConfig)):
+    for name in (*(field.name for field in fields(TrainConfig)), "examples"):  # the last is of flops
         option = "--" + name.replace("_", "-")
         if "_" in name:
             text = re.sub(rf"(?<![\w/.'-]){name}(?![\w/.'=-])", option, text)

@@ -47,6 +47,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected the file of weights")
     if not path.is_file():
         raise ValueError(f"{path}, the file of weights, does not exist")
     try:

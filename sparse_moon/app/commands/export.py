@@ -25,6 +25,8 @@ def run(arguments: Namespace) -> None:
     for target in targets:
         if not target.parent.is_dir():
             raise ValueError(f"the folder {target.parent} does not exist")
+    if len({target.resolve() for target in targets}) < len(targets):
+        raise ValueError(f"each form needs a place of its own, got {', '.join(map(str, targets))}")
     if arguments.onnx or arguments.sparse_onnx:
         _check_onnx()
     finished = load_run(Path(arguments.run), device="cpu", data_root=arguments.data_root)
