@@ -14,13 +14,18 @@ import sparse_moon as sm
 from small_training import METHODS, Lookahead, backward, batch, changed, make, masks, net, sgd
 
 
+def twins():
+    """Two models that are alike, the same at every call, and so are the batches drawn afterwards."""
+    torch.manual_seed(0)
+    model = net()
+    return [model, copy.deepcopy(model)]
+
+
 @pytest.mark.parametrize("schedule", ["none", "before", "after"])
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("kind", [*METHODS, "static"])
 def test_an_attached_method_trains_like_a_called_one(kind, closure, schedule):
-    torch.manual_seed(0)
-    models = [net()]
-    models.append(copy.deepcopy(models[0]))
+    models = twins()
     batches = [batch() for _ in range(17)]
     for model, attached in zip(models, (False, True), strict=True):
         optimizer = sgd(model)
@@ -64,9 +69,7 @@ class Scaled(torch.optim.SGD):
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_the_optimizers_own_step_gets_and_returns_what_it_has(by_name):
-    torch.manual_seed(0)
-    models = [net()]
-    models.append(copy.deepcopy(models[0]))
+    models = twins()
     batches = [batch() for _ in range(7)]
     for model, attached in zip(models, (False, True), strict=True):
         optimizer = Scaled(model.parameters(), 0.1)
@@ -145,9 +148,7 @@ def test_an_attached_method_is_not_called_besides():
 @pytest.mark.parametrize("schedule", ["none", "before", "after"])
 def test_a_detached_optimizer_takes_a_method_that_is_made_anew(schedule):
     """A layer trains later, and the method is made anew for it."""
-    torch.manual_seed(0)
-    models = [net()]
-    models.append(copy.deepcopy(models[0]))
+    models = twins()
     batches, before = [batch() for _ in range(15)], masks(models[0])
     for model, attached in zip(models, (False, True), strict=True):
         model[0].requires_grad_(False)
@@ -180,9 +181,7 @@ def test_a_detached_optimizer_takes_a_method_that_is_made_anew(schedule):
 
 
 def test_a_detached_method_is_called_as_one_that_never_was_attached():
-    torch.manual_seed(0)
-    models = [net()]
-    models.append(copy.deepcopy(models[0]))
+    models = twins()
     batches = [batch() for _ in range(13)]
     for model, attached in zip(models, (False, True), strict=True):
         optimizer = sgd(model)
@@ -236,9 +235,7 @@ def test_accumulation_by_accelerate_counts_steps():
             if self.gradient_state.sync_gradients:
                 self.optimizer.zero_grad(set_to_none)
 
-    torch.manual_seed(0)
-    models = [net()]
-    models.append(copy.deepcopy(models[0]))
+    models = twins()
     batches = [batch() for _ in range(24)]
     for model, how in zip(models, ("step", "attach"), strict=True):
         wrapper = Wrapper(sgd(model))
@@ -330,9 +327,7 @@ AROUND = {"lookahead": lambda model: Lookahead(sgd(model)), "both": Both, "besid
 @pytest.mark.parametrize("kind", ["rigl", "gmp", "top-kast"])
 @pytest.mark.parametrize("name", AROUND)
 def test_an_optimizer_around_others_trains_alike_attached_and_called(name, kind):
-    torch.manual_seed(0)
-    models = [net()]
-    models.append(copy.deepcopy(models[0]))
+    models = twins()
     batches = [batch() for _ in range(17)]
     before, kept = masks(models[0]), []
     for model, attached in zip(models, (False, True), strict=True):
