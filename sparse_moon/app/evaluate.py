@@ -72,8 +72,7 @@ def load_run(folder: Path, **where: Any) -> FinishedRun:
     if is_import_path(config.model):
         imported(config.model)
     dataset = load_dataset(config)
-    kept = state.get("data_identity")  # which older checkpoints lack
-    if kept and (other := difference(kept, identity(dataset))):
+    if other := difference(state.get("data_identity"), identity(dataset)):
         raise ValueError(f"the run in {folder} was trained with {other}")
     try:
         model = load_network(config, dataset, state["model"]).to(config.device).eval()

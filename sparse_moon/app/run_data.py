@@ -97,11 +97,16 @@ def identity(dataset: datasets.DataSet) -> dict[str, Any]:
     }
 
 
-def difference(kept: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+def difference(kept: Mapping[str, Any] | None, found: Mapping[str, Any]) -> str | None:
     """What is other about the data with the identity ``found`` than about that with ``kept``, or None.
 
     A checksum tells other training images of the same number, where both are kept in the same form.
+
+    Args:
+        kept: None of older checkpoints, which have none.
     """
+    if kept is None:
+        return None
     for name, things in _COUNTS.items():
         if kept[name] != found[name]:
             return f"{kept[name]} {things}, here are {found[name]}"

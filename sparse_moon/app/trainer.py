@@ -225,8 +225,7 @@ class Trainer:
             ValueError: a state that does not fit this run's model or method, or is of other data.
         """
         try:
-            kept = state.get("data_identity")  # which older checkpoints lack
-            if kept and (other := difference(kept, self.identity)):
+            if other := difference(state.get("data_identity"), self.identity):
                 raise ValueError(f"it was trained with {other}")
             check_dtypes(self.model, state["model"])
             self.model.load_state_dict(state["model"])
