@@ -408,6 +408,7 @@ def test_layers_that_plain_attributes_hold_are_said():
             self.a, self.b, self.c = mlp(64, 64, 64, 64)
             self.listed = nn.ModuleList([self.a])
             self.order, self.by_name, self.call = [(self.a,)], {"b": self.b}, self.c.forward
+            self.order.append(self.order)
 
     inner = Model()
     outer = nn.Sequential(inner)

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MethodType
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
@@ -274,12 +275,13 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 def _held_elsewhere(model: nn.Module, replaced: Collection[nn.Module]) -> str | None:
     """What to say where attributes that are no modules still hold layers whose places have others now."""
 
-    def holds(value: Any) -> bool:
+    def holds(value: Any, depth: int = 4) -> bool:  # containers may hold themselves
         if isinstance(value, Mapping):
             value = list(value.values())
         if isinstance(value, list | tuple | set):
-            return any(map(holds, value))
-        value = getattr(value, "__self__", value)  # of bound methods
+            return depth > 0 and any(holds(item, depth - 1) for item in value)
+        if isinstance(value, MethodType):
+            value = value.__self__
         return isinstance(value, nn.Module) and value in replaced
 
     names = [
