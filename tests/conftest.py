@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,8 +80,10 @@ def sanitizing_compiler(tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """A fixed seed, and NaN in memory that nobody wrote."""
+    """A fixed seed, NaN in memory that nobody wrote, and nothing compiled: a function is compiled a few times only."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

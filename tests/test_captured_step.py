@@ -478,7 +478,6 @@ def test_a_gpu_trains_as_it_does_eagerly(kind):
     pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")),
 ])  # fmt: skip
 def test_compiled_steps_have_no_breaks_and_train_alike(backend):
-    torch._dynamo.reset()
     counters.clear()
     trained = []
     for compiled in (False, True):

@@ -192,7 +192,6 @@ def test_hooks_are_called(part):
 
 
 def test_compilation():
-    torch._dynamo.reset()
     plain, fused = pair()
     x = torch.randn(4, 4, 6, 6)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")

@@ -61,7 +61,6 @@ def test_operators_refuse_a_damaged_index(number):
 
 
 def test_a_compiled_model_refuses_a_damaged_index():
-    torch._dynamo.reset()  # tests before may have used up the compilations of nn.Sequential
     model = mlp()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 64)

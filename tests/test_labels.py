@@ -170,7 +170,6 @@ def test_stateless_losses_on_a_device_that_cannot_raise_are_nan(device_that_cann
 
 @pytest.mark.parametrize("kind", [sm.UnknownAwareLoss, sm.AbstainingLoss, sm.LogitNormLoss])
 def test_compiled_losses_have_one_graph_and_refuse_labels(kind):
-    torch._dynamo.reset()
     outputs = K if kind is sm.LogitNormLoss else K + 1
     make = kind if kind is sm.LogitNormLoss else lambda: kind(K, 10, warmup_epochs=1)
     plain, compiled = make(), torch.compile(make(), fullgraph=True, backend="aot_eager")

@@ -262,7 +262,6 @@ def test_averages():
 
 
 def test_compiled():
-    torch._dynamo.reset()
     model = lora(mlp())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 64)

@@ -339,7 +339,6 @@ def test_an_update_that_was_refused_leaves_no_choice_behind():
 def test_wrapped_models_have_plain_names(kind, wrap):
     model = net(0.3)
     densities = {"0": 0.2, "2": 0.1, "4": 0.3}
-    torch._dynamo.reset()  # resizes use up the compilations of nn.Sequential, which tests share
     wrapped = torch.compile(model, backend="eager") if wrap == "compile" else nn.DataParallel(model)
     options = {} if kind == "rigl" else {"densities": densities}
     kinds = {"gmp": sm.GMP, "granet": sm.GraNet, "rigl": sm.RigL}
