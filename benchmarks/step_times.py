@@ -1,5 +1,6 @@
 """Whole training steps of networks, and the memory of training one."""
 
+import math
 import multiprocessing
 import resource
 import statistics
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from batch_norm_times import PASSES
 from bench import NETWORKS, OTHER_NETWORKS, Bench, Network, Row, autocast
 from timing import computes_bf16
 from torch import Tensor, nn
 
 import sparse_moon as sm
 from sparse_moon import flops
+from sparse_moon.layer_costs import LayerCost
 
 INTERVAL = 100
 
@@ -23,7 +26,7 @@ def step(bench: Bench) -> None:
     """Whole steps on a CPU of what ``sparsify`` makes of a network, updates and averaging spread over their intervals.
 
     Baselines are the fastest dense step in float32, of both layouts and fused or not, the fastest that is not fused,
-    and that in bfloat16. RigL's step is timed under autocast to bfloat16, too.
+    and that in bfloat16. RigL's step is timed under autocast to bfloat16, too. Floors are those of :func:`_floor_ms`.
     """
     cases = bench.arguments.case
     for network in [*NETWORKS, *OTHER_NETWORKS] if cases else NETWORKS:
@@ -104,9 +107,9 @@ def _dense_steps(
 
 def _sparse_steps(
     network: Network, variant: tuple[float, Any, str], training: Callable[..., Callable[[int], Any]], bench: Bench
-) -> tuple[dict[str, Callable[[int], Any]], tuple[float, float]]:
-    """Steps of RigL, in bfloat16, with MOON and with CigL, one with a topology update, an averaging; forward FLOPs of
-    both kinds."""
+) -> tuple[dict[str, Callable[[int], Any]], list[LayerCost]]:
+    """Steps of RigL, in bfloat16, with MOON and with CigL, one with a topology update, an averaging; and the costs of
+    the layers."""
     sparsity, allocation, pattern = variant
     # the one that updates is no copy: a layer whose copy has moved looks in each pass whether it was averaged with it
     rigl, moon, cigl, changing = (
@@ -136,36 +139,64 @@ def _sparse_steps(
         "cigl": cigl_step,
         "update": training(changing, updating, cross_entropy),
         "average": lambda _: average.update(moon),
-    }, (sum(c.forward_sparse for c in costs), float(sum(c.forward_dense for c in costs)))
+    }, costs
+
+
+def _floor_ms(bench: Bench, network: Network, costs: list[LayerCost]) -> float:
+    """What the products and batch norms of a float32 step need at the measured ceilings, each by itself.
+
+    A product multiplies three times, and each time reads and writes activations and weights once. The passes of a batch
+    norm are those of one with activation. Nothing else is counted: loss, optimizer, other norms and activations.
+    """
+    numel: dict[str, tuple[int, int]] = {}
+    model = network.build(network.classes).to("meta")
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _, inputs, output, name=name: numel.update({name: (inputs[0].numel(), output.numel())})
+        )
+    model(torch.empty(network.batch, *network.image_shape, device="meta"))
+    floor = sum(bench.floor_ms(0, 4.0 * PASSES[False] * numel[name][0]) for name in norms)
+    for cost in costs:
+        weights = cost.density * math.prod(cost.weight_shape)
+        moved = sum(numel.get(cost.name, ())) + 2 * weights
+        floor += bench.floor_ms(3.0 * network.batch * cost.forward_sparse, 3 * 4.0 * moved)
+    return floor
 
 
 def _report_step(
-    bench: Bench, network: Network, variant: tuple[float, str, str], forward: tuple[float, float],
+    bench: Bench, network: Network, variant: tuple[float, str, str], costs: list[LayerCost],
     times: dict[str, float], baselines: dict[str, float],
 ) -> None:  # fmt: skip
     sparsity, allocation, pattern = variant
+    sparse, dense = sum(cost.forward_sparse for cost in costs), sum(cost.forward_dense for cost in costs)
     update_ms = times["update"] - times["rigl"]
     average_ms = times["average"] / network.steps_per_epoch
     rigl = times["rigl"] + update_ms / INTERVAL
     moon, cigl = (times[name] + update_ms / INTERVAL + average_ms for name in ("moon", "cigl"))
+    floor_ms = _floor_ms(bench, network, costs)
     row = Row(
         "step", f"{network.label}_b{network.batch}_{allocation}", pattern, sparsity, "fp32", bench.device.type, "rigl",
-        rigl, "", 0.0, 0.0, 3 * network.batch * forward[0],
+        rigl, "", 0.0, 0.0, 3 * network.batch * sparse, floor_ms,
     )  # fmt: skip
     for name, time in baselines.items():
         bench.add(replace(row, baseline=name, baseline_ms=time, speedup=time / rigl))
     lowered = times["rigl bf16"] + update_ms / INTERVAL
     for name, time in {**baselines, "rigl": rigl}.items():
-        bench.add(replace(row, dtype="bf16", ms=lowered, baseline=name, baseline_ms=time, speedup=time / lowered))
+        speedup = time / lowered
+        bench.add(replace(
+            row, dtype="bf16", ms=lowered, floor_ms=None, baseline=name, baseline_ms=time, speedup=speedup
+        ))  # fmt: skip
     parts = rigl + times["more loss"] + average_ms
     others = {"without updates": times["rigl"], "moon": moon, "moon (sum of parts)": parts, "cigl": cigl}
     for name, time in others.items():
         bench.add(replace(row, pass_=name, ms=time, baseline="rigl", baseline_ms=rigl, speedup=rigl / time))
     print(
-        f"        forward FLOPs {forward[0] / forward[1]:.3f} x dense; topology update {update_ms:.1f} ms more than a "
-        f"step, {update_ms / INTERVAL / rigl:.2%} of a step at every {INTERVAL}; MOON {moon / rigl - 1:+.2%}, by its "
-        f"parts {parts / rigl - 1:+.3%}, CigL {cigl / rigl - 1:+.2%}, of which averaging {average_ms / rigl:.3%} at "
-        f"{network.steps_per_epoch} steps an epoch",
+        f"        forward FLOPs {sparse / dense:.3f} x dense, floor {floor_ms:.1f} ms, {floor_ms / rigl:.2f} of a "
+        f"step; topology update {update_ms:.1f} ms more than a step, {update_ms / INTERVAL / rigl:.2%} of a step at "
+        f"every {INTERVAL}; MOON {moon / rigl - 1:+.2%}, by its parts {parts / rigl - 1:+.3%}, CigL "
+        f"{cigl / rigl - 1:+.2%}, of which averaging {average_ms / rigl:.3%} at {network.steps_per_epoch} steps an "
+        "epoch",
         flush=True,
     )
 
