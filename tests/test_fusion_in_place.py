@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,15 +29,20 @@ def kernels_for_small_inputs(monkeypatch):
 
 
 class Block(nn.Module):
+    gain = 1.0
+
     def __init__(self):
         super().__init__()
+        self.settings, self.scales, self.options = SimpleNamespace(epoch=0), [1.0], {"more": {"scale": 1.0}}
         self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
         self.shortcut, self.scale = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), 1.0
         self.last = nn.Conv2d(4, 16, 1)
 
     def forward(self, x):
         y = self.bn(self.conv(x))
-        y += self.shortcut(x) * self.scale
+        y += self.shortcut(x) * (self.scale * self.scales[0] * self.options["more"]["scale"] * self.gain)
+        if self.settings.epoch > 5:
+            y = y + 1
         return self.last(self.act(y))
 
 
@@ -154,6 +160,10 @@ def test_what_is_changed_afterwards_counts():
         "a kind of batch norm": (lambda m: setattr(m, "bn", nn.SyncBatchNorm(4).eval()), 0),
         "activation": (lambda m: setattr(m, "act", nn.GELU()), 0),
         "attribute": (lambda m: setattr(m, "scale", 3.0), 0),
+        "object": (lambda m: setattr(m.settings, "epoch", 7), 0),
+        "list": (lambda m: m.scales.__setitem__(0, 3.0), 0),
+        "dict": (lambda m: m.options["more"].update(scale=3.0), 0),
+        "equal list": (lambda m: setattr(m, "scales", [1.0]), 1),
         "parametrization": (
             lambda m: nn.utils.parametrize.register_parametrization(m.bn, "weight", nn.Softplus(), unsafe=True), 0,
         ),
@@ -171,6 +181,14 @@ def test_what_is_changed_afterwards_counts():
         assert runs_fused(fused, x) == fuses, name
         if norms == 2 and not fuses:
             assert "was changed" in fusions(fused)["bn"], name
+
+
+def test_attributes_of_the_class_count(monkeypatch):
+    plain, fused = pair()
+    x = torch.randn(4, 4, 6, 6)
+    monkeypatch.setattr(Block, "gain", 3.0)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert runs_fused(fused, x) == 0
 
 
 @pytest.mark.parametrize("part", ["bn", "act"])

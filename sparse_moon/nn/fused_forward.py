@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
-from sparse_moon.nn.tracing import attributes
+from sparse_moon.nn.tracing import attributes, class_attributes, content, has_parts
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
 )  # fmt: skip
-_SIMPLE = frozenset((bool, int, float, complex, str, bytes))
 
 Path = tuple[str, ...]
 
@@ -26,8 +25,12 @@ class _Code(NamedTuple):
     """A module whose code is in a graph, as it was when the graph was made."""
 
     path: Path
-    kind: type
+    kind: type[nn.Module]
     attributes: dict[str, Any]
+    contents: dict[str, Any]
+    """Of those that somebody may write into."""
+    of_class: dict[str, Any]
+    """The same of attributes of the class."""
     children: tuple[str, ...]
 
     def holds(self, module: nn.Module | None) -> bool:
@@ -35,9 +38,12 @@ class _Code(NamedTuple):
             return False
         own = vars(module)
         for name, value in self.attributes.items():
-            if own.get(name, self) is not value and not _equal(own.get(name), value):
+            if own.get(name, self) is not value and content(own.get(name)) != content(value):
                 return False
-        return True
+        for name, before in self.of_class.items():
+            if content(getattr(self.kind, name, None)) != before:
+                return False
+        return all(content(own[name]) == before for name, before in self.contents.items())
 
 
 class FusedForward:
@@ -129,10 +135,6 @@ def at(module: nn.Module, path: Path) -> nn.Module | None:
     return found
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return type(a) in _SIMPLE and type(a) is type(b) and bool(a == b)
-
-
 def is_plain(module: nn.Module | None, kind: type) -> bool:
     """Whether calling a module runs the forward pass of this class and nothing else."""
     if type(module) is not kind:
@@ -144,7 +146,10 @@ def is_plain(module: nn.Module | None, kind: type) -> bool:
 
 def _code_of(module: nn.Module, path: Path) -> _Code:
     part = cast(nn.Module, at(module, path))
-    return _Code(path, type(part), attributes(part), tuple(part._modules))
+    own, kind = attributes(part), type(part)
+    contents = {name: content(value) for name, value in own.items() if has_parts(value)}
+    of_class = {name: content(value) for name, value in class_attributes(kind).items()}
+    return _Code(path, kind, own, contents, of_class, tuple(part._modules))
 
 
 def _with_lists(module: nn.Module, paths: list[Path]) -> Iterator[Path]:

@@ -24,14 +24,16 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     norms and activations get another ``forward`` of their own, which ``torch.fx`` makes of that of their class. It goes
     into copies and pickles (``copy.copy`` of such a module alone would run the original's). Modules are called by name,
     so that one put in the place of another is called. The class's own forward pass runs where a batch norm or an
-    activation in question has a hook or has become another type, where attributes of the module have changed, and under
-    ``torch.compile``, which fuses by itself. Tracing runs the code of such modules a few times, on placeholders: what
-    it does beside computing, as printing, happens then, and not in the fused forward pass.
+    activation in question has a hook or has become another type, where attributes of the module or its class have
+    changed, also within lists, dicts and plain objects, and under ``torch.compile``, which fuses by itself. Numbers
+    that a module reads from elsewhere, such as globals, stay what they were. Tracing runs the code of such modules a
+    few times, on placeholders: what it does beside computing, as printing, happens then, and not in the fused forward
+    pass.
 
     Args:
         model: any module. What cannot be traced stays as it is, with one warning that says why: code that looks at
             numbers, shapes or types of its input, depends on its mode (apart from what torch's modules do) as in
-            ``F.dropout(x, training=self.training)``, draws random numbers or writes to the module.
+            ``F.dropout(x, training=self.training)`` or on autocast, draws random numbers or writes to the module.
         recompute: see :class:`BatchNormReLU2d`.
 
     Returns:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+_SIMPLE = frozenset((bool, int, float, complex, str, bytes))
+_COLLECTIONS = frozenset((list, tuple, dict, set))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward", "_replicate_for_data_parallel", "dense_because"}
 
 
@@ -129,16 +131,72 @@ def _trace(module: nn.Module, inlined: Collection[nn.Module]) -> fx.Graph:
         for training in (False, True):
             for part in code:
                 part.training = training
-            with torch.set_grad_enabled(training):
+            with torch.set_grad_enabled(training), _autocast(not training):
                 graphs.append(_Tracer(inlined).trace(module))
     if str(graphs[0]) != str(graphs[1]):
-        raise ValueError("its forward pass depends on self.training or on whether there are gradients")
+        raise ValueError("its forward pass depends on self.training, on whether there are gradients or on autocast")
     return graphs[1]
+
+
+@contextmanager
+def _autocast(enabled: bool) -> Iterator[None]:
+    """Autocast as whoever asks sees it, on no device in truth."""
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    try:
+        for device in before:
+            torch.set_autocast_enabled(device, enabled)
+        yield
+    finally:
+        for device, was in before.items():
+            torch.set_autocast_enabled(device, was)
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
     """What a module has beside parameters, buffers, modules and hooks: what its class set for its code to read."""
     return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def class_attributes(kind: type[nn.Module]) -> dict[str, Any]:
+    """What a class of modules and its bases have for their code to read, in place of attributes of a module."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    own = {name for base in bases for name in vars(base) if not name.startswith("__")}
+    return {name: value for name in own if type(value := getattr(kind, name)) in _SIMPLE | _COLLECTIONS}
+
+
+class _Same:
+    """Equal to the same object only."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Same and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def has_parts(value: Any) -> bool:
+    """Whether somebody may write into a value without a trace elsewhere."""
+    return type(value) not in _SIMPLE and type(content(value)) is not _Same
+
+
+def content(value: Any, depth: int = 4) -> Any:
+    """What is equal as long as nobody writes to a value or into it: numbers and texts, in lists, dicts and objects.
+
+    Tensors, modules, functions, and what lies deeper are equal where they are the same.
+    """
+    kind = type(value)
+    if kind in _SIMPLE:
+        return kind, value
+    if depth == 0 or isinstance(value, torch.Tensor | nn.Module | type) or callable(value):
+        return _Same(value)
+    if isinstance(value, dict):
+        return kind, [(content(k, depth - 1), content(v, depth - 1)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return kind, [content(v, depth - 1) for v in value]
+    if isinstance(value, set | frozenset):
+        return kind, set(value)
+    return (kind, content(vars(value), depth - 1)) if hasattr(value, "__dict__") else _Same(value)
 
 
 @contextmanager
@@ -177,5 +235,5 @@ def _unchanged(modules: list[nn.Module]) -> Iterator[None]:
 def _contents(module: nn.Module) -> list[Any]:
     tensors = [*module._parameters.items(), *module._buffers.items()]
     versions = [(name, id(t), 0 if t is None or t.is_inference() else t._version) for name, t in tensors]
-    sizes = [(name, len(v)) for name, v in attributes(module).items() if isinstance(v, list | dict | set)]
-    return [versions, sizes, [(name, id(child)) for name, child in module._modules.items()]]
+    children = [(name, id(child)) for name, child in module._modules.items()]
+    return [versions, content(attributes(module)), children]
