@@ -152,16 +152,20 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of outputs without weights
     found: dict[tuple[Any, ...], Launch] = {}
+    problems: list[str] = []
     for network in NETWORKS:
         named = any(part in network.name for part in arguments.case)
         for pattern in arguments.pattern if named else ():
             for sparsity in arguments.sparsity:
-                found |= {key(launch): launch for launch in launches_of(network, pattern, sparsity)}
+                try:
+                    found |= {key(launch): launch for launch in launches_of(network, pattern, sparsity)}
+                except Exception as error:  # a network that cannot be built leaves the others to be compiled
+                    problems.append(f"{network.name} {pattern} {sparsity}: {type(error).__name__}: {error}")
     _launches.extend(found.values())
     driver.set_active(_Target(arguments.capability))
     # forked, because a launch's kernel cannot be sent to another process
     with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
-        problems = [problem for problem in pool.map(compile_one, range(len(_launches)), chunksize=1) if problem]
+        problems += [problem for problem in pool.map(compile_one, range(len(_launches)), chunksize=1) if problem]
     print(f"{len(_launches)} kernels, {len(problems)} problems, triton {triton.__version__}", *problems, sep="\n")
     raise SystemExit(bool(problems))
 

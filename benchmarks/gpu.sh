@@ -10,6 +10,8 @@
 # with what all of them printed, and crossover_cuda_*.json, which the steps of this stage and the next one take from
 # sparse_moon/ops/tables. Where few files come back from the machine, pack them: tar czf first.tgz OUT
 #
+# What the machine lacks of the dependencies can be brought along in build/site, where nothing needs to be compiled:
+# `pip install --no-deps --target build/site jsonargparse`. What cannot be imported is said before any time is spent.
 # Both compiled extensions can be brought along, built where there is no GPU with the same version of Python:
 # `python setup.py build_ext --inplace`. Where they are missing, they are built first, for this GPU alone.
 # Triton's kernels and the networks are compiled in parallel before anything is timed.
@@ -19,7 +21,7 @@ out=${1:?usage: bash benchmarks/gpu.sh OUT first|second|part ...}
 parts="${2:?usage: bash benchmarks/gpu.sh OUT first|second|part ...} ${*:3}"
 mkdir -p "$out"
 out=$(realpath "$out")
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD:$PWD/build/site PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
 python=${PYTHON:-python3}
@@ -82,6 +84,12 @@ bench="$python benchmarks/flops_and_time.py --device cuda --quick"
 for table in "$out"/crossover_cuda_*.json; do # of an earlier stage
     if [ -e "$table" ]; then cp "$table" sparse_moon/ops/tables; fi
 done
+needed="import sys; sys.path.insert(0, 'benchmarks'); import flops_and_time, compile_kernels, tune, timm, pytest, hypothesis"
+if ! "$python" -W ignore -c "$needed" >>"$out/log.txt" 2>&1; then
+    tail -n 5 "$out/log.txt"
+    echo "gpu.sh: bring along what is missing: pip install --no-deps --target build/site NAME" >&2
+    exit 2
+fi
 built="from sparse_moon.ops.native import native, native_cuda; assert native and native_cuda"
 if ! "$python" -W ignore -c "$built" 2>/dev/null; then
     architecture=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())" 2>/dev/null || echo 90)

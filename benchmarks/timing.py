@@ -115,13 +115,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
-    commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    commit = os.environ.get("SPARSE_MOON_COMMIT")  # for a copy of the files without the repository
+    if commit is None:
+        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     info = {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": os.environ.get("SPARSE_MOON_COMMIT", commit),  # for a copy of the files without the repository
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

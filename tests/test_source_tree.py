@@ -72,6 +72,14 @@ def test_a_clone_with_its_own_kernels_is_used(clone):
     assert Path(result.stdout.strip()).parent == clone / "sparse_moon", result.stderr
 
 
+def test_a_clone_needs_no_installation(clone):
+    for extension in (clone.parent / "site" / "sparse_moon").glob("_C*"):
+        shutil.copy(extension, clone / "sparse_moon")
+    nowhere = "import importlib.metadata as m; m.Distribution.discover = lambda **_: iter(())"
+    result = run(clone, "-c", f"{nowhere}; import sparse_moon; print(sparse_moon.__version__)")
+    assert result.stdout == "0+unknown\n", result.stderr
+
+
 @pytest.mark.parametrize("source_tree", [True, False])
 def test_missing_kernels_are_explained_by_what_is_true(monkeypatch, source_tree):
     def missing(name):
