@@ -118,7 +118,8 @@ def test_dense_products_that_torch_only_emulates_are_computed_in_float32(monkeyp
         monkeypatch.setattr(module, "emulated", lambda asked: emulates and asked is dtype)
 
     def results(run, *operands: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
-        with use_backend("dense"), Products() as products:
+        autocast = torch.autocast("cpu", dtype, enabled=emulates and operands[0].dtype is dtype)
+        with use_backend("dense"), Products() as products, autocast:
             return list(run(*operands)), products.dtypes
 
     def compare(run, *operands: Tensor, own: set[torch.dtype]) -> None:

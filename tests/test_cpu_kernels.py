@@ -248,6 +248,19 @@ def test_conv2d_of_few_entries(size, kernel, padding):
     check_conv2d(torch.randn(37, 17, *size), geometry, (1, 1), 0.02, False, True)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(("batch", "size"), [(11, (1, 5)), (5, (1, 2)), (9, (2, 3)), (7, (1, 9))])
+def test_conv2d_of_fewer_images_in_the_last_flat_panel(batch, size, threads):
+    """Without padding the lines of channels follow each other without a gap."""
+    torch.set_num_threads(threads)
+    try:
+        check_conv2d(
+            torch.randn(batch, 6, *size), Geometry((5, 6, 1, 1), (1, 1), (0, 0), (1, 1), 1), (1, 1), 0.6, False, True
+        )
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("padding", [0, 1, 2])
 def test_conv2d_of_large_images(padding):
     """Flat panels of blocks of rows; fewer, as many and more rows out than in."""

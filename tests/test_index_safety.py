@@ -60,6 +60,21 @@ def test_operators_refuse_a_damaged_index(number):
         torch.ops.sparse_moon.sparse_linear(x, layer.values[:-3], None, None, *layer.topology.index)
 
 
+def test_operators_look_again_at_an_index_whose_memory_was_exchanged():
+    layer = sm.SparseLinear(16, 12, sparsity=0.5)
+    index, x = [t.clone() for t in layer.topology.index], torch.randn(3, 16)
+    torch.ops.sparse_moon.sparse_linear(x, layer.values, None, None, *index)
+    index[1].data = torch.full_like(index[1], 1 << 29)  # counts as no write
+    with pytest.raises(ValueError, match="the index is damaged"):
+        torch.ops.sparse_moon.sparse_linear(x, layer.values, None, None, *index)
+
+
+def test_a_negative_view_is_read_with_its_sign():
+    layer = sm.SparseLinear(16, 12, sparsity=0.5)
+    x = torch.randn(3, 16, dtype=torch.complex64)
+    torch.testing.assert_close(layer(x.conj().imag), layer(-x.imag.contiguous()))
+
+
 def test_a_compiled_model_refuses_a_damaged_index():
     model = mlp()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sparse_moon import SparseConv2d, Topology
+from sparse_moon.ops.sparse_linear.api import sparse_linear
 from sparse_moon.topology import build_index
 
 OPS = torch.ops.sparse_moon
@@ -25,6 +27,32 @@ def test_sparse_linear(index, wrong):
     weight = {"values": values()[1:], "values of two dimensions": values((2,))}.get(wrong, values())
     with pytest.raises(ValueError, match=r"must have shape|values of 4 entries"):
         OPS.sparse_linear(x, weight, bias, None, *index)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_operands_on_several_devices(index, part):
+    operands = [torch.randn(3, COLS), values(), torch.randn(ROWS)]
+    operands[part] = operands[part].to("meta")
+    plan = Topology((torch.tensor([0, 3, 7, 13, 20])), (ROWS, COLS)).plan()
+    with pytest.raises(ValueError, match=r"must be on one device, got .*meta"):
+        sparse_linear(*operands, plan)
+
+
+def test_planes_and_weights_of_no_pixels(index):
+    """A kernel divided by their number."""
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match="does not fit input"):
+            OPS.sparse_conv2d(torch.randn(2, 6, *size), values(), None, None, *conv2d(padding=[1, 1]), *index)
+    with pytest.raises(ValueError, match="with taps"):
+        OPS.scatter_values(values((2, 2)), [8, 12, 0, 3], False, *index[:2])
+    with pytest.raises(ValueError, match="with taps"):
+        OPS.gather_values(torch.randn(8, 12, 0, 3), [2, 2], *index[:2])
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_convolutions_of_no_channels():
+    layer = SparseConv2d(0, 0, 3, sparsity=0.5)
+    assert layer(torch.randn(2, 0, 5, 5)).shape == (2, 0, 3, 3)
 
 
 def test_gradients_of_sparse_linear(index):

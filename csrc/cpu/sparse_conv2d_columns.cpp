@@ -91,9 +91,10 @@ void scatter(const Conv2d& conv, const From* all_columns, int64_t block_cols, co
     const Pixels<To> pixels(planes);
     const Window window{conv};
     const int64_t all_taps = taps(conv), width = columns(conv);
+    std::vector<const From*> all_parts(threads * all_taps);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<const From*> parts(all_taps);
+        const From** parts = all_parts.data() + thread_number() * all_taps;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t image = 0; image < conv.batch; ++image) {
             for (int64_t y = 0; y < pixels.height; ++y) {

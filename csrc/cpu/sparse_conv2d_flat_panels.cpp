@@ -51,7 +51,9 @@ bool fills_few_lanes(const Conv2d& conv) {
 }
 
 // Bytes of a number in each channel of the larger activation.
-int64_t flat_column(const Conv2d& conv) { return std::max(conv.in_channels, conv.out_channels) * kFloat; }
+int64_t flat_column(const Conv2d& conv) {
+    return std::max({conv.in_channels, conv.out_channels, int64_t{1}}) * kFloat;
+}
 
 // For what a product along these axes reads. Both gradients and the forward pass have the same pitch and units.
 FlatPanel flat_panel(const Conv2d& conv, const Axis& height, const Axis& width, int threads) {

@@ -91,9 +91,11 @@ void flat_pack_from(const Planes& planes, const FlatPanel& shape, const FlatUnit
         }
     }
     if (unit.images == shape.images) return;
-    // the last vector of the line reaches into what an earlier unit has left
+    // the last vector of the line reaches into what an earlier unit has left, but not into the next channel
+    const int64_t behind = shape.lead + unit.images * shape.image_stride;
+    const int64_t zeros = smaller(kLanes, shape.channel_stride - behind);
     for (int64_t c = 0; c < planes.channels; ++c) {
-        store_unaligned(panel + c * shape.channel_stride + shape.lead + unit.images * shape.image_stride, Vec{});
+        std::memset(panel + c * shape.channel_stride + behind, 0, zeros * sizeof(float));
     }
 }
 

@@ -4,7 +4,8 @@
 namespace sparse_moon {
 
 // Activations are contiguous, one token after another, float32 or all of a call bfloat16; weight, bias, their gradients
-// and all sums are float32. Results do not depend on `threads`.
+// and all sums are float32. Results have the same bits for
+// the same number of threads.
 // Throws std::length_error for more than 2^20 input or output features, std::bad_alloc without memory.
 
 // output (tokens, rows) = input (tokens, cols) W^T + bias; bias may be null.

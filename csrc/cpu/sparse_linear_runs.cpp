@@ -1,6 +1,8 @@
 #include "sparse_linear_runs.h"
 
 #include <algorithm>
+#include <atomic>
+#include <new>
 
 #include "dispatch.h"
 
@@ -16,7 +18,7 @@ constexpr int64_t kMostLanes = 16;       // of any instruction set: blocks of ro
 
 }  // namespace
 
-void KeptRuns::make(const SparseMatrix& matrix, bool transposed, Side& side) {
+KeptRuns::Side KeptRuns::make(const SparseMatrix& matrix, bool transposed) {
     const int64_t rows = transposed ? matrix.cols : matrix.rows, features = transposed ? matrix.rows : matrix.cols;
     const int64_t height = transposed ? matrix.block_cols : matrix.block_rows;
     const int64_t width = transposed ? matrix.block_rows : matrix.block_cols;
@@ -26,6 +28,7 @@ void KeptRuns::make(const SparseMatrix& matrix, bool transposed, Side& side) {
     const int64_t row_entries = std::max<int64_t>(ptr[rows / height] * height * width / std::max<int64_t>(rows, 1), 1);
     const int64_t enough = std::clamp(kRunEntries * features / row_entries, kLeastFeatures, kMostFeatures);
     const int64_t even = ceil_div(features, std::max<int64_t>(ceil_div(features, enough), 1));
+    Side side;
     RunGroups& sizes = side.sizes;
     sizes.chunk_features = std::max(ceil_div(even, width) * width, width);
     sizes.chunks = std::max<int64_t>(ceil_div(features, sizes.chunk_features), 1);
@@ -34,8 +37,8 @@ void KeptRuns::make(const SparseMatrix& matrix, bool transposed, Side& side) {
     sizes.blocks = ceil_div(rows, sizes.block_rows);
 
     std::vector<std::vector<Run>> groups(sizes.blocks * sizes.chunks);
-#pragma omp parallel for schedule(static)
-    for (int64_t block = 0; block < sizes.blocks; ++block) {
+    std::atomic<bool> no_memory{false};  // no exception may leave a thread
+    const auto list = [&](int64_t block) {
         const int64_t first = block * sizes.block_rows, last = std::min(first + sizes.block_rows, rows);
         for (int64_t row = first; row < last; ++row) {
             const int64_t end = ptr[row / height + 1];
@@ -53,7 +56,16 @@ void KeptRuns::make(const SparseMatrix& matrix, bool transposed, Side& side) {
                 return a.blocks != b.blocks ? a.blocks < b.blocks : a.row < b.row;
             });
         }
+    };
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < sizes.blocks; ++block) {
+        try {
+            list(block);
+        } catch (const std::bad_alloc&) {
+            no_memory = true;
+        }
     }
+    if (no_memory) throw std::bad_alloc();
     int64_t entries = 0;
     for (const std::vector<Run>& group : groups) {
         side.starts.push_back(static_cast<int64_t>(side.runs.size()));
@@ -67,12 +79,12 @@ void KeptRuns::make(const SparseMatrix& matrix, bool transposed, Side& side) {
     sizes.runs = side.runs.data();
     sizes.starts = side.starts.data();
     sizes.entry_starts = side.entry_starts.data();
+    return side;
 }
 
 RunGroups KeptRuns::of(const SparseMatrix& matrix, bool transposed) {
-    Side& side = sides_[transposed];
-    std::call_once(side.made, [&] { make(matrix, transposed, side); });
-    return side.sizes;
+    std::call_once(made_[transposed], [&] { sides_[transposed] = make(matrix, transposed); });
+    return sides_[transposed].sizes;
 }
 
 }  // namespace sparse_moon

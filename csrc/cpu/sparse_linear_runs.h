@@ -17,14 +17,14 @@ public:
 
 private:
     struct Side {
-        std::once_flag made;
         RunGroups sizes;
         std::vector<Run> runs;
         std::vector<int64_t> starts, entry_starts;
     };
 
-    static void make(const SparseMatrix& matrix, bool transposed, Side& side);
+    static Side make(const SparseMatrix& matrix, bool transposed);
 
+    std::once_flag made_[2];
     Side sides_[2];
 };
 

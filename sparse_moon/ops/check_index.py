@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_moon.ops.index import Index, entry_positions
 from sparse_moon.ops.native import native
-from sparse_moon.ops.plan import versions
+from sparse_moon.ops.plan import index_state
 from sparse_moon.ops.registry import behind, call, define, implement
 
 FAULTS = (
@@ -113,7 +113,7 @@ def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*inputs: Any) -> Any:
         row_ptr, col, t_ptr, t_row, t_perm = index = inputs[-5:]
-        others, now = (row_ptr, t_ptr, t_row, t_perm), versions(index)
+        others, now = (row_ptr, t_ptr, t_row, t_perm), index_state(index)
         seen = getattr(col, _ATTRIBUTE, None)
         if seen is None or seen[1] != now or any(a is not b for a, b in zip(seen[0], others, strict=True)):
             fault = index_form(index) or FAULTS[int(call("check_index", *index)[0])]
@@ -128,7 +128,7 @@ def guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def _note(index: Index) -> None:
     """Remember that this state of an index was found right."""
     row_ptr, col, t_ptr, t_row, t_perm = index
-    setattr(col, _ATTRIBUTE, ((row_ptr, t_ptr, t_row, t_perm), versions(index)))
+    setattr(col, _ATTRIBUTE, ((row_ptr, t_ptr, t_row, t_perm), index_state(index)))
 
 
 def check_index(index: Index) -> tuple[str, int]:

@@ -126,8 +126,9 @@ def emulated(dtype: torch.dtype) -> bool:
 
 
 def in_float32(product: Callable[..., Any], first: Tensor, *others: Any) -> Any:
-    """The results of a product in the dtype of the first operand, computed in float32."""
-    found = product(first.float(), *(t.float() if isinstance(t, Tensor) else t for t in others))
+    """The results of a product in the dtype of the first operand, computed in float32, within autocast too."""
+    with torch.autocast("cpu", enabled=False):
+        found = product(first.float(), *(t.float() if isinstance(t, Tensor) else t for t in others))
     if isinstance(found, Tensor):
         return as_dtype(first.dtype, found)
     return tuple(as_dtype(first.dtype, result) for result in found)

@@ -99,8 +99,8 @@ def _packed(weight: Tensor) -> torch.memory_format:
 
 def _check_places(weight_shape: Sequence[int], block: Sequence[int], row_ptr: Tensor, col: Tensor) -> None:
     check_block(block)
-    if len(weight_shape) not in (2, 4) or min(weight_shape) < 0:
-        raise ValueError(f"a weight has 2 or 4 dimensions, got shape {tuple(weight_shape)}")
+    if len(weight_shape) not in (2, 4) or min(weight_shape[:2]) < 0 or min(weight_shape[2:], default=1) < 1:
+        raise ValueError(f"a weight is (O, I) or (O, C, kh, kw) with taps, got shape {tuple(weight_shape)}")
     block_grid((weight_shape[0], weight_shape[1]), (block[0], block[1]))
     rows, cols = block_grid(matrix_shape(tuple(weight_shape)), (block[0], block[1]))
     if row_ptr.numel() != rows + 1:

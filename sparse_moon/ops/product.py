@@ -214,7 +214,7 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
         dtype, device = input.dtype, plan.device
         fits = (
             values.shape == plan.values_shape
-            and (bias is None or (bias.shape == plan.bias_shape and bias.dtype is dtype))
+            and (bias is None or (bias.shape == plan.bias_shape and bias.dtype is dtype and bias.device == device))
             and (probe is None or probe.shape == plan.shape)
             and values.dtype is dtype
             and dtype.is_floating_point
@@ -224,6 +224,8 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
         if not fits:
             _refuse(input, values, bias, plan, probe)
         if registry.unwatched() and registry.PLAIN.issuperset((type(input), type(values), type(bias), type(probe))):
+            if input.is_neg():  # the imaginary part of a conjugate: kernels read memory
+                input = input.resolve_neg()
             device_type = "cpu" if input.is_cpu else input.device.type
             kernel = registry.KERNELS.get((name, device_type))
             if kernel is not None and not (choice.open_blocks() and choice.current_backend() == "reference"):
@@ -252,8 +254,8 @@ def _refuse(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, prob
         expect_shape("bias", bias, plan.bias_shape)
     if probe is not None:
         expect_shape("probe", probe, plan.shape)
-    if not input.device == values.device == plan.device:
-        devices = f"{input.device}, {values.device}, {plan.device}"
-        raise ValueError(f"input, values and topology must be on one device, got {devices}")
+    on = [input.device, values.device, plan.device, *([] if bias is None else [bias.device])]
+    if len(set(on)) > 1:
+        raise ValueError(f"input, values, topology and bias must be on one device, got {', '.join(map(str, on))}")
     dtypes = {t.dtype for t in (input, values, bias) if t is not None}
     raise ValueError(f"input, values and bias must share one floating point dtype, got {dtypes}")

@@ -21,7 +21,7 @@ def check_geometry(input_shape: Sequence[int], geometry: Geometry) -> None:
         raise ValueError(f"input must be (N, {weight_shape[1] * groups}, H, W), got shape {tuple(input_shape)}")
     if {len(stride), len(padding), len(dilation)} != {2} or min(*stride, *dilation) < 1 or min(padding) < 0:
         raise ValueError(f"invalid stride {stride}, padding {padding} or dilation {dilation}")
-    if min(geometry.output_size(input_shape)) < 1:
+    if min(*input_shape[2:], *geometry.output_size(input_shape)) < 1:
         raise ValueError(f"a {weight_shape[2]} x {weight_shape[3]} kernel does not fit input {tuple(input_shape)}")
 
 
