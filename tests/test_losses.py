@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import sparse_moon as sm
 
@@ -65,6 +66,26 @@ def test_evaluation_mode_leaves_the_state_alone():
     before = {k: v.clone() for k, v in loss.state_dict().items()}
     loss(torch.randn(6, 4), torch.randint(0, 3, (6,)))
     assert all(torch.equal(v, before[k]) for k, v in loss.state_dict().items()) and loss.totals[0] == 0
+
+
+@pytest.mark.parametrize("kind", [sm.UnknownAwareLoss, sm.AbstainingLoss, sm.GamblersLoss, sm.VirtualOutlierLoss])
+def test_a_validation_leaves_the_state_alone(kind):
+    """The model in evaluation mode, the loss forgotten, as loops of training have it."""
+    virtual = kind is sm.VirtualOutlierLoss
+    loss = kind(3, 5, 10) if virtual else kind(3, 10, warmup_epochs=2)
+    head = nn.Linear(5, 3)
+
+    def batch():
+        logits, target = torch.randn(6, 3 if virtual else 4), torch.randint(0, 3, (6,))
+        return loss(logits, target, torch.randn(6, 5), head) if virtual else loss(logits, target)
+
+    batch()
+    before = {name: tensor.clone() for name, tensor in loss.state_dict().items()}
+    with torch.no_grad():
+        batch()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loss.state_dict().items())
+    batch()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in loss.state_dict().items())
 
 
 def test_running_statistics_of_an_epoch():

@@ -202,7 +202,7 @@ class Method:
 
         Args:
             scaler: under automatic mixed precision the scaler of the loss; it unscales, steps and updates here. Not of
-                accelerate's optimizers, which have it.
+                accelerate's optimizers, which have it; several methods with one scaler are to be attached.
             closure: computes the gradients anew and returns the loss, for optimizers that need that.
 
         Returns:

@@ -57,7 +57,8 @@ class Trainer:
         self.captured = self._capture() if captures_steps(config) else None
 
     def _wrap(self) -> nn.Module:
-        return DistributedDataParallel(self.model) if world_size() > 1 else self.model
+        # without buffers: those of the index are more than the gradients, and only rank 0's batch norms are ever read
+        return DistributedDataParallel(self.model, broadcast_buffers=False) if world_size() > 1 else self.model
 
     def _capture(self) -> CapturedStep | None:
         """Steps as CUDA graphs, or a warning that says why not."""

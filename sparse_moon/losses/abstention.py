@@ -23,7 +23,8 @@ class AbstentionLoss(nn.Module):
     loss notes, is taken; then ``w_i = b / ratio`` and ``w`` runs in a straight line from ``w_i`` after the warm-up to
     ``final_weight`` in the last epoch, which it keeps if training goes on. Call :meth:`end_epoch` after each epoch. All
     state lives on the device, in buffers, and ``forward`` does not wait for the device. Several processes agree on
-    ``b`` at the end of each epoch. A batch whose loss overflows, whose step a gradient scaler skips, is not counted.
+    ``b`` at the end of each epoch. Batches count in training mode where gradients are recorded, so that a validation
+    does not, and one whose loss overflows, whose step a gradient scaler skips, does not.
 
     Args:
         num_classes: K.
@@ -125,10 +126,11 @@ class AbstentionLoss(nn.Module):
         log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
         return log_p, log_p.gather(1, label[:, None])[:, 0] * factor, factor
 
-    @torch.no_grad()
     def _note_batch(self, losses: Tensor, log_p: Tensor, wrong: Tensor) -> None:
         """In training, take in a batch: ``losses`` (B,) for beta, and which predictions are wrong (B,)."""
-        if self.training:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        with torch.no_grad():
             self._note(losses.mean(), log_p[:, self.num_classes].exp().mean(), wrong.sum(), len(wrong))
 
     @property
@@ -200,7 +202,7 @@ class UnknownAwareLoss(AbstentionLoss):
         """Mean loss (0-d) of logits (B, K+1) and int64 targets (B,) in [0, K)."""
         self._check(logits)
         loss, statistics = ops.unknown_aware_loss(logits, target, self.w)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self._note(statistics.beta, statistics.mean_u, statistics.errors, logits.shape[0])
         return loss
 

@@ -20,7 +20,8 @@ class VirtualOutlierLoss(nn.Module):
         L = CE + weight * logistic loss of (slope E + bias), label 1 for samples and 0 for outliers.
 
     ``slope`` and ``bias`` are parameters of this module. Call :meth:`end_epoch` after each epoch. Several processes
-    average the estimates then, and their gradients of ``slope`` and ``bias`` are to be averaged by the caller.
+    average the estimates then, and their gradients of ``slope`` and ``bias`` are to be averaged by the caller. Batches
+    count in training mode where gradients are recorded.
 
     Differences from the paper: moving averages in place of a queue of 1000 features a class; the least likely of n
     draws directly, as ``mu + L z`` where only the length of z decides how likely it is: its square is the largest of n
@@ -92,7 +93,7 @@ class VirtualOutlierLoss(nn.Module):
             raise ValueError(f"target must be in [0, {self.num_classes}), got {target.tolist()}")
         loss = F.cross_entropy(logits, target)
         with torch.autocast(features.device.type, enabled=False):  # covariances need their digits
-            if self.training:
+            if self.training and torch.is_grad_enabled():
                 self._note(features.detach().to(self.mean.dtype), target)
             if self.epoch < self.first_epoch or not self.seen.all():
                 return loss
