@@ -1,9 +1,11 @@
 """What other code does to a sparse layer's index and values: the right result, or an error before any kernel reads."""
 
 import copy
+import gc
 import io
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import sparse_moon as sm
 from small_mlp import gradients, mlp, train
 from sparse_moon.ops.check_index import check_index_reference
 from sparse_moon.ops.native import native
+from sparse_moon.ops.product import plan_of
 from sparse_moon.topology import build_index
 
 # --- the check itself
@@ -67,6 +70,27 @@ def test_operators_look_again_at_an_index_whose_memory_was_exchanged():
     index[1].data = torch.full_like(index[1], 1 << 29)  # counts as no write
     with pytest.raises(ValueError, match="the index is damaged"):
         torch.ops.sparse_moon.sparse_linear(x, layer.values, None, None, *index)
+
+
+def test_operators_keep_a_plan_as_long_as_the_index_is_the_same():
+    layer = sm.SparseLinear(16, 12, sparsity=0.5)
+    index, block = [t.clone() for t in layer.topology.index], layer.topology.block
+    plan = plan_of(tuple(index), block)
+    assert plan_of(tuple(index), block) is plan
+    geometry = ((12, 4, 2, 2), (1, 1), (0, 0), (1, 1), 1)
+    assert plan_of((*geometry, *index), block).geometry and plan_of(tuple(index), block) is plan
+    torch.save(index[1], file := io.BytesIO())
+    file.seek(0)
+    for copied in (copy.deepcopy(index[1]), torch.load(file, weights_only=True)):
+        own = plan_of((index[0], copied, *index[2:]), block)
+        assert own is not plan and own.index[1] is copied
+    del copied, own
+    index[1].add_(0)
+    assert plan_of(tuple(index), block) is not plan
+    col = weakref.ref(index[1])
+    del index, plan
+    gc.collect()
+    assert col() is None
 
 
 def test_a_negative_view_is_read_with_its_sign():

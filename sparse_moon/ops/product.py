@@ -16,6 +16,8 @@ from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.plan import Geometry, Plan, index_state, is_plain
 from sparse_moon.ops.recompute import itself, keep
 
+_PLANS, _MOST_PLANS = "_sparse_moon_plans", 4
+
 GEOMETRY_SCHEMA = "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups"
 INDEX_SCHEMA = "Tensor row_ptr, Tensor col, Tensor t_ptr, Tensor t_row, Tensor t_perm"
 
@@ -25,12 +27,34 @@ def parts_of(plan: Plan) -> tuple[Any, ...]:
     return (*plan.geometry, *plan.index) if plan.geometry else plan.index
 
 
+class _Plans(dict[Any, Plan]):
+    """What a tensor does not take along into copies and files, which are read without other types than torch's."""
+
+    def __deepcopy__(self, memo: object) -> "_Plans":
+        return _Plans()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return set, ()
+
+
 def plan_of(parts: tuple[Any, ...], block: tuple[int, ...]) -> Plan:
-    """Inverse of :func:`parts_of`."""
+    """Inverse of :func:`parts_of`. An index that stays as it is keeps its plans, and what they have made ready."""
     row_ptr, col, t_ptr, t_row, t_perm = parts[-5:]
     index = row_ptr, col, t_ptr, t_row, t_perm
-    geometry = Geometry.of(*parts[:5]) if len(parts) > 5 else None
-    return Plan(index, (block[0], block[1]), geometry, index_state(index) if is_plain(col) else None)
+    key = (block[0], block[1]), Geometry.of(*parts[:5]) if len(parts) > 5 else None
+    if not is_plain(col):
+        return Plan(index, *key)
+    state = index_state(index)
+    plans = getattr(col, _PLANS, None)
+    if not isinstance(plans, _Plans):
+        plans = _Plans()
+        setattr(col, _PLANS, plans)
+    plan = plans.get(key)
+    if plan is None or plan.state != state or any(a is not b for a, b in zip(plan.index, index, strict=True)):
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plan = plans[key] = Plan(index, *key, state)
+    return plan
 
 
 def flat(*inputs: Any) -> tuple[Any, ...]:
