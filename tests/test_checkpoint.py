@@ -1,21 +1,26 @@
 """Checkpoints of several processes: another number of them, damage, and a run that is killed and goes on."""
 
+import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 import sparse_moon as sm
 from small_processes import environment, join, leave, run_processes
 from small_training import Lookahead
+from sparse_moon.files import read_json, write_json
 from sparse_moon.integrations.checkpoint import load_checkpoint, save_checkpoint
 from sparse_moon.sharding import whole
 
@@ -273,6 +278,53 @@ def test_errors(tmp_path):
     (tmp_path / "checkpoint.json").write_text(json.dumps({**content, "steps": 9}))
     with pytest.raises(ValueError, match="its checksum is"):
         load_checkpoint(tmp_path, model, method, more)
+
+
+class Touches:
+    """An object whose pickle makes a file when it is read; a ``Stateful`` that holds it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+    def state_dict(self):
+        return {"touches": self}
+
+    def load_state_dict(self, state):
+        raise AssertionError
+
+
+def test_a_checkpoint_executes_no_code(tmp_path):
+    made, folder = tmp_path / "made", tmp_path / "checkpoint"
+    run = make_run(1, "momentum", wrap)
+    train(*run, 0, 2)
+    save_checkpoint(folder, *run[:2])
+    metadata = next(folder.glob("steps-*/.metadata"))
+    metadata.write_bytes(pickle.dumps(Touches(made)))
+    content = read_json(folder / "checkpoint.json")
+    content["files"][".metadata"] = hashlib.sha256(metadata.read_bytes()).hexdigest()
+    write_json(folder / "checkpoint.json", content)
+    before = state_of(*run[:2])
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read: it asks for \S+, which could execute code"):
+        load_checkpoint(folder, *run[:2])
+    same(state_of(*run[:2]), before)
+    more = {"other": Touches(made)}
+    with mock.patch("sparse_moon.integrations.checkpoint.CheckingPlanner", DefaultSavePlanner):
+        save_checkpoint(folder, *run[:2], more)  # as somebody else writes it
+    with pytest.raises(ValueError, match="Weights only load failed"):
+        load_checkpoint(folder, *run[:2], more)
+    assert not made.exists()
+
+
+def test_what_only_code_could_load_is_not_saved(tmp_path):
+    run = make_run(1, "momentum", wrap)
+    save_checkpoint(tmp_path, *run[:2])
+    with pytest.raises(ValueError, match=r"other\.touches is .*Touches object.*, which no checkpoint can hold"):
+        save_checkpoint(tmp_path, *run[:2], {"other": Touches(tmp_path / "made")})
+    load_checkpoint(tmp_path, *run[:2])  # the one before, and no step, of which the method would warn
+    assert not run[1].optimizer.state
 
 
 def test_what_is_more_than_one_optimizer_is_refused(tmp_path):

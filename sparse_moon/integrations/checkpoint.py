@@ -15,11 +15,12 @@ from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
@@ -28,6 +29,7 @@ from sparse_moon.algorithms import Method
 from sparse_moon.algorithms.optimizers import inner_optimizers, parameters_of, stepping
 from sparse_moon.distributed import from_every_process, raise_together, rank, world_size
 from sparse_moon.files import read_json, write_json
+from sparse_moon.integrations.dcp_files import CheckingPlanner, SafePlanner, SafeReader
 from sparse_moon.nn.plan import some
 
 _FORMAT = "sparse_moon checkpoint 2"
@@ -39,7 +41,7 @@ class TrainingState:
     """Model, optimizer, method and random numbers as DCP takes them: a ``Stateful``.
 
     For callers of DCP itself, as ``dcp.async_save({"training": TrainingState(model, method)}, ...)``, who go without
-    the checks of :func:`load_checkpoint`.
+    the checks of :func:`load_checkpoint`, and whose ``dcp.load`` executes what code a folder holds.
 
     Args:
         model: as the method has it, after ``fully_shard``, in DistributedDataParallel, or plain.
@@ -133,11 +135,12 @@ class TrainingState:
 def _without_steps(optimizer: Optimizer) -> Iterator[None]:
     """DCP makes a step, by nothing, with an optimizer that has no state; one empty entry is enough for it."""
     first = parameters_of(optimizer)[0]
+    begun = first not in optimizer.state  # and not by such a block around this one
     optimizer.state.setdefault(first, {})
     try:
         yield
     finally:
-        if not optimizer.state.get(first, True):
+        if begun and not optimizer.state.get(first, True):
             del optimizer.state[first]
 
 
@@ -186,15 +189,16 @@ def save_checkpoint(
         more: other objects with ``state_dict`` and ``load_state_dict``, by name: a learning rate schedule, a loader.
 
     Raises:
-        ValueError: a name that is taken, or more than one optimizer.
+        ValueError: a name that is taken, more than one optimizer, or an object that could not be loaded without
+            executing code; ``torch.serialization.add_safe_globals`` takes classes that are safe.
         OSError: it cannot be written.
     """
     folder, state = Path(folder), TrainingState(model, method)
     state.begins = False
     parts = _parts(state, more)
     name = from_every_process(_new_name(folder, method.steps) if rank() == 0 else None)[0]
-    with _quiet_alone():
-        dcp.save(parts, checkpoint_id=folder / name)
+    with _by_dcp():
+        dcp.save(parts, checkpoint_id=folder / name, planner=CheckingPlanner())
     digests = _digests(folder / name, sorted(path.name for path in (folder / name).iterdir()))
     tensors = _kinds(state)
     if rank() == 0:
@@ -218,33 +222,40 @@ def load_checkpoint(
     The model has as many weights as it had (the same ``sparsify``), wherever they are; optimizer and method are made
     as they were. The optimizer then has state of the parameters that it had state of, and of no others: not of those
     that had no gradient yet. With as many processes as before the run ends as one that was not interrupted, bit for
-    bit, as far as the batches are the same.
+    bit, as far as the batches are the same. Loading executes no code.
 
     Args:
         folder ... more: as for :func:`save_checkpoint`.
 
     Raises:
         ValueError: no checkpoint, a damaged or missing file, another method, or tensors that the model does not have,
-            or has in other shapes; on every process, and before anything is changed.
+            or has in other shapes; on every process, and before anything is changed. Or, after a part was loaded, an
+            object that only code could load, which ``save_checkpoint`` does not write.
     """
     folder, state = Path(folder), TrainingState(model, method)
     content = _read(folder, method, more)
+    reader = _reader(folder / content["folder"])
     state.random, state.begins = content["random"] == _randomness(), False
     there = content["tensors"]
     with _unless_refused(state.optimizer):
         state.begin({name for name in state.parameters() if there.get(f"optimizer {name}") == _STATE})
         raise_together(_difference(there, _kinds(state)))
-    with _quiet_alone():
-        dcp.load(_parts(state, more), checkpoint_id=folder / content["folder"])
+    with _by_dcp():
+        dcp.load(_parts(state, more), storage_reader=reader, planner=SafePlanner())
 
 
 @contextmanager
-def _quiet_alone() -> Iterator[None]:
-    """One process alone is meant to be so, DCP need not say it."""
+def _by_dcp() -> Iterator[None]:
+    """What DCP raises in every process, where something fails in one, is no ``Exception`` and mostly traceback."""
     with warnings.catch_warnings():
-        if world_size() == 1:
+        if world_size() == 1:  # which is meant to be so
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            first, _ = next(iter(error.failures.values()))
+            kind = OSError if isinstance(first, OSError) else ValueError
+            raise kind(f"{type(first).__name__}: {first}") from error
 
 
 def _parts(state: TrainingState, more: Mapping[str, Stateful] | None) -> dict[str, Any]:
@@ -281,6 +292,16 @@ def _read(folder: Path, method: Method, more: Mapping[str, Stateful] | None) -> 
         f"{folder / content['folder']} is damaged: {', '.join(damaged)} missing or not as written" if damaged else None
     )
     return content
+
+
+def _reader(folder: Path) -> SafeReader:
+    reader, problem = None, None
+    try:
+        reader = SafeReader(folder)
+    except ValueError as error:
+        problem = str(error)
+    raise_together(problem)
+    return cast(SafeReader, reader)
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str | None]:
