@@ -291,3 +291,22 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="are on meta: weight, bias"):
         sm.save(nn.Linear(2, 2, device="meta"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("transform", [torch.tanh, nn.Tanh()], ids=["function", "module"])
+def test_a_transform_is_not_lost(tmp_path, transform):
+    """Neither of them has a state."""
+    model = sm.sparsify(nn.Sequential(nn.Linear(16, 16)), 0.5)
+    model[0].transform = transform
+    sm.save(model, tmp_path)
+    x, name = torch.randn(2, 16), type(transform).__name__ if isinstance(transform, nn.Module) else "tanh"
+    again = sm.sparsify(nn.Sequential(nn.Linear(16, 16)), 0.7)
+    for other in (nn.Sequential(nn.Linear(16, 16)), again):
+        with pytest.raises(ValueError, match=f"'0' has the transform {name} in the folder, None here: make the model"):
+            sm.load(tmp_path, other)
+    again[0].transform = transform
+    assert torch.equal(sm.load(tmp_path, again)(x), model(x))
+    model[0].transform = None
+    sm.save(model, tmp_path)
+    with pytest.raises(ValueError, match=f"'0' has the transform None in the folder, {name} here"):
+        sm.load(tmp_path, again)

@@ -60,11 +60,12 @@ def save(model: nn.Module, folder: Path | str) -> None:
         "sparse_moon": version("sparse_moon"),
         "torch": str(torch.__version__),
         "layers": {
-            name: {"shape": [*layer.weight_shape], "block": [*layer.topology.block], "sparsity": layer.sparsity}
+            name: {"shape": [*layer.weight_shape], "block": [*layer.topology.block], "sparsity": layer.sparsity,
+                   "transform": _transform(layer)}
             for name, layer in _sparse(model)
         },
         "tied": tied,
-    }
+    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     before = _weights_file(folder)
     with files.replacing(weights) as temporary:
@@ -82,7 +83,8 @@ def load(folder: Path | str, model: nn.Module) -> nn.Module:
 
     Layers that are sparse in the folder may be dense in ``model``, as its class makes it: they become sparse, with
     exactly the weights that were saved, and the model is fused as :func:`sparse_moon.sparsify` does it. Or they are
-    sparse already, with any topology of the same pattern. The file is mapped into memory and copied from there, tensor
+    sparse already, with any topology of the same pattern; so is a layer with a ``transform``, of which the folder has
+    the name. The file is mapped into memory and copied from there, tensor
     by tensor; loading executes no code.
 
     Args:
@@ -141,6 +143,12 @@ def _sparse(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SparseLayer):
             yield name, module
+
+
+def _transform(layer: nn.Module | None) -> str | None:
+    """Name of the function or module that the values go through; its parameters alone are in the state dict."""
+    transform = layer.transform if isinstance(layer, SparseLayer) else None
+    return None if transform is None else getattr(transform, "__name__", type(transform).__name__)
 
 
 def _of(name: str, part: str) -> str:
@@ -250,6 +258,11 @@ def _other_layers(layers: Mapping[str, Any], model: nn.Module, places: Mapping[D
             found = "no such layer" if module is None else f"a {type(module).__name__} that cannot become sparse"
             yield f"{name!r} is a sparse layer of {shape} in the folder, here is {found}"
             continue
+        if (transform := _transform(module)) != asked.get("transform"):
+            yield (
+                f"{name!r} has the transform {asked.get('transform')} in the folder, {transform} here: make the model "
+                "sparse and set it first"
+            )
         if here != shape:
             yield f"{name!r} has a weight of {shape} in the folder, of {here} here"
     for name, _ in _sparse(model):
