@@ -62,6 +62,10 @@ def test_it_is_resumed_and_a_run_that_is_there_is_kept(by_command, tmp_path):
         sm.train(SETTINGS, out=by_command)
     with pytest.raises(ValueError, match="has seed 3, it cannot be resumed with 4"):
         sm.train(SETTINGS, seed=4, out=by_command, resume=True)
+    again = sm.train(**SETTINGS | {"ood": ("noise",)}, out=by_command, resume=True)  # which its file has as a list
+    assert again["id"]["accuracy"] == json.loads((by_command / "results.json").read_text())["id"]["accuracy"]
+    with pytest.raises(ValueError, match=r"has ood \['noise'\], it cannot be resumed with \('letters',\)"):
+        sm.train(ood=("letters",), out=by_command, resume=True)
 
 
 def test_the_folder_is_named_after_the_settings(tmp_path, monkeypatch):

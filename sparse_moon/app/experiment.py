@@ -55,7 +55,7 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
         unread = {option for part in content["without"] for option in reliability.options_of_parts.get(part, ())}
         content = {name: value for name, value in content.items() if name not in unread}
     left_out = {"seed", *PLACE, *(_OF_SPARSE if method is not None and not method.sparse else ())}
-    return {name: _plain(value) for name, value in {**content, **own}.items() if name not in left_out}
+    return {name: plain(value) for name, value in {**content, **own}.items() if name not in left_out}
 
 
 def _find(registry: Any, name: str) -> Any:
@@ -66,10 +66,10 @@ def _find(registry: Any, name: str) -> Any:
         return None
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it, with 1.0 and 1 the same."""
+def plain(value: Any) -> Any:
+    """A setting as JSON has it, with 1.0 and 1 the same."""
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -13,7 +13,7 @@ import yaml
 from sparse_moon import files
 from sparse_moon.app import run_folder
 from sparse_moon.app.config import TrainConfig, config_of
-from sparse_moon.app.experiment import WHERE, run_name
+from sparse_moon.app.experiment import WHERE, plain, run_name
 from sparse_moon.app.own import NAMES, import_modules
 from sparse_moon.app.presets import presets
 from sparse_moon.app.train import train as train_in
@@ -134,7 +134,7 @@ def _resumed(config: TrainConfig, folder: Path, given: Collection[str]) -> Train
     all_asked, all_kept = ({**vars(settings), **settings.own} for settings in (config, saved))
     for name in given:
         asked, kept = all_asked.get(name), all_kept.get(name)
-        if asked != kept:
+        if plain(asked) != plain(kept):
             raise ValueError(f"the run in {folder} has {name} {kept!r}, it cannot be resumed with {asked!r}")
     return saved
 
