@@ -97,6 +97,23 @@ def test_a_resumed_run_ends_with_the_same_bits(digits, change):
         assert torch.equal(whole.finish()(images), second.finish()(images))
 
 
+def test_random_numbers_of_a_gpu_are_part_of_a_checkpoint(digits, monkeypatch):
+    """Dropout draws there; here the GPU's state is a stub."""
+    states = {"cuda:1": torch.tensor([7], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[str(device)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({str(device): state}))
+    trainer = Trainer(SMALL, digits)
+    on_cpu = trainer.state_dict()
+    trainer.device = torch.device("cuda:1")
+    state = through_a_file(trainer.state_dict())
+    for without in (on_cpu, {name: value for name, value in state.items() if name != "cuda_random_state"}):
+        trainer.load_state_dict(without)  # of a CPU, or written before it was kept
+    assert states["cuda:1"].item() == 7
+    states["cuda:1"] = torch.tensor([9], dtype=torch.uint8)
+    trainer.load_state_dict(state)
+    assert states["cuda:1"].item() == 7
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_at_its_sparsity_and_updates(digits, method):
     trainer = trained(replace(SMALL, method=method), digits)

@@ -215,6 +215,7 @@ class Trainer:
             "method": self.method.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "diagnostics": None if self.diagnostics is None else self.diagnostics.state_dict(),
             "data_identity": self.identity,
         }
@@ -243,6 +244,9 @@ class Trainer:
             if self.scaler is not None:
                 self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["random_state"])
+            cuda_random_state = state.get("cuda_random_state")  # none where it was trained on a CPU, or long ago
+            if self.device.type == "cuda" and cuda_random_state is not None:
+                torch.cuda.set_rng_state(cuda_random_state, self.device)
             self.epoch, self.history = state["epoch"], list(state["history"])
             if self.movement is not None:
                 self.movement.look()  # from here on; the start is the one that the seed makes
