@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -119,6 +120,7 @@ def worker(folder, task):
                 results[f"{optimizer} ddp"] = go_on(folder, optimizer, number, world, parallel)
     if task == "save":
         damage(folder, number)
+        unwritable(folder, number)
     torch.save(results, folder / f"{task}-{world}-{number}.pt")
 
 
@@ -141,6 +143,21 @@ def damage(folder, number):
     if number == 0:
         file.write_bytes(content)
     barrier()
+
+
+def unwritable(folder, number):
+    """What the first process alone cannot write is said by every process, and none waits."""
+    model, method, _ = make_run(1, "momentum", wrap)
+    (folder / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        save_checkpoint(folder / "file" / "checkpoint", model, method)
+    for name in ("write_json", "shutil.rmtree"):
+        full = OSError(28, "No space left on device") if number == 0 else AssertionError
+        with mock.patch(f"sparse_moon.integrations.checkpoint.{name}", side_effect=full):
+            save = partial(save_checkpoint, folder / "full", model, method)
+            with pytest.raises(OSError, match="No space left"):
+                save()
+        save()
 
 
 def load_all(folder, name):

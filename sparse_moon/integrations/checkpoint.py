@@ -12,10 +12,10 @@ import hashlib
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,6 +31,8 @@ from sparse_moon.distributed import from_every_process, raise_together, rank, wo
 from sparse_moon.files import read_json, write_json
 from sparse_moon.integrations.dcp_files import CheckingPlanner, SafePlanner, SafeReader
 from sparse_moon.nn.plan import some
+
+_T = TypeVar("_T")
 
 _FORMAT = "sparse_moon checkpoint 2"
 _FILE = "checkpoint.json"
@@ -191,27 +193,43 @@ def save_checkpoint(
     Raises:
         ValueError: a name that is taken, more than one optimizer, or an object that could not be loaded without
             executing code; ``torch.serialization.add_safe_globals`` takes classes that are safe.
-        OSError: it cannot be written.
+        OSError: it cannot be written; on every process.
     """
     folder, state = Path(folder), TrainingState(model, method)
     state.begins = False
     parts = _parts(state, more)
-    name = from_every_process(_new_name(folder, method.steps) if rank() == 0 else None)[0]
+    name = _first(lambda: _new_name(folder, method.steps))
     with _by_dcp():
         dcp.save(parts, checkpoint_id=folder / name, planner=CheckingPlanner())
-    digests = _digests(folder / name, sorted(path.name for path in (folder / name).iterdir()))
-    tensors = _kinds(state)
+    digests = _digests(folder / name, _first(lambda: sorted(path.name for path in (folder / name).iterdir())))
+    content = {
+        "format": _FORMAT, "torch": torch.__version__, "folder": name, "random": _randomness(),
+        "method": method.name, "steps": method.steps, "more": sorted(more or {}), "tensors": _kinds(state),
+        "files": digests,
+    }  # fmt: skip
+    _first(lambda: _replace(folder, content))  # nobody goes on, or is killed for having ended, before it is all there
+
+
+def _first(task: Callable[[], _T]) -> _T:
+    """What the first process returns, on each of them; what it could not read or write, each of them raises."""
+    result, problem = None, None
     if rank() == 0:
-        content = {
-            "format": _FORMAT, "torch": torch.__version__, "folder": name, "random": _randomness(),
-            "method": method.name, "steps": method.steps, "more": sorted(more or {}), "tensors": tensors,
-            "files": digests,
-        }  # fmt: skip
-        write_json(folder / _FILE, content)
-        for old in folder.glob("steps-*"):
-            if old.name != name:
-                shutil.rmtree(old)
-    from_every_process(None)  # nobody goes on, or is killed for having ended, before it is all there
+        try:
+            result = task()
+        except OSError as error:
+            problem = error
+    result, problem = from_every_process((result, problem))[0]
+    if problem is not None:
+        raise problem
+    return cast(_T, result)
+
+
+def _replace(folder: Path, content: Mapping[str, Any]) -> None:
+    """Let the folder's checkpoint be this one, and remove what was there before."""
+    write_json(folder / _FILE, content)
+    for old in folder.glob("steps-*"):
+        if old.name != content["folder"]:
+            shutil.rmtree(old)
 
 
 def load_checkpoint(
