@@ -1,9 +1,11 @@
 """``sm.train``: a run of the command line from Python."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 import sparse_moon as sm
@@ -121,3 +123,21 @@ def test_files_that_hold_no_settings(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         sm.train(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("device, backend, expected", [("cuda", "nccl", "cuda:1"), ("cpu", "gloo", "cpu")])
+def test_processes_wait_for_the_first_one_as_long_as_it_evaluates(tmp_path, monkeypatch, device, backend, expected):
+    """NCCL's watchdog ends processes that wait for 10 minutes."""
+    joined, devices = [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(dist, "init_process_group", lambda name, timeout: joined.append((name, timeout)))
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))  # by which a device is tried, which may lack
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda: None)
+    monkeypatch.setattr("sparse_moon.app.start.train_in", lambda config, *_, **__: devices.append(config.device) or {})
+    sm.train(device=device, out=tmp_path / "run")
+    ((name, timeout),) = joined
+    assert name == backend and timeout >= timedelta(days=1)
+    assert devices == ([expected, expected] if device == "cuda" else [expected])

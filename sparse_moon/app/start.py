@@ -4,9 +4,11 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -19,6 +21,9 @@ from sparse_moon.app.presets import presets
 from sparse_moon.app.train import train as train_in
 from sparse_moon.memory import keep_freed_memory
 from sparse_moon.settings import is_import_path
+
+# The others wait while the first process evaluates, for which NCCL's 10 minutes, or gloo's 30, may be too few.
+_EVALUATION = timedelta(days=2)
 
 
 class _Loader(yaml.SafeLoader):
@@ -142,5 +147,8 @@ def _resumed(config: TrainConfig, folder: Path, given: Collection[str]) -> Train
 def _join_processes(config: TrainConfig) -> TrainConfig:
     """Join the process group that ``torchrun`` describes in the environment; the settings with its device."""
     cuda = config.device.startswith("cuda")
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return replace(config, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}") if cuda else config
+    if cuda:
+        config = replace(config, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(config.device)  # or the barrier takes the first GPU in every process
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_EVALUATION)
+    return config
