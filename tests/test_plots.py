@@ -1,4 +1,5 @@
 import re
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -69,3 +70,16 @@ def test_names_that_begin_with_an_underscore_are_in_legends() -> None:
     ]  # fmt: skip
     (legend,) = plots.comparison(rows, ["msp"]).legends
     assert [text.get_text().lstrip("\u200b") for text in legend.get_texts()] == ["_own.Method none"]
+
+
+@pytest.mark.parametrize("sparsities", [(0.9,), (0.8, 0.9)])
+def test_names_with_dollar_signs_are_no_mathematics(sparsities: tuple[float, ...]) -> None:
+    figures = {name: {"mean": 0.5, "std": None} for name in ("accuracy", "ece")}
+    rows = [
+        {"label": rf"rigl none {sparsity} dataset=/d/$a_{{$b", "settings": {"sparsity": sparsity}, "sparse": True,
+         "figures": figures}
+        for sparsity in sparsities
+    ]  # fmt: skip
+    file = StringIO()
+    plots.comparison(rows, ["msp"]).savefig(file, format="svg")
+    assert "dataset=/d/$a_{$b" in file.getvalue()

@@ -243,6 +243,7 @@ def _layers_below(axes: Axes, names: Sequence[str]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
+@matplotlib.rc_context({"text.parse_math": _STYLE["text.parse_math"]})
 def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figure:
     """Accuracy, ECE and near and far AUROC of ``scores``: over the sparsity where there are several, or a line a row.
 
