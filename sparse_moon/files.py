@@ -8,8 +8,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -32,12 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
     The file is on the disk before it takes the place, and the place before the block ends, so that a crash of the
     machine leaves the old file or the new one.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    temporary.touch(exist_ok=False)  # mkstemp would make it for its owner alone
     try:
+        mode = temporary.stat().st_mode  # by the umask, which only a new file tells without a change of it
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)  # safetensors puts a file of its own in the place
         _to_disk(temporary)
         os.replace(temporary, path)
         _to_disk(path.parent)

@@ -310,3 +310,16 @@ def test_a_transform_is_not_lost(tmp_path, transform):
     sm.save(model, tmp_path)
     with pytest.raises(ValueError, match=f"'0' has the transform None in the folder, {name} here"):
         sm.load(tmp_path, again)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_files_have_the_rights_of_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        for umask, expected in ((0o077, 0o600), (0o022, 0o644), (0o002, 0o664)):
+            os.umask(umask)
+            sm.save(nn.Linear(2, 2), tmp_path / f"{umask}")
+            found = {path.name.split("-")[0]: path.stat().st_mode & 0o777 for path in (tmp_path / f"{umask}").iterdir()}
+            assert found == {"model": expected, "model.json": expected}
+    finally:
+        os.umask(before)
