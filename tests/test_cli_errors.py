@@ -123,6 +123,10 @@ def test_mistakes_in_a_settings_file_get_one_line(tmp_path, capsys):
         path.write_text(text)
         for command in ("train", "compare"):
             assert message in refused(capsys, command, "--config", path, "--out", tmp_path / "run")
+    path.write_text(f"model: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")  # is not executed
+    for command in ("train", "compare"):
+        refused(capsys, command, "--config", path, "--out", tmp_path / "run")
+    assert [left.name for left in tmp_path.iterdir()] == ["own.yaml"]
     for text in ("exclude: fc", "exclude: 3"):
         assert "--config that takes a list" in refused(capsys, "train", "--config", text)
 

@@ -62,12 +62,12 @@ def test_it_is_resumed_and_a_run_that_is_there_is_kept(by_command, tmp_path):
     assert again["id"]["accuracy"] == json.loads((by_command / "results.json").read_text())["id"]["accuracy"]
     with pytest.raises(ValueError, match="holds a run already"):
         sm.train(SETTINGS, out=by_command)
-    with pytest.raises(ValueError, match="has seed 3, it cannot be resumed with 4"):
-        sm.train(SETTINGS, seed=4, out=by_command, resume=True)
     again = sm.train(**SETTINGS | {"ood": ("noise",)}, out=by_command, resume=True)  # which its file has as a list
     assert again["id"]["accuracy"] == json.loads((by_command / "results.json").read_text())["id"]["accuracy"]
     with pytest.raises(ValueError, match=r"has ood \['noise'\], it cannot be resumed with \('letters',\)"):
         sm.train(ood=("letters",), out=by_command, resume=True)
+    with pytest.raises(ValueError, match="has seed 3, it cannot be resumed with 4"):
+        sm.train(SETTINGS, seed=4, out=by_command, resume=True)
 
 
 def test_the_folder_is_named_after_the_settings(tmp_path, monkeypatch):
@@ -116,6 +116,13 @@ def test_a_folder_may_have_the_name_of_a_preset(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"other cannot be read: .*Is a directory"):
         sm.train("other")
+
+
+def test_settings_execute_no_code(tmp_path):
+    (tmp_path / "x.yaml").write_text(f"model: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")
+    with pytest.raises(ValueError, match=r"x\.yaml cannot be read: could not determine a constructor"):
+        sm.train(tmp_path / "x.yaml", out=tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
 
 
 @pytest.mark.parametrize("text, message", [("a: [", "cannot be read"), ("[1]", "must hold settings by name, got list")])
