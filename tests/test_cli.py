@@ -223,6 +223,9 @@ def test_export_is_a_plain_dense_model(run, tmp_path, capsys):
         width=content["width"],
     )  # fmt: skip
     model.load_state_dict(content["state_dict"])
+    data = load_dataset(load_run(run).config)
+    assert torch.equal(content["mean"], data.mean) and torch.equal(content["std"], data.std)
+    assert not torch.equal(data.mean, data.std)
     assert type(model.fc) is torch.nn.Linear and (model.hidden1.weight == 0).float().mean() > 0.8
     assert "does not exist" in refused(capsys, "export", run, "--dense", tmp_path / "no" / "x.pt")
 
