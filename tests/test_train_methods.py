@@ -23,7 +23,7 @@ from sparse_moon.app.trainer import Trainer
 from sparse_moon.averaging import PredictionAverage, StochasticPasses
 from sparse_moon.losses import VirtualOutlierLoss
 from sparse_moon.nn import overall_sparsity, sparse_layers, weight_layers
-from sparse_moon.ood import CosineHead, collect
+from sparse_moon.ood import CosineHead, collect, fit_detectors
 from sparse_moon.options import MethodOptions, MixupOptions, TopKASTOptions, VOSOptions
 
 SMALL = TrainConfig(
@@ -360,9 +360,19 @@ def test_temperature_and_p_come_from_held_out_images(held, monkeypatch):
     for name in ("ece", "nll", "brier", "classwise_ece", "adaptive_ece"):
         assert calibration[f"{name}_before"] == results["id"][name] != calibration[f"{name}_after"]
     assert results["dice"]["p"] in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
-    monkeypatch.setattr("sparse_moon.app.evaluate.choose_p", lambda *a, **k: 0.3)
+    given = {}
+
+    def fit(model, detectors, batches, **_):
+        given["fit"] = batches
+        fit_detectors(model, detectors, batches)
+
+    monkeypatch.setattr("sparse_moon.app.evaluate.fit_detectors", fit)
+    monkeypatch.setattr("sparse_moon.app.evaluate.choose_p", lambda *a, **_: given.update(choose=a[2]) or 0.3)
     figures, _ = evaluate_model(run.predictor, config, data, load_ood_sets(config, data), ["dice"])
     assert figures["dice"] == {"p": 0.3}
+    for name, images in (("choose", data.holdout), ("fit", data.train)):  # test images choose nothing
+        expected, got = (torch.cat([x for x, _ in b]) for b in (plain_batches(images, data, config), given[name]))
+        assert torch.equal(got, expected)
 
 
 def test_a_saved_detector_accepts_the_share_asked_for(held):
