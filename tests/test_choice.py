@@ -276,6 +276,19 @@ def test_tune_really_measures():
     assert tuning.chosen_backends(layer, shape) == chosen
 
 
+@pytest.mark.parametrize("make", [conv, lambda: (sm.SparseLinear(10, 20, sparsity=0.9), (5, 10))])
+def test_tune_measures_in_the_dtype_that_autocast_asks_for(make):
+    layer, shape = make()
+    dtypes = []
+    layer.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        tuning.tune_layer(layer, shape)
+    assert set(dtypes) == {torch.bfloat16} and layer.values.dtype == torch.float32
+    dtypes.clear()
+    tuning.tune_layer(layer, shape)
+    assert set(dtypes) == {torch.float32}
+
+
 def test_use_backend_restores_and_refuses():
     with pytest.raises(RuntimeError), sm.ops.use_backend("dense"):
         raise RuntimeError

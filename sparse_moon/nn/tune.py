@@ -13,6 +13,7 @@ from sparse_moon.nn.layers import SparseLayer
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Backend, Pass
 from sparse_moon.ops.layout import memory_format as layout_of
+from sparse_moon.ops.registry import to_autocast_dtype
 
 
 def tune(
@@ -25,6 +26,9 @@ def tune(
 
     Not needed in general where a stored table knows good choices. One forward pass finds the shapes of the layers'
     inputs; then each layer's products are timed. The model is left as it was.
+
+    For training under autocast call this under autocast: on a GPU what was measured in float32 says nothing of products
+    in 16 bits.
 
     Args:
         model: with sparse layers.
@@ -147,8 +151,9 @@ def products(
 
 
 def _input(layer: SparseLayer, shape: tuple[int, ...], memory_format: torch.memory_format) -> torch.Tensor:
-    """Random numbers of this shape; planes on a GPU channels_last."""
-    x = torch.randn(shape, dtype=layer.values.dtype, device=layer.values.device)
+    """Random numbers of this shape, in autocast's dtype under autocast; planes on a GPU channels_last."""
+    device = layer.values.device
+    (x,) = to_autocast_dtype(device.type, torch.randn(shape, dtype=layer.values.dtype, device=device))
     return x.contiguous(memory_format=torch.channels_last if x.is_cuda and x.dim() == 4 else memory_format)
 
 
