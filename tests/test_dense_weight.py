@@ -71,6 +71,22 @@ def test_no_scatter_in_evaluation_but_the_first_two(layer_and_input, scatters):
     assert all(torch.equal(y, outputs[0]) for y in outputs)
 
 
+def test_a_gpu_keeps_no_weight_after_an_evaluation(layer_and_input, scatters, monkeypatch):
+    layer, x = layer_and_input
+    monkeypatch.setattr(dense_weight, "may_compare", lambda values: False)
+    for _ in range(2):
+        with torch.no_grad():
+            layer(x)
+            layer(x)
+        assert all(weight() is None for weight in scatters)
+        scatters.clear()
+        loss = layer(x.requires_grad_()).sum()
+        assert scatters[0]() is not None
+        loss.backward()
+        assert len(scatters) == 1  # the backward pass takes that of the forward pass
+    check(layer, x.detach())
+
+
 @pytest.mark.parametrize("write", ["in place", "through data", "another tensor", "load", "topology"])
 def test_new_values_are_used(layer_and_input, write):
     layer, x = layer_and_input

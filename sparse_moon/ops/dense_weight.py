@@ -1,7 +1,7 @@
 """The scattered weight of dense products, kept while its values stay the same, and the values of its gradient.
 
 One scatter serves a forward pass and its backward pass, where autograd keeps the weight with what else it has saved.
-Where no gradients are wanted, the plan keeps it, and the same values need no other scatter.
+Where no gradients are wanted, the plan keeps it on the CPU, and the same values need no other scatter.
 """
 
 from threading import get_ident
@@ -15,6 +15,7 @@ from sparse_moon.ops.masked_dense import gather_values, places_in, scatter_value
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
 
+_NOBODY = object()
 _FORWARD, _BACKWARD = "weight of the last forward pass", "weight of a backward pass"
 
 
@@ -40,25 +41,33 @@ class _Kept(NamedTuple):
 def forward_weight(values: Tensor, plan: Plan, *, channels_last: bool = False) -> Tensor:
     """The dense weight (O, I) or (O, C/groups, kh, kw) of a forward pass.
 
-    On the CPU that of the last pass where no backward pass is to have it and the values have the same bits; on a GPU
-    comparing them would make the host wait.
+    Where :func:`may_compare`, that of the last pass where no backward pass is to have it and the values have the same
+    bits.
     """
     if not _is_own(values):
+        return scattered(values, plan, channels_last)
+    recorded = plan.ready.get(_FORWARD, _NOBODY) is None
+    if not (recorded or may_compare(values)):
         return scattered(values, plan, channels_last)
     kept: _Kept | None = plan.ready.get(_FORWARD)
     again = kept is not None and kept.is_of(values, channels_last)
     if again and kept is not None and kept.copy is not None and _same_bits(kept.copy, values):
         return kept.weight
     weight = scattered(values, plan, channels_last)
-    copy = values.detach().clone() if again and values.device.type == "cpu" else None
+    copy = values.detach().clone() if again else None
     alias = values if values.grad_fn is None else values.detach()  # without the graph that made it
     plan.ready[_FORWARD] = _Kept(weight, channels_last, alias, values._version, copy)
     return weight
 
 
+def may_compare(values: Tensor) -> bool:
+    """Whether the values' bits can be looked at at once: on a GPU the host would wait for them."""
+    return values.is_cpu
+
+
 def forget_weight(plan: Plan) -> None:
     """Before a forward pass that autograd records: what an earlier one has left may be of other values."""
-    plan.ready.pop(_FORWARD, None)
+    plan.ready[_FORWARD] = None  # for the weight to come
 
 
 def saved_weight(values: Tensor, plan: Plan) -> Tensor | None:
