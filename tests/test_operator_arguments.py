@@ -144,6 +144,16 @@ def test_check_index_refuses_tensors_of_other_sizes(index):
         OPS.check_index(*index[:4], index[4].long())
 
 
+def test_operators_refuse_an_index_with_gaps(index):
+    for number in range(5):
+        gaps = [torch.stack([t, t], 1)[:, 0] if place == number else t for place, t in enumerate(index)]
+        with pytest.raises(ValueError, match="index tensors must be contiguous"):
+            OPS.sparse_linear(torch.randn(3, COLS), values(), None, None, *gaps)
+        if number < 2:
+            with pytest.raises(ValueError, match="index tensors must be contiguous"):
+                OPS.transpose_index(*gaps[:2], COLS)
+
+
 @pytest.mark.parametrize(("drop", "grow"), [(-1, 0), (6, 0), (0, -1), (0, 20), (5, 25)])
 def test_drop_and_grow_counts(index, drop, grow):
     with pytest.raises(ValueError, match="must be in"):

@@ -71,6 +71,24 @@ def test_conv2d_products(block, layout):
         close(conv2d.values_grad(grad, x, plan), dense_conv2d.values_grad(grad, x, plan))
 
 
+@pytest.mark.parametrize("bias", ["strided", "expanded"])
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.usefixtures("no_tf32")
+def test_a_bias_with_gaps(bias, taps):
+    bias = torch.randn(64, device=DEVICE)[::2] if bias == "strided" else torch.ones(1, device=DEVICE).expand(32)
+    topology = Topology.random((32, 48), 0.4, (16, 16)).to(DEVICE)
+    values, x = torch.randn(topology.values_shape, device=DEVICE), torch.randn(5, 48, device=DEVICE)
+    plan = topology.plan()
+    with choice.use_backend("triton"):
+        close(linear.forward(x, values, bias, None, plan), dense_linear.forward(x, values, bias, None, plan))
+    geometry = Geometry((32, 16, taps, taps), (1, 1), (0, 0), (1, 1), 1)
+    topology = Topology.random((32, 16 * taps**2), 0.4, (16, 16)).to(DEVICE)
+    values, x = torch.randn(topology.values_shape, device=DEVICE), torch.randn(2, 16, 5, 6, device=DEVICE)
+    plan = topology.plan(geometry)
+    with choice.use_backend("triton"):
+        close(conv2d.forward(x, values, bias, None, plan), dense_conv2d.forward(x, values, bias, None, plan))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("block", "stride", "padding", "groups", "linear_"), [
     ((16, 16), 1, 0, 1, True), ((16, 16), 2, 0, 1, False), ((16, 16), 1, 1, 1, False), ((16, 16), 1, 0, 2, False),

@@ -97,6 +97,8 @@ def index_form(index: tuple[Tensor, ...]) -> str:
     row_ptr, col, t_ptr, t_row, t_perm = index
     if {t.dtype for t in index} != {torch.int32} or {t.dim() for t in index} != {1}:
         return f"index tensors must be int32 with one dimension, got {[(t.dtype, tuple(t.shape)) for t in index]}"
+    if not all(t.is_contiguous() for t in index):  # of which kernels on a GPU get addresses alone
+        return f"index tensors must be contiguous, got strides {[t.stride() for t in index]}"
     if len({t.device for t in index}) > 1:
         return f"index tensors must be on one device, got {[str(t.device) for t in index]}"
     if not col.numel() == t_row.numel() == t_perm.numel() or min(row_ptr.numel(), t_ptr.numel()) < 1:

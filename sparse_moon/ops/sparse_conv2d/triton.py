@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.choice import Pass
+from sparse_moon.ops.layout import without_gaps
 from sparse_moon.ops.plan import Plan, geometry_of
 from sparse_moon.ops.sparse_conv2d.api import fake_values_grad
 from sparse_moon.ops.sparse_linear import triton as linear
@@ -68,7 +69,9 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> T
         return _images(linear.forward(_positions(input), values, bias, None, plan, tf32()), input.shape)
     geometry = geometry_of(plan)
     output = _empty((input.shape[0], geometry.weight_shape[0], *geometry.output_size(input.shape)), input)
-    kernels.sparse_conv2d(_channels_last(input), values.contiguous(), bias, *plan.index[:2], output, **_options(plan))
+    kernels.sparse_conv2d(
+        _channels_last(input), values.contiguous(), without_gaps(bias), *plan.index[:2], output, **_options(plan)
+    )
     return output
 
 

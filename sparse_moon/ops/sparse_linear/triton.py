@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparse_moon.ops.layout import without_gaps
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.sparse_linear.api import fake_forward, fake_input_grad, fake_values_grad
 from sparse_moon.ops.sparse_linear.dense import rows_of
@@ -43,7 +44,9 @@ def forward(
 
     output = fake_forward(input, values, bias, probe, plan)
     x, y = _rows(input), rows_of(output)
-    kernels.sparse_linear(x, values.contiguous(), bias, *plan.index[:2], y, allow_tf32=_allowed(allow_tf32))
+    kernels.sparse_linear(
+        x, values.contiguous(), without_gaps(bias), *plan.index[:2], y, allow_tf32=_allowed(allow_tf32)
+    )
     return output
 
 
