@@ -1,8 +1,13 @@
+import importlib
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from sparse_moon import ops
+from sparse_moon.ops import registry
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -44,3 +49,19 @@ def test_opcheck_and_errors():
         ops.average_([torch.zeros(4)], [torch.zeros(4)], torch.tensor(0), keep=-0.5)
     with pytest.raises(ValueError, match="count must be"):
         ops.average_([torch.zeros(4)], [torch.zeros(4)], torch.tensor(0.0))
+
+
+def test_one_launch_takes_tensors_of_one_device(monkeypatch):
+    lengths, module = [], importlib.import_module("sparse_moon.ops.average_")  # a function has that name, too
+
+    def kernel(tasks, *_):
+        lengths.extend(task[2] for task in tasks)
+
+    monkeypatch.setattr("sparse_moon.ops.choice.native_cuda", object())
+    monkeypatch.setattr(module, "require_cuda", lambda: SimpleNamespace(average_float32=kernel, average_float64=kernel))
+    monkeypatch.setattr(module, "current_stream", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    averages = [torch.zeros(4), torch.zeros(5, device="meta"), torch.zeros(6)]  # meta stands for another GPU
+    values = [torch.ones(4), torch.ones(5, device="meta"), torch.ones(6)]
+    registry.KERNELS["average_", "cuda"](averages, values, torch.tensor(1), 1.0, 0, torch.tensor(1))
+    assert lengths == [4, 6] and averages[1]._version > 0

@@ -142,3 +142,11 @@ def test_what_is_added_or_taken_away_is_captured_anew(change, monkeypatch):
     assert torch.equal(*losses)
     assert training.step.captures == 2
     assert training.step.reason is None
+
+
+def test_parameters_on_several_devices_are_not_captured(monkeypatch):
+    monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
+    model = mlp()
+    method = sm.Static(model, torch.optim.SGD(model.parameters(), torch.tensor(0.05), fused=True))
+    with pytest.warns(UserWarning, match=r"not captured in a CUDA graph: .* several devices \(cpu, meta\)"):
+        CapturedStep(lambda: None, method, model, nn.Linear(2, 2, device="meta"))  # meta stands for another GPU

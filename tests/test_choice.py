@@ -3,6 +3,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -287,6 +288,28 @@ def test_tune_measures_in_the_dtype_that_autocast_asks_for(make):
     dtypes.clear()
     tuning.tune_layer(layer, shape)
     assert set(dtypes) == {torch.float32}
+
+
+def test_a_gpu_s_time_is_that_of_the_model_s_gpu(monkeypatch):
+    current, wrong = ["cuda:0"], []
+
+    @contextmanager
+    def device(new):
+        before, current[0] = current[0], str(new)
+        yield
+        current[0] = before
+
+    def on_device(*_, **__):
+        if current[0] != "cuda:1":
+            wrong.append(current[0])
+
+    event = SimpleNamespace(record=on_device, synchronize=on_device, elapsed_time=lambda end: 5.0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: (on_device(), event)[1])
+    for name in ("synchronize", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, on_device)
+    assert tuning.kernel_gain(lambda: None, torch.device("cuda:1"), seconds=0.0) == 1.0
+    assert not wrong and current == ["cuda:0"]
 
 
 def test_use_backend_restores_and_refuses():

@@ -35,8 +35,9 @@ class CapturedStep:
     modules, hooks and parameter groups there are, whether modules train, numbers of the optimizer. Where something is
     another, was added or has gone, the step is captured anew; where that goes on, steps run eagerly from then on.
 
-    Where no step can be captured, it runs eagerly and one warning says why: no GPU, several processes, a method that
-    changes the number of a layer's weights, code that waits for the device or draws random numbers on the host.
+    Where no step can be captured, it runs eagerly and one warning says why: no GPU or several, several processes, a
+    method that changes the number of a layer's weights, code that waits for the device or draws random numbers on the
+    host.
 
     Args:
         step: from a batch to what is wanted of it: forward pass, loss, ``backward()``, ``method.step()``, and the draw
@@ -65,7 +66,7 @@ class CapturedStep:
         self.device = next(p for module in modules for p in module.parameters()).device
         self.captures = 0
         self.reason: str | None = None
-        reason = StepGraph.missing(self.device) or _unfit(method)
+        reason = StepGraph.missing(self.device) or _unfit(method, modules)
         if reason is not None:
             self._give_up(reason, stacklevel=3)
             return
@@ -174,12 +175,15 @@ class CapturedStep:
         warnings.warn(f"training steps are not captured in a CUDA graph: {reason}", stacklevel=stacklevel)
 
 
-def _unfit(method: Method) -> str | None:
+def _unfit(method: Method, modules: tuple[nn.Module, ...]) -> str | None:
     """Why no step of this run can be captured."""
     if method.resizes:
         return f"method {method.name!r} changes the number of a layer's weights"
     if world_size() > 1:
         return f"there are {world_size()} processes, whose exchange is not captured"
+    devices = sorted({str(parameter.device) for parameter in parameters(method, modules)})
+    if len(devices) > 1:
+        return f"its parameters are on several devices ({', '.join(devices)}), and a graph is of one"
     return None
 
 

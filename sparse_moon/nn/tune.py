@@ -166,7 +166,6 @@ def kernel_gain(run: Callable[[], Any], device: torch.device, *, seconds: float 
     On a GPU its own time, without the host's, behind which a small product's would hide: in training the host runs
     ahead, and in a CUDA graph it has nothing to do.
     """
-    measure = _gpu_ms if device.type == "cuda" else _host_ms
     best: dict[Backend, float] = {"kernel": math.inf, "dense": math.inf}
     for backend in best:
         with choice.use_backend(backend):
@@ -175,7 +174,7 @@ def kernel_gain(run: Callable[[], Any], device: torch.device, *, seconds: float 
     while rounds < least or spent < 2 * seconds:
         for backend in best:
             with choice.use_backend(backend):
-                taken = measure(run)
+                taken = _gpu_ms(run, device) if device.type == "cuda" else _host_ms(run)
             best[backend], spent = min(best[backend], taken), spent + 1e-3 * taken
         rounds += 1
     return best["dense"] / best["kernel"]
@@ -187,15 +186,16 @@ def _host_ms(run: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def _gpu_ms(run: Callable[[], Any], together: int = 5) -> float:
-    """Of one of several runs, which the host has launched before the GPU begins with the first."""
-    torch.cuda.synchronize()
-    launching = 1e-3 * _host_ms(run)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(2 * together * launching * 2e9))  # clocks, of some 2 GHz
-    start.record()
-    for _ in range(together):
-        run()
-    end.record()
-    end.synchronize()
+def _gpu_ms(run: Callable[[], Any], device: torch.device, together: int = 5) -> float:
+    """Of one of several runs on this GPU, which the host has launched before it begins with the first."""
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        launching = 1e-3 * _host_ms(run)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(2 * together * launching * 2e9))  # clocks, of some 2 GHz
+        start.record()
+        for _ in range(together):
+            run()
+        end.record()
+        end.synchronize()
     return start.elapsed_time(end) / together

@@ -42,10 +42,14 @@ define("average_(Tensor(a!)[] averages, Tensor[] values, Tensor count, float kee
 def _kernel_tasks(
     averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor, keep: float, seed: int, step: Tensor
 ) -> dict[torch.dtype, list[tuple[int, int, int, int]]]:
-    """What kernels take, by dtype: addresses of average and value, length, stream. Other pairs are averaged at once."""
+    """What kernels take, by dtype: addresses of average and value, length, stream. Other pairs are averaged at once.
+
+    A launch is on one device, that of the first average.
+    """
     tasks: dict[torch.dtype, list[tuple[int, int, int, int]]] = {torch.float32: [], torch.float64: []}
     for stream, (average, value) in enumerate(zip(averages, values, strict=True)):
         alike = average.dtype == value.dtype and average.shape == value.shape
+        alike = alike and average.device == value.device == averages[0].device
         if alike and average.is_contiguous() and value.is_contiguous() and average.dtype in tasks:
             tasks[average.dtype].append((average.data_ptr(), value.data_ptr(), average.numel(), stream))
         else:
