@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparse_moon.kernels
-from sparse_moon.ops import native
+from sparse_moon.ops import choice, native
 from sparse_moon.source_tree import PACKAGE
 
 PROGRAM = """
@@ -94,3 +96,23 @@ def test_missing_kernels_are_explained_by_what_is_true(monkeypatch, source_tree)
     monkeypatch.setattr(native, "native_cuda", None)
     with pytest.raises(RuntimeError, match=r"run `pip install -e \.`" if source_tree else "Get nvcc .* and reinstall"):
         native.require_cuda()
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [
+    ([(8, 0)], "kernel"), ([(8, 6), (12, 0)], "kernel"), ([(7, 5)], "reference"), ([(9, 0), (7, 5)], "reference"),
+])  # fmt: skip
+def test_a_gpu_too_old_for_the_cuda_kernels_takes_the_reference(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(native, "native_cuda", object())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla T4")
+    run = choice.cuda_or(lambda: "reference", lambda: "kernel")
+    native.has_cuda.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert [run(), run()] == [expected] * 2
+        assert len(caught) == (expected == "reference")
+        assert all("capability 8.0" in str(w.message) and "(Tesla T4) has 7.5" in str(w.message) for w in caught)
+    finally:
+        native.has_cuda.cache_clear()

@@ -14,7 +14,7 @@ import sparse_moon as sm
 from sparse_moon.nn import tune as tuning
 from sparse_moon.ops import Geometry, Plan, choice
 from sparse_moon.ops.layout import memory_format
-from sparse_moon.ops.native import native_cuda
+from sparse_moon.ops.native import has_cuda
 from sparse_moon.ops.sparse_conv2d import dense as dense_conv2d
 from sparse_moon.ops.sparse_conv2d import gpu as conv2d
 from sparse_moon.ops.sparse_linear import dense as dense_linear
@@ -129,7 +129,7 @@ def test_pointwise_convolutions_of_blocks_run_as_linear_layers(
 ])  # fmt: skip
 @pytest.mark.usefixtures("nothing_measured")
 def test_what_runs(block, backend, expected):
-    if expected == "cuda" and native_cuda is None:
+    if expected == "cuda" and not has_cuda():
         expected = "dense"
     topology = Topology.random((32, 32), 0.5, block)
     x, values = torch.randn(4, 32), torch.randn(topology.values_shape)

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from sparse_moon.ops.native import native, native_cuda
+from sparse_moon.ops.native import has_cuda, native
 
 Backend = Literal["auto", "kernel", "triton", "cuda", "dense", "reference"]
 Pass = Literal["forward", "input_grad", "values_grad", "grads"]
@@ -129,10 +129,10 @@ def kernel_pays(work: Work, density: float, kind: Literal["cpu", "triton", "cuda
 
 
 def cuda_or(reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The CUDA kernel of an operator that is no product, where it was built and nothing else is asked for."""
+    """The CUDA kernel of an operator that is no product, where it is there and nothing else is asked for."""
 
     def run(*inputs: Any) -> Any:
-        return (kernel if native_cuda is not None and kernel_runs("cuda") else reference)(*inputs)
+        return (kernel if has_cuda() and kernel_runs("cuda") else reference)(*inputs)
 
     return run
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_moon.ops.choice import Work, kernel_pays
 from sparse_moon.ops.masked_dense import GPU_DTYPES
-from sparse_moon.ops.native import has_triton, native_cuda
+from sparse_moon.ops.native import has_cuda, has_triton
 from sparse_moon.ops.plan import Plan
 
 Implementation = Literal["triton", "cuda", "dense"]
@@ -24,7 +24,7 @@ def choose(work: Work, plan: Plan, takes: Callable[[], bool], *operands: Tensor 
     if len(dtypes) > 1 or not dtypes <= GPU_DTYPES:
         return "dense"
     kind: Literal["triton", "cuda"] = "cuda" if work.block == (1, 1) else "triton"
-    there = native_cuda is not None if kind == "cuda" else has_triton() and takes()
+    there = has_cuda() if kind == "cuda" else has_triton() and takes()
     return kind if there and kernel_pays(work, plan.density, kind) else "dense"
 
 

@@ -40,6 +40,8 @@ def _load_cuda() -> ModuleType | None:
         return None
 
 
+_LEAST_CAPABILITY = (8, 0)  # the oldest architecture that setup.py compiles for
+
 native = load()
 native_cuda = _load_cuda()
 
@@ -55,6 +57,25 @@ def require_cuda() -> ModuleType:
             f"sparse_moon runs without its CUDA kernels. {_how_to_build('nvcc (on the path, or in CUDA_HOME)')}"
         )
     return native_cuda
+
+
+@cache
+def has_cuda() -> bool:
+    """Whether the CUDA kernels are there and run on every GPU; one warning where there is a GPU too old for them."""
+    if native_cuda is None:
+        return False
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if (major, minor) < _LEAST_CAPABILITY:
+            warnings.warn(
+                f"sparse_moon runs without its CUDA kernels: they need GPUs of capability 8.0 or newer, and GPU {i} "
+                f"({torch.cuda.get_device_name(i)}) has {major}.{minor}. Where others are newer, CUDA_VISIBLE_DEVICES "
+                "can hide it.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+    return True
 
 
 @cache
