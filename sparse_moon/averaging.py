@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_moon import ops
 from sparse_moon.nn import sparse_layers
+from sparse_moon.ops.plan import versions
 from sparse_moon.random_mask import RandomMask
 from sparse_moon.sharding import divided_like, is_sharded, part_of, refuse_sharded, reshard, sharding_modules, whole
 from sparse_moon.topology import Topology, build_index
@@ -183,6 +184,7 @@ class EMA(_PlacedAverage):
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         super().__init__(model)
         self.decay = decay
+        self._noted: dict[str, tuple[Tensor, object, int | None]] = {}  # buffers, their versions, and of what topology
         self._start(model)
 
     def _start(self, model: nn.Module) -> None:
@@ -201,22 +203,42 @@ class EMA(_PlacedAverage):
     def update(self, model: nn.Module) -> None:
         """Take the model's present parameters and buffers into the average."""
         reshard(sharding_modules(model))
-        if self.count == 0:
+        if not self._is_noted("count") and self.count == 0:
             self._start(model)
-        for i, layer in enumerate(sparse_layers(model).values()):
-            old, new = self.get_buffer(f"place_{i}"), layer.topology.positions()
-            average = self.get_buffer(f"value_{i}")
-            if not torch.equal(old, new):
-                average = divided_like(_follow(whole(average), old, new), average)
-                self.register_buffer(f"place_{i}", new)
-                self.register_buffer(f"value_{i}", average)
-            part_of(average).lerp_(part_of(layer.values).to(average.dtype), 1.0 - self.decay)
-        for average, tensor in zip(self._buffers_named("average_"), self._others(model), strict=True):
+        layers = sparse_layers(model).values()
+        for i, layer in enumerate(layers):
+            if not self._is_noted(f"place_{i}", layer.topology.fingerprint):
+                self._follow(i, layer.topology)
+        averages = [self.get_buffer(f"value_{i}") for i in range(len(layers))] + self._buffers_named("average_")
+        present = [*(layer.values for layer in layers), *self._others(model)]
+        blended: tuple[list[Tensor], list[Tensor]] = [], []
+        for average, tensor in zip(averages, present, strict=True):
             if average.is_floating_point() or average.is_complex():
-                part_of(average).lerp_(part_of(tensor).to(average.dtype), 1.0 - self.decay)
+                blended[0].append(part_of(average))
+                blended[1].append(part_of(tensor).detach().to(average.dtype))
             else:
                 average.copy_(tensor)
+        torch._foreach_lerp_(*blended, 1.0 - self.decay)
         self.count += 1
+        self._note("count")
+
+    def _follow(self, i: int, topology: Topology) -> None:
+        """Average a layer's weights at the places of this topology from now on."""
+        old, new, average = self.get_buffer(f"place_{i}"), topology.positions(), self.get_buffer(f"value_{i}")
+        if not torch.equal(old, new):
+            self.register_buffer(f"place_{i}", new)
+            self.register_buffer(f"value_{i}", divided_like(_at_places(whole(average), old, new), average))
+        self._note(f"place_{i}", topology.fingerprint)
+
+    def _note(self, name: str, fingerprint: int | None = 0) -> None:
+        """Note that a buffer is as this class has made it, so that no later update need wait to look at it."""
+        buffer = self.get_buffer(name)
+        self._noted[name] = buffer, versions((buffer,)), fingerprint
+
+    def _is_noted(self, name: str, fingerprint: int | None = 0) -> bool:
+        buffer, *others = self._noted.get(name, (None, None, None))
+        now = self.get_buffer(name)
+        return fingerprint is not None and buffer is now and others == [versions((now,)), fingerprint]
 
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -226,7 +248,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(_WIDE.get(tensor.dtype, tensor.dtype))
 
 
-def _follow(average: Tensor, old: Tensor, new: Tensor) -> Tensor:
+def _at_places(average: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """The averages of ascending places ``old`` at the places ``new``, 0 where there was none."""
     result = average.new_zeros(len(new), *average.shape[1:])
     place = torch.searchsorted(old, new)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from host_graph import looks
 from torch import nn
 
 import sparse_moon as sm
@@ -233,3 +234,42 @@ def test_complex_parameters_are_averaged(kind, dtype):
     for tensor in (model.phase, model.filter) if kind is sm.EMA else (model.phase,):
         assert tensor.dtype == dtype
         torch.testing.assert_close(tensor.detach().to(torch.complex64), torch.full((2,), 6 + 2.5j))
+
+
+def regrow(layer):
+    scores = layer.topology.value_scores(layer.values.detach()), torch.rand(layer.topology.grid)
+    regrown = sm.ops.drop_and_grow(*scores, layer.topology, 6)
+    layer.replace_(regrown.index, regrown.remap(layer.values.detach()))
+
+
+def test_an_ema_waits_for_the_device_only_where_the_topology_has_moved():
+    model = net()
+    ema, expected = sm.EMA(model, 0.7), None
+    for step in range(6):
+        if step == 3:
+            regrow(model[0])
+        perturb(model)
+        with looks() as waits:
+            ema.update(model)
+        assert bool(waits) == (step in (0, 3)), waits
+        now = [model[0].dense_weight().detach(), model[3].weight.detach().clone(), model[1].running_mean.clone()]
+        expected = now if expected is None else [0.7 * e + 0.3 * n for e, n in zip(expected, now, strict=True)]
+        expected[0] *= now[0] != 0  # one that goes is forgotten
+    ema.copy_to(model)
+    for got, wanted in zip((model[0].dense_weight(), model[3].weight, model[1].running_mean), expected, strict=True):
+        torch.testing.assert_close(got.detach(), wanted)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_ema_follows_a_state_that_is_loaded_between_updates(assign):
+    model = net()
+    ema, other = sm.EMA(model, 0.7), sm.EMA(model, 0.7)
+    ema.update(model)
+    other.update(model)
+    saved = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
+    regrow(model[0])
+    other.update(model)
+    other.load_state_dict(saved, assign=assign)  # as many places, but others than the model's
+    for average in (ema, other):
+        average.update(model)
+    assert all(torch.equal(a, b) for a, b in zip(ema.buffers(), other.buffers(), strict=True))

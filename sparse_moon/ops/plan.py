@@ -138,7 +138,7 @@ def index_state(index: Index) -> tuple[object, ...]:
         return (*[t.data_ptr() for t in index], *versions(index))
 
 
-def versions(tensors: Index) -> tuple[object, ...]:
+def versions(tensors: Sequence[Tensor]) -> tuple[object, ...]:
     """Writes in place to each; of tensors of inference mode, which do not count them, something new each time."""
     return tuple([object() if t.is_inference() else t._version for t in tensors])
 
