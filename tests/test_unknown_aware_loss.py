@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_moon import ops
 from sparse_moon.ops.unknown_aware_loss import unknown_aware_loss_reference
@@ -83,6 +84,34 @@ def test_16_bit_logits_are_computed_in_float32(dtype):
     loss.backward()
     expected.backward()
     torch.testing.assert_close(logits.grad, exact.grad.to(dtype))
+
+
+class Made(TorchDispatchMode):
+    """Dtypes of what operators make of so many dimensions, views aside."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim, self.dtypes = dim, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.detach.default and result.dim() == self.dim:
+            self.dtypes.add(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_backward_pass_makes_nothing_wider_than_the_gradient(dtype, compiled):
+    logits = (8 * torch.randn(6, 5)).to(dtype).requires_grad_()
+    target, w = torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor(1.0)
+    _, grad, _ = torch.ops.sparse_moon.unknown_aware_loss(logits.detach(), target, w)
+    run = torch.compile(ops.unknown_aware_loss, backend="aot_eager", fullgraph=True) if compiled else None
+    loss, _ = (run or ops.unknown_aware_loss)(logits, target, w)
+    with Made(2) as made:
+        (found,) = torch.autograd.grad(loss, logits, torch.tensor(2.7, dtype=loss.dtype))
+    assert torch.equal(found, (grad * torch.tensor(2.7, dtype=loss.dtype)).to(dtype))
+    assert compiled or made.dtypes == {dtype}
 
 
 def test_large_logits_do_not_overflow():

@@ -120,14 +120,20 @@ implement("unknown_aware_loss", "cuda", _cuda)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], *inputs)
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # which would be zeros as large as the logits for the second
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+    if grad_loss is None:
+        return None, None, None
     grad, logits, _, _ = ctx.saved_tensors
-    return (grad * grad_loss).to(logits.dtype), None, None
+    # in one pass, also to 16 bits
+    return torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=logits.dtype)), None, None
 
 
-def _differentiable_backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _differentiable_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+    if grad_loss is None:
+        return None, None, None
     _, logits, target, w = ctx.saved_tensors
     (grad,) = differentiable_gradients(
         lambda logits: unknown_aware_loss_reference(logits, target, w), (logits,), (True,), grad_loss
