@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_moon import SparseConv2d, Topology
+from sparse_moon.ops.check_index import check_rows
 from sparse_moon.ops.sparse_linear.api import sparse_linear
 from sparse_moon.topology import build_index
 
@@ -134,6 +135,31 @@ def test_operators_of_rows_refuse_other_integers_and_sizes(index):
         OPS.scatter_values(values(), [ROWS - 1, COLS], False, row_ptr, col)
     with pytest.raises(ValueError, match="does not divide"):
         OPS.gather_values(torch.randn(ROWS, COLS), [1, 5], row_ptr, col)
+
+
+@pytest.mark.parametrize("wrong", ["values", "rows", "columns of int64", "scores", "counts", "block", "target", "w"])
+def test_what_the_dispatcher_calls_on_a_gpu_checks_shapes(index, wrong):
+    row_ptr, col, *_ = index
+    scores, grid, logits = torch.rand(5), torch.rand(ROWS, COLS), torch.randn(3, 4)
+    name, *inputs = {
+        "values": ("scatter_values", values()[1:], [ROWS, COLS], False, row_ptr, col),
+        "rows": ("scatter_values", values(), [ROWS - 1, COLS], False, row_ptr, col),
+        "columns of int64": ("transpose_index", row_ptr, col.long(), COLS),
+        "scores": ("drop_and_grow", scores[1:], grid, row_ptr, col, 1, 1),
+        "counts": ("drop_and_grow", scores, grid, row_ptr, col, 6, 1),
+        "block": ("gather_values", torch.randn(ROWS, COLS), [1, 5], row_ptr, col),
+        "target": ("unknown_aware_loss", logits, torch.zeros(2, dtype=torch.int64), torch.tensor(1.0)),
+        "w": ("unknown_aware_loss", logits, torch.zeros(3, dtype=torch.int64), torch.ones(1)),
+    }[wrong]
+    said = "values of 4 ent|block rows|must be int32|expected scores|drop must|does not divide|target must|w must"
+    with pytest.raises(ValueError, match=said):
+        getattr(OPS, name).default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *inputs)
+
+
+def test_the_numbers_of_an_index_are_not_waited_for(index):
+    check_rows(*(t.to("meta") for t in index[:2]), COLS)  # where nothing can be looked at
+    with pytest.raises(ValueError, match="index tensors must be int32"):
+        check_rows(index[0].to("meta"), index[1].long().to("meta"), COLS)
 
 
 def test_check_index_refuses_tensors_of_other_sizes(index):

@@ -161,7 +161,8 @@ def _cuda(drop_score: Tensor, grow_score: Tensor, row_ptr: Tensor, col: Tensor, 
     return drop_and_grow_layers_cuda([(drop_score, grow_score, row_ptr, col, drop, grow)])[0]
 
 
-implement("drop_and_grow", "cuda", cuda_or(drop_and_grow_reference, _cuda))
+_cuda_or_reference = cuda_or(drop_and_grow_reference, _cuda)
+implement("drop_and_grow", "cuda", _cuda_or_reference, dispatched=behind(_check, _cuda_or_reference))
 
 
 def drop_and_grow(

@@ -147,8 +147,8 @@ def gather_values_cuda(weight: Tensor, block: list[int], row_ptr: Tensor, col: T
     return values
 
 
-implement("scatter_values", "cuda", scatter_values_cuda)
-implement("gather_values", "cuda", gather_values_cuda)
+implement("scatter_values", "cuda", scatter_values_cuda, dispatched=behind(_check_scatter, scatter_values_cuda))
+implement("gather_values", "cuda", gather_values_cuda, dispatched=behind(_check_gather, gather_values_cuda))
 
 
 def scatter_values(

@@ -56,7 +56,8 @@ def _cuda(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor,
     return outputs
 
 
-implement("transpose_index", "cuda", cuda_or(transpose_index_reference, _cuda))
+_cuda_or_reference = cuda_or(transpose_index_reference, _cuda)
+implement("transpose_index", "cuda", _cuda_or_reference, dispatched=behind(check_rows, _cuda_or_reference))
 
 
 def transpose_index(row_ptr: Tensor, col: Tensor, grid_cols: int) -> tuple[Tensor, Tensor, Tensor]:

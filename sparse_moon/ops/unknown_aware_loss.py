@@ -114,7 +114,7 @@ def _cuda(logits: Tensor, target: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Te
     return outputs
 
 
-implement("unknown_aware_loss", "cuda", _cuda)
+implement("unknown_aware_loss", "cuda", _cuda, dispatched=behind(_check, _cuda))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
