@@ -71,6 +71,21 @@ def test_conv2d_products(block, layout):
         close(conv2d.values_grad(grad, x, plan), dense_conv2d.values_grad(grad, x, plan))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("block", [(1, 1), *BLOCKS])
+@pytest.mark.usefixtures("no_tf32")
+def test_a_dense_gradient_is_gathered_from_as_it_comes(block, layout, monkeypatch):
+    geometry = Geometry((16, 16, 3, 3), (2, 1), (1, 0), (1, 1), 1)
+    topology = Topology.random((16, 144), 0.4, block).to(DEVICE)
+    x = torch.randn(2, 16, 5, 6, device=DEVICE).contiguous(memory_format=layout)
+    grad = torch.randn(2, 16, *geometry.output_size(x.shape), device=DEVICE).contiguous(memory_format=layout)
+    plan = topology.plan(geometry)
+    with choice.use_backend("dense"):
+        expected = dense_conv2d.values_grad(grad, x, plan)
+        monkeypatch.setattr(dense_conv2d, "weight_to_matrix", None)  # copies what is channels_last
+        close(conv2d.values_grad(grad, x, plan), expected)
+
+
 @pytest.mark.parametrize("bias", ["strided", "expanded"])
 @pytest.mark.parametrize("taps", [1, 3])
 @pytest.mark.usefixtures("no_tf32")

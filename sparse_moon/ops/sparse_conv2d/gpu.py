@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_moon.ops.choice import Pass, Work, or_dense
+from sparse_moon.ops.dense_weight import gathered
 from sparse_moon.ops.gpu import Implementation, choose, speed_dtype
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.layout import memory_format
@@ -62,11 +63,16 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
         case "cuda":
             return cuda.values_grad(grad, input, plan)
         case _:
-            return dense.values_grad(grad, input, plan)
+            return _dense_values_grad(grad, input, plan)
+
+
+def _dense_values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
+    """Gathered from the dense gradient as it comes: as a matrix it would be a copy where it is channels_last."""
+    return gathered(dense.weight_grad(grad, input, geometry_of(plan)), plan)
 
 
 input_grad_or_dense = or_dense(native_cuda, input_grad, dense.input_grad)
-values_grad_or_dense = or_dense(native_cuda, values_grad, dense.values_grad)
+values_grad_or_dense = or_dense(native_cuda, values_grad, _dense_values_grad)
 
 
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
