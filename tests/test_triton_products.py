@@ -162,6 +162,46 @@ def test_what_runs(block, backend, expected):
         assert got == ({(1, 1): "cuda", (16, 16): "triton"}[block] if works else "dense")
 
 
+@pytest.mark.usefixtures("nothing_measured", "no_tf32")
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_choice_is_made_once(kind, monkeypatch):
+    asked, real = [], choice.kernel_pays
+    monkeypatch.setattr(
+        "sparse_moon.ops.gpu.kernel_pays", lambda work, *rest: (asked.append(work), real(work, *rest))[1]
+    )
+    topology = Topology.random((32, 32), 0.5, (16, 16))
+    values, x = torch.randn(topology.values_shape), torch.randn(4, 32)
+    plan = topology.plan() if kind == "linear" else topology.plan(Geometry((32, 32, 1, 1), (1, 1), (0, 0), (1, 1), 1))
+
+    def choose(x=x, values=values, pass_="forward"):
+        if kind == "linear":
+            return linear.choice(pass_, x, plan, x, values)
+        images = x.view(4, 32, 1, 1)
+        return conv2d.choice(pass_, images.shape, images, plan, images, values)
+
+    assert [choose(), choose()] == ["dense"] * 2 and len(asked) == 1
+    with choice.use_backend("kernel"):
+        assert choose() == "triton"
+    with choice.asked_for() as works:
+        choose()
+    assert len(works) == 1
+    for pass_ in choice.PASSES:
+        choice.remember(works[0]._replace(pass_=pass_), 0.6)
+    assert [choose(), choose()] == ["triton"] * 2
+    assert choose(values=values.double()) == "dense" and choose(pass_="input_grad") == "triton"
+    assert len(asked) == 5
+    setting = torch.backends.cuda.matmul if kind == "linear" else torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "tf32"
+        assert choose() == "dense"
+        setting.fp32_precision = "ieee"
+        assert choose() == "triton"
+    finally:
+        setting.fp32_precision = before
+    assert len(asked) == 6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "kernel", "triton", "cuda", "dense"])
 @pytest.mark.parametrize("pattern", ["unstructured", "vector16", "block32"])

@@ -4,13 +4,14 @@ Products with blocks and vectors have Triton kernels, unstructured ones CUDA C++
 :mod:`sparse_moon.ops.choice` finds that they pay, or where they are asked for; everything else is a dense product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.choice import Work, kernel_pays
+from sparse_moon.ops import choice
+from sparse_moon.ops.choice import Pass, Work, kernel_pays
 from sparse_moon.ops.masked_dense import GPU_DTYPES
 from sparse_moon.ops.native import has_cuda, has_triton
 from sparse_moon.ops.plan import Plan
@@ -18,8 +19,28 @@ from sparse_moon.ops.plan import Plan
 Implementation = Literal["triton", "cuda", "dense"]
 
 
-def choose(work: Work, plan: Plan, takes: Callable[[], bool], *operands: Tensor | None) -> Implementation:
+def key_of(pass_: Pass, shape: Sequence[int], tf32: bool, *operands: Tensor | None) -> Hashable:
+    """What a choice for a plan depends on, apart from what :func:`chosen` looks at."""
+    return "gpu", pass_, tuple(shape), tf32, *[None if t is None else t.dtype for t in operands]
+
+
+def chosen(plan: Plan, key: Hashable) -> Implementation | None:
+    """The choice that was made before, if it still holds: making it anew takes the host four times as long."""
+    found: tuple[Implementation, int] | None = plan.decisions.get(key)
+    return found[0] if found and found[1] == choice.generation and not choice.open_blocks() else None
+
+
+def choose(
+    key: Hashable, work: Work, plan: Plan, takes: Callable[[], bool], *operands: Tensor | None
+) -> Implementation:
     """What runs a product; ``takes`` says whether Triton has a kernel for its blocks."""
+    implementation = _choose(work, plan, takes, *operands)
+    if choice.is_settled():
+        plan.note_decision(key, (implementation, choice.generation))
+    return implementation
+
+
+def _choose(work: Work, plan: Plan, takes: Callable[[], bool], *operands: Tensor | None) -> Implementation:
     dtypes = {t.dtype for t in operands if t is not None}
     if len(dtypes) > 1 or not dtypes <= GPU_DTYPES:
         return "dense"

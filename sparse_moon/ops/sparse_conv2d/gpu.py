@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_moon.ops.choice import Pass, Work, or_dense
 from sparse_moon.ops.dense_weight import gathered
-from sparse_moon.ops.gpu import Implementation, choose, speed_dtype
+from sparse_moon.ops.gpu import Implementation, choose, chosen, key_of, speed_dtype
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.native import native_cuda
@@ -19,14 +19,19 @@ from sparse_moon.ops.sparse_conv2d.api import FORWARD, GRADS, INPUT_GRAD, VALUES
 
 def choice(pass_: Pass, input_shape: Sequence[int], x: Tensor, plan: Plan, *operands: Tensor | None) -> Implementation:
     """What runs a pass on ``x``, the input or the gradient of the output."""
+    tf32 = triton.tf32()
+    key = key_of(pass_, input_shape, tf32, *operands)
+    found = chosen(plan, key)
+    if found is not None:
+        return found
     geometry, dtype = geometry_of(plan), x.dtype
     outputs, inputs, *kernel = geometry.weight_shape
     work = Work(
         pass_, input_shape[0], inputs, outputs, math.prod(geometry.output_size(torch.Size(input_shape))),
         math.prod(kernel), max(geometry.stride), geometry.groups, x.device.type, plan.block,
-        speed_dtype(dtype, triton.tf32()),
+        speed_dtype(dtype, tf32),
     )  # fmt: skip
-    return choose(work, plan, lambda: triton.takes(pass_, plan, dtype), *operands)
+    return choose(key, work, plan, lambda: triton.takes(pass_, plan, dtype), *operands)
 
 
 def _as(layout_of: Tensor, result: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from sparse_moon.ops.choice import Pass, Work, or_dense
-from sparse_moon.ops.gpu import Implementation, choose, speed_dtype
+from sparse_moon.ops.gpu import Implementation, choose, chosen, key_of, speed_dtype
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native_cuda
 from sparse_moon.ops.plan import Plan
@@ -15,12 +15,15 @@ from sparse_moon.ops.sparse_linear.api import FORWARD, GRADS, INPUT_GRAD, VALUES
 
 def choice(pass_: Pass, x: Tensor, plan: Plan, *operands: Tensor | None) -> Implementation:
     """What runs a pass on ``x``, the input or the gradient of the output."""
+    tf32 = triton.tf32()
+    key = key_of(pass_, x.shape, tf32, *operands)
+    found = chosen(plan, key)
+    if found is not None:
+        return found
     outputs, inputs = plan.shape
     tokens, dtype = math.prod(x.shape[:-1]), x.dtype
-    work = Work(
-        pass_, tokens, inputs, outputs, 1, 1, 1, 1, x.device.type, plan.block, speed_dtype(dtype, triton.tf32())
-    )
-    return choose(work, plan, lambda: triton.takes(plan.block, dtype), *operands)
+    work = Work(pass_, tokens, inputs, outputs, 1, 1, 1, 1, x.device.type, plan.block, speed_dtype(dtype, tf32))
+    return choose(key, work, plan, lambda: triton.takes(plan.block, dtype), *operands)
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
