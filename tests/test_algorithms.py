@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -115,6 +116,35 @@ def test_counts_stay_exact_and_something_changes(method, pattern):
     for name, layer in layers.items():
         assert layer.mask().sum() == layer.topology.nnz == before[name][0]
         assert not torch.equal(layer.mask(), before[name][1])
+
+
+@pytest.mark.parametrize("kind", ["rigl", "set", "mest"])
+@pytest.mark.parametrize("conv", [False, True])
+def test_blocks_go_and_come_by_their_sums(conv, kind):
+    b, shape = (2, (6, 4, 4, 4)) if conv else (4, (6, 32))
+    model = nn.Sequential(nn.Conv2d(4, 8, 3) if conv else nn.Linear(32, 24), nn.Flatten())
+    layer = sm.sparsify(model, 0.5, "uniform", first_dense=False, pattern=f"block{b}").double()[0]
+    grid = (layer.weight_shape[0] // b, b, layer.weight_shape[1] // b, b, -1)  # the last: the taps of a convolution
+    x, y, start = torch.randn(shape, dtype=torch.float64), torch.arange(6), layer.mask()
+    weight = layer.dense_weight().detach().clone().requires_grad_()
+    output = F.conv2d(x, weight, layer.bias) if conv else F.linear(x, weight, layer.bias)
+    F.cross_entropy(output.flatten(1), y).backward()
+
+    exists = start.view(grid).amax((1, 3)).flatten()
+    size, gradient = (t.detach().abs().view(grid).sum((1, 3)).flatten() for t in (weight, weight.grad))
+    drop = size + 5.0 * gradient if kind == "mest" else size
+    grow = gradient if kind == "rigl" else philox(len(exists), 9, 2**31, torch.tensor(1)).float()
+    count = int(0.4 * exists.sum())
+    exists[exists.nonzero().flatten()[drop[exists].argsort()[:count]]] = False
+    exists[(~exists).nonzero().flatten()[grow[~exists].argsort(descending=True)[:count]]] = True
+    blocks = exists.view(grid[0], 1, grid[2], 1, -1)
+
+    make = {"rigl": sm.RigL, "set": sm.SET, "mest": partial(sm.MEST, gradient_weight=5.0)}[kind]
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    method = make(model, optimizer, total_steps=10, interval=1, drop_fraction=sm.Constant(0.4), seed=9)
+    assert train(model, method, 2, [(x, y), (x, y)]) == [False, True]
+    assert torch.equal(layer.mask(), blocks.expand(-1, b, -1, b, -1).reshape(start.shape))
+    assert not torch.equal(layer.mask(), start)
 
 
 def test_ties_everywhere_keep_the_counts():

@@ -113,8 +113,8 @@ def test_hessian_and_jacobian(kind, images, vectorize):
 @pytest.mark.parametrize("kind", KINDS)
 def test_per_sample_gradients(kind, images):
     """``torch.func``: gradients of each example by ``vmap`` over ``grad``."""
-    x, results = images.detach(), []
-    for model in networks(kind):
+    x, pair, results = images.detach(), networks(kind), []
+    for model in pair:
         model.eval()
         buffers = dict(model.named_buffers())
 
@@ -122,14 +122,15 @@ def test_per_sample_gradients(kind, images):
             return torch.func.functional_call(model, (parameters, buffers), (image[None],)).square().sum()
 
         parameters = {name: p.detach() for name, p in model.named_parameters()}
-        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        results.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x))
         for i in range(2):
-            one = torch.func.grad(loss)(parameters, x[i])
-            for name, value in one.items():
-                torch.testing.assert_close(found[name][i], value)
-        results.append({name: value for name, value in found.items() if name.endswith("bias")})
-    for name, value in results[0].items():
-        torch.testing.assert_close(value, results[1][name])
+            for name, value in torch.func.grad(loss)(parameters, x[i]).items():
+                torch.testing.assert_close(results[-1][name][i], value)
+    for i in range(len(x)):
+        for model, found in zip(pair, results, strict=True):
+            for name, parameter in model.named_parameters():
+                parameter.grad = found[name][i]
+        compare(*pair)
 
 
 @pytest.mark.parametrize("transform", ["jvp", "jacrev", "jacfwd", "hessian", "dual"])

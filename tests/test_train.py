@@ -24,6 +24,7 @@ from sparse_moon.app.run_data import channels_last, load_dataset
 from sparse_moon.app.run_record import read_record
 from sparse_moon.app.train import train
 from sparse_moon.app.trainer import Trainer
+from sparse_moon.nn import sparse_layers
 
 QUICK = TrainConfig(
     model="mlp", width=64, epochs=5, batch_size=64, interval=5, sparsity=0.8, ood=["digits-8-9", "noise"], lr=0.2
@@ -92,6 +93,22 @@ def test_a_run_writes_its_folder(whole):
 def test_the_same_seed_gives_the_same_bits(whole, tmp_path):
     train(QUICK, tmp_path / "again", progress=False)
     assert_same_end(whole[0], tmp_path / "again")
+
+
+def test_the_seed_is_that_of_weights_topology_batches_growth_and_masks():
+    drawn = []
+    for seed in (0, 1, 0):
+        config = replace(QUICK, method="set", reliability="cigl", seed=seed)
+        run = build.build_run(config, load_dataset(config))
+        layer = next(iter(sparse_layers(run.model).values()))
+        drawn.append({
+            "weights": layer.values.detach(), "topology": layer.topology.positions(),
+            "batch": next(iter(run.batches))[0], "growth": torch.tensor(run.method.seed),
+            "mask": torch.tensor(run.reliability.mask.seed),
+        })  # fmt: skip
+    first, other, again = drawn
+    assert [name for name in first if not torch.equal(first[name], again[name])] == []
+    assert [name for name in first if torch.equal(first[name], other[name])] == []
 
 
 @pytest.mark.parametrize("kill_at", [0, 7, 30, 53, 70])

@@ -1,4 +1,4 @@
-"""MOON's and CigL's whole training loops against simulations with dense weights, written from their Algorithm 1."""
+"""Whole training loops: README's against dense simulations of each Algorithm 1, the command line's against README's."""
 
 import math
 
@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import sparse_moon as sm
+from sparse_moon.app.build import build_run
+from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.run_data import load_dataset, plain_batches
+from sparse_moon.app.trainer import Trainer
 from sparse_moon.ops.bernoulli_mask import philox
 
 CLASSES, EPOCHS, BATCHES = 4, 10, 5
@@ -174,3 +179,48 @@ def test_the_whole_loop_equals_a_dense_simulation(reliability):
     torch.testing.assert_close(model[1].weight.detach(), simulation.average["gain"], **close)
     torch.testing.assert_close(model[1].running_mean, mean, **close)
     torch.testing.assert_close(model[1].running_var, var, **close)
+
+
+@pytest.mark.parametrize("change", [{"reliability": "moon"}, {"reliability": "cigl"},
+                                    {"reliability": "cigl", "rescale": True}], ids=str)  # fmt: skip
+def test_the_trainer_does_what_the_readme_does(change):
+    config = TrainConfig(
+        model="small-resnet", width=4, epochs=4, batch_size=256, interval=2, sparsity=0.8, ood=[], lr=0.2,
+        vote_from=0.5, stop=0.5, seed=3, **change, **({"keep": 0.8} if change["reliability"] == "cigl" else {}),
+    )  # fmt: skip
+    data = load_dataset(config)
+    trainer = Trainer(config, data)
+    for _ in range(4):
+        trainer.run_epoch(tqdm(disable=True))
+    trainer.finish()
+
+    run = build_run(config, data)
+    model, optimizer, method = run.model, run.optimizer, run.method
+    moon = config.reliability == "moon"
+    mask = None if moon else sm.RandomMask(model, 0.8, 3)
+    criterion = sm.UnknownAwareLoss(8, 4) if moon else nn.CrossEntropyLoss()
+    if mask is not None:
+        sm.freeze_hidden(mask, optimizer)
+    average = sm.WeightAverage(model, mask, rescale=change.get("rescale", False))
+    rate = sm.Cosine(0.2, 0.2 / 15, round(config.lr_until * run.total_steps))
+    updates = 0
+    for epoch in range(4):
+        model.train()
+        for images, labels in run.batches.epoch(epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(method.steps)
+            if mask is not None:
+                mask.clear() if method.updates_now else mask.draw()
+            criterion(model(images), labels).backward()
+            updates += method.step()
+            optimizer.zero_grad()
+        if moon:
+            criterion.end_epoch()
+        if epoch >= 2:
+            average.update(model)
+    if mask is not None:
+        mask.clear()
+    average.copy_to(model)
+    sm.refresh_batch_norm(model, plain_batches(data.train, data, config))
+    found, expected = trainer.model.state_dict(), model.state_dict()
+    assert updates > 1 and [name for name in expected if not torch.equal(found[name], expected[name])] == []
