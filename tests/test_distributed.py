@@ -58,12 +58,11 @@ def worker(port, kind, folder, rank):
     loss(model(x).float(), y)
     loss.end_epoch()
     outliers = sm.VirtualOutlierLoss(3, 2, 4)
-    features = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + rank
-    labels = torch.tensor([0, 1 + rank])  # class 1 is seen by the first process alone, class 2 by the second
-    outliers(torch.zeros(2, 3), labels, features, torch.nn.Linear(2, 3))
+    features = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]]) * (rank + 1)
+    labels = torch.tensor([0, 0, 1 + rank])  # class 1 is seen by the first process alone, class 2 by the second
+    outliers(torch.zeros(3, 3), labels, features, torch.nn.Linear(2, 3))
     outliers.end_epoch()
-    state_of_outliers = {"mean": outliers.mean, "seen": outliers.seen}
-    torch.save({"model": state, "w": loss.w, "outliers": state_of_outliers}, f"{folder}/{rank}.pt")
+    torch.save({"model": state, "w": loss.w, "outliers": outliers.state_dict()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -81,7 +80,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         assert first["w"] == second["w"] > 0
         for end in (first["outliers"], second["outliers"]):
             assert end["seen"].all()
-            torch.testing.assert_close(end["mean"], torch.tensor([[1.5, 2.5], [3.0, 4.0], [4.0, 5.0]]))
+            torch.testing.assert_close(end["mean"], torch.tensor([[3.0, 4.5], [5.0, 7.0], [10.0, 14.0]]))
+            torch.testing.assert_close(end["covariance"], torch.full((2, 2), (2 / 3 + 8 / 3) / 2))  # that of class 0
         for name, tensor in alone.items():
             assert torch.equal(first["model"][name], second["model"][name])
             if tensor.is_floating_point():  # sums in another order: float64 rounding over 16 steps
