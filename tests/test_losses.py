@@ -43,6 +43,11 @@ def test_no_warm_up_starts_from_zero():
 
 
 @pytest.mark.parametrize("kind", [sm.UnknownAwareLoss, sm.AbstainingLoss])
+def test_without_tuning_the_weight_is_the_last_from_the_first_epoch_on(kind):
+    assert run(kind(3, 4, final_weight=2.0, warmup_epochs=2, auto_tune=False), make_batches(), 4) == [2.0] * 4
+
+
+@pytest.mark.parametrize("kind", [sm.UnknownAwareLoss, sm.AbstainingLoss])
 @pytest.mark.parametrize("epochs, warmup", [(1, 0), (2, 1), (4, 1), (5, 1), (10, 2), (20, 5), (200, 5)])
 def test_the_default_warm_up_fits_every_length(kind, epochs, warmup):
     assert kind(3, epochs).warmup_epochs == warmup

@@ -9,6 +9,7 @@ from torch import nn
 from sparse_moon.algorithms import ALGORITHMS, Dense, RigL
 from sparse_moon.nn import sparsify
 from sparse_moon.ood import SCORES, CosineHead
+from sparse_moon.options import AbstentionOptions
 from sparse_moon.reliability import MOON, RELIABILITY, CigL, Plain, Reliability, ReliabilityRun, RunCost
 from sparse_moon.schedules import Cosine
 
@@ -88,6 +89,15 @@ def test_parts_and_what_they_change():
     assert whole.several and whole.ends_with == "several networks" and whole.passes == 1
     with pytest.raises(ValueError, match=r"'moon' has the parts \('loss', 'tuning', 'voting'\) to leave out, got"):
         MOON(RUN, without=["x"])
+
+
+@pytest.mark.parametrize(("dataset", "weight"), [("mnist", 0.01), ("cifar10", 1.0), ("cifar100", 2.0), ("digits", 1.0)])
+def test_the_final_weight_of_moon_is_the_papers(dataset, weight):
+    moon = made("moon", dataset=dataset)
+    moon.attach(net(4), 3)
+    assert moon.loss.final_weight == weight
+    named = f"({dataset})" if dataset in ("mnist", "cifar100") else "(others)"
+    assert f"{weight:g} {named}" in AbstentionOptions.__doc__
 
 
 @pytest.mark.parametrize(("share", "epochs"), [(0.7, 90), (0.57, 100), (0.58, 50), (0.29, 200), (0.8, 10), (1.0, 10)])

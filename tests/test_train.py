@@ -95,6 +95,23 @@ def test_the_same_seed_gives_the_same_bits(whole, tmp_path):
     assert_same_end(whole[0], tmp_path / "again")
 
 
+@pytest.mark.parametrize("model", ["mlp", "small-resnet"])
+def test_the_same_seed_gives_the_same_bits_in_two_threads_without_deterministic_mode(model):
+    config, ends = replace(QUICK, model=model, width=8, batch_size=512, interval=1, reliability="cigl"), []
+    torch.use_deterministic_algorithms(False)  # as for a user
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):
+            trainer = Trainer(config, load_dataset(config))
+            trainer.run_epoch(tqdm(disable=True))
+            ends.append(trainer.model.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    assert trainer.history[0]["topology_updates"] > 0
+    assert [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
+
+
 def test_the_seed_is_that_of_weights_topology_batches_growth_and_masks():
     drawn = []
     for seed in (0, 1, 0):

@@ -213,6 +213,20 @@ def test_mixed_precision(digits, change):
     trainer.finish()
 
 
+def test_float16_trains_with_a_scaler_that_resumes(digits):
+    config = replace(SMALL, amp="float16")
+    whole, single = trained(config, digits), trained(SMALL, digits)
+    state = through_a_file(trained(config, digits, 2).state_dict())
+    assert state["scaler"]["scale"] > 1 and state["scaler"]["_growth_tracker"] > 0
+    second = Trainer(config, digits)
+    second.load_state_dict(state)
+    for _ in range(2):
+        second.run_epoch(BAR)
+    assert same(whole.state_dict(), second.state_dict())
+    losses = [[row["loss"] for row in trainer.history] for trainer in (whole, single)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
 def test_no_two_reliability_methods_train_the_same_network(digits):
     ends = [trained(SMALL, digits).model.state_dict()]
     for change in RELIABILITY:
