@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -173,20 +172,6 @@ def test_a_dense_gradient_has_the_penalty_in_it(images):
         (grad,) = torch.autograd.grad(m(images).square().sum(), images, create_graph=True)
         (grad.flatten(1).norm(dim=1) - 1).square().mean().backward()
     torch.testing.assert_close(probe.grad, dense[2].weight.grad.flatten(1))
-
-
-def test_recompute_refuses_second_derivatives(images):
-    dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
-    model = sm.sparsify(dense, 0.5, exclude="0", fuse=True, recompute=True)
-    x = images.detach().float().requires_grad_()
-    output = model(x)
-    try:
-        (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
-    except RuntimeError as error:
-        assert "recompute" in str(error)
-    else:  # where nothing was dropped there is nothing to refuse
-        assert grad.requires_grad
-    F.relu(output).sum().backward()
 
 
 def test_ensembles_share_a_topology():

@@ -232,22 +232,22 @@ def test_report_of_methods_that_begin_with_more_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        {"method": "magic"},
-        {"method": "gmp", "f_start": 0.5},
-        {"method": "gmp", "f_start": 6.0},
-        {"method": "gmp", "start": 0.8},
-        {"method": "mest", "growth": -0.1},
-        {"f_sparse": 6.0},
-        {"f_sparse": -1.0},
-        {"f_sparse": 0.0, "f_dense": 0.0},
-        {"interval": 0},
-        {"update_fraction": 1.1},
+        ({"method": "magic"}, "'magic'"),
+        ({"method": "gmp", "f_start": 0.5}, r"f_sparse <= f_start <= f_dense, .* got f_start 0\.5, start 0"),
+        ({"method": "gmp", "f_start": 6.0}, r"f_sparse <= f_start <= f_dense, .* got f_start 6\.0, start 0"),
+        ({"method": "gmp", "start": 0.8}, r"0 <= start <= update_fraction .* got f_start None, start 0\.8"),
+        ({"method": "mest", "growth": -0.1}, r"growth >= 0, got .* growth -0\.1"),
+        ({"f_sparse": 6.0}, r"0 <= f_sparse <= f_dense and f_dense > 0, got 6\.0 and 5\.0"),
+        ({"f_sparse": -1.0}, r"0 <= f_sparse <= f_dense and f_dense > 0, got -1\.0 and 5\.0"),
+        ({"f_sparse": 0.0, "f_dense": 0.0}, r"f_dense > 0, got 0\.0 and 0\.0"),
+        ({"interval": 0}, "need interval >= 1 and .* got 0 and"),
+        ({"update_fraction": 1.1}, r"update_fraction in \[0, 1\], got 100 and 1\.1"),
     ],
 )
-def test_training_ratio_rejects(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
+def test_training_ratio_rejects(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         training_flops_ratio(**{"method": "rigl", "f_sparse": 1.0, "f_dense": 5.0, **arguments})
 
 
@@ -295,10 +295,15 @@ def test_nothing_averaged_needs_no_refresh() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"refresh": "never"}, {"averaged_epochs": 11}, {"warmup_epochs": 11}, {"training_flops": 0.0}],
+    ("arguments", "message"),
+    [
+        ({"refresh": "never"}, "unknown refresh 'never'"),
+        ({"averaged_epochs": 11}, r"averaged_epochs must be in \[0, 10\], got 11"),
+        ({"warmup_epochs": 11}, r"warmup_epochs must be in \[0, 10\], got 11"),
+        ({"training_flops": 0.0}, r"training_flops must be positive, got 0\.0"),
+    ],
 )
-def test_overhead_rejects(arguments: dict[str, Any]) -> None:
+def test_overhead_rejects(arguments: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {
         "training_flops": 1.0,
         "forward": 1.0,
@@ -307,7 +312,7 @@ def test_overhead_rejects(arguments: dict[str, Any]) -> None:
         "examples": 9,
         "epochs": 10,
     }
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         moon_overhead(**{**good, "averaged_epochs": 2, **arguments})
 
 

@@ -71,6 +71,14 @@ def test_from_dense_by_magnitude():
     assert sparse.values.abs().min() >= dense.weight[~sparse.mask()].abs().max()
 
 
+def test_blocks_of_a_convolution_by_magnitude():
+    dense = nn.Conv2d(8, 12, 3)
+    sparse = sm.SparseConv2d.from_dense(dense, sparsity=0.75, pattern="block2", selection="magnitude")
+    sums = dense.weight.detach().abs().view(6, 2, 4, 2, 9).sum((1, 3), keepdim=True)  # two channels by two, at one tap
+    kept = sums >= sums.flatten().topk(54).values[-1]
+    assert torch.equal(sparse.mask(), kept.expand(6, 2, 4, 2, 9).reshape(12, 8, 3, 3))
+
+
 def test_from_dense_errors():
     dense = nn.Linear(3, 4)
     with pytest.raises(ValueError, match="either a mask or a sparsity"):

@@ -73,12 +73,18 @@ def conv2d(**changes):
     return list((geometry | changes).values())
 
 
-@pytest.mark.parametrize("changes", [
-    {"weight_shape": [ROWS, 6, 1, 2]}, {"weight_shape": [ROWS, 6]}, {"weight_shape": [ROWS, 6, 0, 1]}, {"stride": [1]},
-    {"stride": [0, 1]}, {"padding": [-1, 0]}, {"padding": [0]}, {"dilation": [1, 0]}, {"groups": 3}, {"groups": 0},
-    {"weight_shape": [ROWS, 5, 1, 1]},
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"weight_shape": [ROWS, 6, 1, 2]}, r"weight shape .* does not fit an index of a \(4, 6\) matrix"),
+    ({"weight_shape": [ROWS, 6]}, r"weight shape must be \(O, C/groups, kh, kw\), got"),
+    ({"weight_shape": [ROWS, 6, 0, 1]}, r"weight shape must be \(O, C/groups, kh, kw\), got"),
+    ({"stride": [1]}, r"invalid stride \S*1\S*, padding"), ({"stride": [0, 1]}, r"invalid stride \S*0, 1\S*, padding"),
+    ({"padding": [-1, 0]}, r"padding \S*-1, 0\S* or"), ({"padding": [0]}, r"padding \S*0\S* or"),
+    ({"dilation": [1, 0]}, r"or dilation \S*1, 0"),
+    ({"groups": 3}, "groups must divide 4 output channels, got 3"),
+    ({"groups": 0}, "groups must divide 4 output channels, got 0"),
+    ({"weight_shape": [ROWS, 5, 1, 1]}, r"input must be \(N, 5, H, W\), got shape \(2, 6, 5, 5\)"),
 ], ids=str)  # fmt: skip
-def test_geometry_of_sparse_conv2d(index, changes):
+def test_geometry_of_sparse_conv2d(index, changes, message):
     x, grad, spec = torch.randn(2, 6, 5, 5), torch.randn(2, ROWS, 5, 5), (*conv2d(**changes), *index)
     for call in (
         lambda: OPS.sparse_conv2d(x, values(), None, None, *spec),
@@ -86,7 +92,7 @@ def test_geometry_of_sparse_conv2d(index, changes):
         lambda: OPS.sparse_conv2d_values_grad(grad, x, [1, 1], *spec),
         lambda: OPS.sparse_conv2d_grads(grad, x, values(), *spec),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=message):
             call()
 
 
@@ -193,9 +199,9 @@ def test_drop_and_grow_scores(index):
 
 
 def test_average():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"tensor a \(4\) must match the size of tensor b \(3\)"):
         OPS.average_([torch.zeros(4)], [torch.zeros(3)], torch.tensor(0), 1.0, 0, torch.tensor(0))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is shorter than argument 1"):
         OPS.average_([torch.zeros(4)], [], torch.tensor(0), 1.0, 0, torch.tensor(0))
 
 

@@ -118,6 +118,19 @@ def test_a_written_operand_is_noticed():
         z.sum().backward()
 
 
+def test_second_derivatives_are_refused():
+    x, found = torch.randn(5, 3, 8, 8, requires_grad=True), []
+    for recompute in (False, True):
+        dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
+        model = sm.sparsify(dense, 0.5, exclude="0", fuse=True, recompute=recompute)
+        found.append(kept_bytes(lambda model=model: model(x).square().sum()))
+    (more, kept), (less, dropped) = found
+    assert less < more and torch.autograd.grad(kept, x, create_graph=True)[0].requires_grad
+    with pytest.raises(RuntimeError, match="recompute"):
+        torch.autograd.grad(dropped, x, create_graph=True)
+    dropped.backward()
+
+
 def test_it_works_with_checkpointing_and_compilation():
     x = torch.randn(5, 6, 7, 9)
     both = nn.Sequential(*pair())

@@ -66,15 +66,16 @@ def test_random_counts_are_exact(density, block):
     assert topology.mask().sum() == topology.nnz
 
 
-def test_random_is_uniform_and_follows_the_seed():
+@pytest.mark.parametrize("constant_fan_in", [False, True])
+def test_random_is_uniform_and_follows_the_seed(constant_fan_in):
     counts = torch.zeros(8, 8)
     for _ in range(2000):
-        counts += Topology.random((8, 8), 0.25).mask()
+        counts += Topology.random((8, 8), 0.25, constant_fan_in=constant_fan_in).mask()
     assert (counts / 2000 - 0.25).abs().max() < 0.05  # 5 standard deviations are 0.048
     torch.manual_seed(3)
-    first = Topology.random((8, 8), 0.5)
+    first = Topology.random((8, 8), 0.5, constant_fan_in=constant_fan_in)
     torch.manual_seed(3)
-    assert first.same_as(Topology.random((8, 8), 0.5))
+    assert first.same_as(Topology.random((8, 8), 0.5, constant_fan_in=constant_fan_in))
 
 
 def test_from_scores_keeps_the_largest_and_the_first_on_ties():
