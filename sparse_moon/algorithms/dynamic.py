@@ -15,6 +15,7 @@ from sparse_moon.algorithms.optimizers import (
     check_state,
     inner_optimizers,
     is_stepping,
+    keeps_state,
     move_state,
     parameters_of,
     unscale_,
@@ -112,6 +113,7 @@ class DynamicMethod(Method):
             )
         self._stepped = False
         self._told: set[str] = set()  # what was said once
+        self._prints = self._fingerprints()
         inner_optimizers(optimizer)[-1].register_step_post_hook(self._notice)
 
     @classmethod
@@ -171,6 +173,7 @@ class DynamicMethod(Method):
         if not self._steps_now():
             return False
         self._stepped = True
+        self._check_loaded()
         updates = updated = self.updates_now
         if updates and self.replaces_step:
             if closure is not None:
@@ -210,6 +213,7 @@ class DynamicMethod(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        self._prints = dict.fromkeys(self.layers)  # the model may be loaded after this
         self.first_blocks = dict(zip(self.layers.values(), state["first_blocks"], strict=True))
         self._prepare()
 
@@ -274,7 +278,30 @@ class DynamicMethod(Method):
                 "zeros, so no topology changed: it looks at what backward() leaves in the parameters' grad, not at "
                 "gradients that are computed and assigned by other ways",
             )
+        self._prints = self._fingerprints()
         self._check_processes(f"after the update at batch {self.steps}")
+
+    def _fingerprints(self) -> dict[str, int | None]:
+        """Of each layer's topology; None where any will do."""
+        return {name: layer.topology.fingerprint for name, layer in self.layers.items()}
+
+    def _check_loaded(self) -> None:
+        """Whether the layers still have the topologies that the method has left them with."""
+        now = self._fingerprints()
+        if other := [name for name in now if self._prints[name] not in (None, now[name])]:
+            self._meet_loaded(other)
+        self._prints = now
+
+    def _meet_loaded(self, names: list[str]) -> None:
+        """Other code has given these layers another topology, as ``load_state_dict`` of the model does."""
+        if stale := [name for name in names if keeps_state(self.optimizer, self.layers[name].values)]:
+            self._tell_once(
+                "loaded",
+                f"the model was loaded: {stale} have other topologies than before batch {self.steps}, and what the "
+                "optimizer keeps for each weight, as momentum, is still that of the weights before. Load the state of "
+                f"the optimizer and of method {self.name!r} that go with the model's, too",
+                stacklevel=5,
+            )
 
     def _check_layers(self) -> None:
         """Whether the optimizer trains what it trained when the method was made."""
@@ -290,7 +317,7 @@ class DynamicMethod(Method):
                 f"they keep their topology; {'detach() it and ' if self.attached else ''}make the method anew",
             )
 
-    def _tell_once(self, kind: str, message: str) -> None:
+    def _tell_once(self, kind: str, message: str, stacklevel: int = 4) -> None:
         if kind not in self._told:
             self._told.add(kind)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=stacklevel)

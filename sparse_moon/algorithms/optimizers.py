@@ -107,6 +107,11 @@ def _states(optimizer: Any, values: nn.Parameter) -> list[tuple[Optimizer, dict[
     return found
 
 
+def keeps_state(optimizer: Any, values: nn.Parameter) -> bool:
+    """Whether the optimizer keeps anything for these values by now."""
+    return bool(_states(optimizer, values))
+
+
 def check_state(optimizer: Any, values: nn.Parameter, required: Collection[str]) -> None:
     """Raise ``ValueError`` for state of which it is not known how it moves, or where none has a ``required`` name."""
     found = _states(optimizer, values)

@@ -168,6 +168,13 @@ class TopKAST(SET):
         super()._update()
         self._active = {layer: a for layer, a in self._active.items() if not layer.values.requires_grad}
 
+    def _meet_loaded(self, names: list[str]) -> None:
+        raise RuntimeError(
+            f"the model was loaded: {names} have other topologies than before batch {self.steps}, and the values that "
+            f"method {self.name!r} keeps outside of the model have no place there. Load the state of the method and of "
+            "the optimizer that go with the model's, too, or make both anew"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         active, values = [self._active[layer] for layer in self.layers.values()], []
         for layer in self.layers.values():
