@@ -41,6 +41,7 @@ class RandomMask:
     Attributes:
         step: 0-d int64 tensor, how many masks were drawn.
         drawn: whether a mask hides weights now.
+        changes: how often this object has drawn or cleared.
 
     Raises:
         ValueError: a keep probability outside its range, or a model without sparse layers.
@@ -55,7 +56,7 @@ class RandomMask:
             raise ValueError("a random mask needs a model with sparse layers; call sparsify(model, ...) first")
         self.keep, self.seed = keep, seed
         self._step = torch.zeros((), dtype=torch.int64, device=self.layers[0].values.device)
-        self.drawn = False
+        self.drawn, self.changes = False, 0
 
     @property
     def step(self) -> Tensor:
@@ -69,6 +70,7 @@ class RandomMask:
     def draw(self) -> None:
         """Hide other weights from now on."""
         self._step += 1
+        self.changes += 1
         self.drawn = True
         for stream, layer in enumerate(self.layers):
             hide = _Hide(self.mask(stream, layer))
@@ -77,6 +79,7 @@ class RandomMask:
 
     def clear(self) -> None:
         """Hide nothing from now on."""
+        self.changes += 1
         self.drawn = False
         for layers in self._tied.values():
             for layer in layers:

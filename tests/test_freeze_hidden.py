@@ -129,6 +129,61 @@ def test_all_weights_move_where_no_mask_is_drawn():
     assert all((layer.values != old).all() for layer, old in zip(mask.layers, before, strict=True))
 
 
+def test_gradients_of_earlier_draws_move_their_weights():
+    # lr 0.1, weight decay 0.25, a weight of 2: one gradient of 1 moves it by 0.1 * (1 + 0.5), none leaves it
+    for shown, expected in ([True, False], 1.85), ([False, True], 1.85), ([False, False], 2.0):
+        layer, mask, draw = one_weight(shown)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.25)
+        sm.freeze_hidden(mask, optimizer)
+        for _ in shown:
+            draw()
+            layer(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+        assert layer.values.item() == pytest.approx(expected), shown
+
+
+def test_accumulated_draws_move_what_any_of_them_showed():
+    model = net()
+    mask, optimizer = sm.RandomMask(model, 0.5), torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    sm.freeze_hidden(mask, optimizer)
+    for step in range(3):
+        before = [layer.values.detach().clone() for layer in mask.layers]
+        shown = [torch.zeros_like(old, dtype=torch.bool) for old in before]
+        for micro in range(2):
+            if step == 2 and not micro:
+                mask.clear()  # and all are shown
+            else:
+                mask.draw()
+            for stream, layer in enumerate(mask.layers):
+                shown[stream] |= mask.mask(stream, layer) if mask.drawn else True
+            model(torch.randn(32, 24).abs()).square().sum().backward()
+        had = [layer.values.grad != 0 for layer in mask.layers]
+        optimizer.step()
+        optimizer.zero_grad()
+        for stream, (layer, old, grad) in enumerate(zip(mask.layers, before, had, strict=True)):
+            moved = layer.values.detach() != old
+            assert moved[grad].float().mean() > 0.99 and not moved[~shown[stream]].any()
+            assert moved[~mask.mask(stream, layer)].any()
+
+
+def test_a_penalty_does_not_move_what_the_draw_hides():
+    # Top-KAST adds its penalty's gradient inside of the step
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    method = sm.TopKAST(model, optimizer, total_steps=20, interval=50, penalty=0.1)
+    mask = sm.RandomMask(model, 0.5)
+    sm.freeze_hidden(mask, optimizer)
+    for _ in range(3):
+        mask.draw()
+        before = method.state_dict()["values"]
+        model(torch.randn(32, 24)).square().sum().backward()
+        method.step()
+        optimizer.zero_grad()
+        for stream, (layer, old) in enumerate(zip(mask.layers, before, strict=True)):
+            hidden = ~mask.mask(stream, layer)
+            assert method.state_dict()["values"][stream][hidden].equal(old[hidden])
+
+
 @pytest.mark.parametrize(("without", "frozen"), [((), True), (("freezing",), False)])
 def test_a_run_of_cigl_freezes_unless_told_otherwise(without, frozen):
     config = TrainConfig(reliability="cigl", without=without, weight_decay=0.1, width=4, epochs=4, interval=5)

@@ -20,28 +20,37 @@ def freeze_hidden(mask: RandomMask, optimizer: Optimizer) -> None:
     what it keeps for all of a parameter, such as Adam's count of steps, goes on. For the time of a step that takes a
     copy of the sparse weights and their state.
 
+    Where gradients of several draws are accumulated for a step, a hidden weight with a gradient, from a draw that
+    showed it, moves.
+
     Args:
         mask: see :class:`sparse_moon.RandomMask`.
         optimizer: trains the mask's layers; of one that wraps another (accelerate) the inner steps count.
     """
     inner = inner_optimizers(optimizer)[-1]
-    before: list[tuple[int, Tensor, dict[str, Tensor]]] = []
+    before: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []
+    changes = mask.changes
 
+    @torch.no_grad()
     def remember(*_: Any) -> None:
+        nonlocal changes
         before.clear()
+        # with one draw a gradient of a hidden weight is none of the network's, but that of a penalty
+        several, changes = mask.changes - changes > 1, mask.changes
         for stream, layer in enumerate(mask.layers if mask.drawn else ()):
+            hidden = ~part_of(divided_like(mask.mask(stream, layer), layer.values))
+            if several and layer.values.grad is not None:
+                hidden &= part_of(layer.values.grad) == 0
             states = {key: part_of(state).clone() for key, state in _per_weight(inner, layer.values).items()}
-            before.append((stream, part_of(layer.values).detach().clone(), states))
+            before.append((layer.values, hidden, part_of(layer.values).clone(), states))
 
     @torch.no_grad()
     def put_back(*_: Any) -> None:
-        for stream, values, states in before:
-            layer = mask.layers[stream]
-            hidden = ~part_of(divided_like(mask.mask(stream, layer), layer.values))
-            _put_back(part_of(layer.values), hidden, values)
-            for key, state in _per_weight(inner, layer.values).items():
+        for values, hidden, old, states in before:
+            _put_back(part_of(values), hidden, old)
+            for key, state in _per_weight(inner, values).items():
                 part = part_of(state)
-                _put_back(part, hidden, states.get(key, part.new_full((), start_of(inner, key, layer.values))))
+                _put_back(part, hidden, states.get(key, part.new_full((), start_of(inner, key, values))))
         before.clear()
 
     inner.register_step_pre_hook(remember)
