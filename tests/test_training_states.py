@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparse_moon as sm
-from small_training import EXCHANGES, METHODS, backward, batch, make, net, train
+from small_training import EXCHANGES, METHODS, backward, batch, changed, make, masks, net, train
 
 CHANGES = [kind for kind in METHODS if kind != "top-kast"]
 
@@ -110,3 +110,70 @@ def test_looking_at_an_average_leaves_the_model_as_it_was():
             model(batch()[0])
             model.load_state_dict(own)
             train(model, method, 1)
+
+
+# --- states that do not fit
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_state_of_other_layers_changes_nothing(kind):
+    model = net()
+    method = make(kind, model)
+    train(model, method, 3)
+    (saved,) = states(method)
+    model = net()
+    model[2].values.requires_grad_(False)
+    method = make(kind, model, no_ablation=()) if kind == "srigl" else make(kind, model)
+    before = states(model, method)
+    with pytest.raises(ValueError, match=r"is of 3 layers, and here it trains 2, \['0', '4'\], and not \['2'\]"):
+        method.load_state_dict(saved)
+    with pytest.raises(ValueError, match="is of method 'static'"):
+        method.load_state_dict({"name": "static", "steps": 3})
+    assert str(states(model, method)) == str(before)
+
+
+def test_a_state_of_top_kast_with_other_numbers_of_weights_changes_nothing():
+    model = net(0.8)
+    (saved,) = states(make("top-kast", model))
+    method = make("top-kast", net())
+    before = states(method)
+    with pytest.raises(ValueError, match=r"other numbers of weights in \['0', '2', '4'\] than the model: load the"):
+        method.load_state_dict(saved)
+    assert str(states(method)) == str(before)
+
+
+@pytest.mark.parametrize("kind", ["gmp", "granet"])
+def test_a_run_that_becomes_longer_waits_until_the_plan_has_come_to_it(kind):
+    model = net(0.1)
+    method = make(kind, model)
+    train(model, method, 30)
+    parts = states(model, method.optimizer, method)
+    held = {name: layer.topology.num_blocks for name, layer in sm.sparse_layers(model).items()}
+    longer = make(kind, model, method.optimizer, total_steps=120)
+    for part, state in zip((model, longer.optimizer, longer), parts, strict=True):
+        part.load_state_dict(state)
+    train(model, longer, 6)
+    # batch 25 of 60 left (1 - 25 / 40)^3 = 0.05 of what is to go; for batch 30 of 120 it is (1 - 30 / 85)^3 = 0.27
+    assert {name: layer.topology.num_blocks for name, layer in sm.sparse_layers(model).items()} == held
+    train(model, longer, 84)
+    assert longer.unfinished is None
+    for layer in sm.sparse_layers(model).values():
+        assert layer.topology.num_blocks == round(0.1 * layer.topology.numel)
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("steps", [9, 10])  # in batch 10 the topology is updated
+def test_a_copy_goes_on_as_its_original(kind, steps):
+    model = net()
+    method = make(kind, model)
+    train(model, method, steps)
+    trained = [(model, method), copy.deepcopy((model, method))]
+    for network, own in trained:
+        torch.manual_seed(4)
+        before = masks(network)
+        train(network, own, 3)
+        assert changed(before, network)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m, _ in trained), strict=True))

@@ -1,8 +1,9 @@
 """The frame of methods that change the topology."""
 
+import copy
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Required, TypedDict
+from typing import Any, Required, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -211,11 +212,26 @@ class DynamicMethod(Method):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "first_blocks": list(self.first_blocks.values())}
 
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        if len(state["first_blocks"]) != len(self.layers):
+            raise ValueError(
+                f"the state of method {self.name!r} is of {len(state['first_blocks'])} layers, and here it trains "
+                f"{len(self.layers)}, {list(self.layers)}, and not {list(self.untouched)}: make it with the layers "
+                "frozen that were frozen then"
+            )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._prints = dict.fromkeys(self.layers)  # the model may be loaded after this
         self.first_blocks = dict(zip(self.layers.values(), state["first_blocks"], strict=True))
         self._prepare()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = other = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        other._prepare()  # copied layers give no dense gradient until they are asked anew
+        return other
 
     def _prepare(self) -> None:
         """Called before each batch."""

@@ -295,10 +295,18 @@ class Method:
         return {"name": self.name, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, taken between two batches."""
+        """Continue from :meth:`state_dict`, taken between two batches.
+
+        Raises:
+            ValueError: the state of another method, or of other layers; nothing is changed.
+        """
+        self._check_state(state)
+        self.steps = state["steps"]
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` for a state that does not fit, before anything is changed."""
         if state["name"] != self.name:
             raise ValueError(f"the state is of method {state['name']!r}, this is {self.name!r}")
-        self.steps = state["steps"]
 
 
 class Dense(Method):

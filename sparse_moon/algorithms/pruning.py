@@ -30,7 +30,8 @@ class _Plan:
 
     def blocks(self, layer: SparseLayer, first: int, step: int) -> int:
         last = self.last[layer]
-        return last + round((first - last) * self.remaining(step - self.first_step))
+        planned = last + round((first - last) * self.remaining(step - self.first_step))
+        return min(planned, layer.topology.num_blocks)  # a run that was to be shorter is ahead of the plan
 
 
 def _plan(method: DynamicMethod, densities: Densities, start: float, total_steps: int) -> _Plan:

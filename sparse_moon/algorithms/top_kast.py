@@ -182,8 +182,18 @@ class TopKAST(SET):
             values[-1][~self._active[layer]] = self._hidden[layer]
         return {**super().state_dict(), "active": active, "values": values}
 
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        values = zip(self.layers.items(), state["values"], strict=True)
+        if other := [name for (name, layer), kept in values if kept.shape != layer.values.shape]:
+            raise ValueError(
+                f"the state of method {self.name!r} has other numbers of weights in {other} than the model: load the "
+                "model's state first"
+            )
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._check_state(state)
         layers = self.layers.values()
         for layer, active, values in zip(layers, state["active"], state["values"], strict=True):
             # all of B: where this object was built around the loaded model it has hidden a part of it
