@@ -1,17 +1,20 @@
 """Attached methods: the optimizer's step is theirs."""
 
 import copy
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import sparse_moon as sm
 from small_training import METHODS, Lookahead, backward, batch, changed, make, masks, net, sgd
+from sparse_moon.integrations.callback import SparseCallback
 
 
 def twins():
@@ -345,3 +348,69 @@ def test_an_optimizer_around_others_trains_alike_attached_and_called(name, kind)
     assert changed(before, models[0])
     for called, attached in zip(*kept, strict=True):
         assert torch.equal(called, attached)
+
+
+# --- methods that change the number of weights
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+RESIZING = [kind for kind in METHODS if kind not in ("set", "rigl", "mest")]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_parallel_model_that_is_to_be_wrapped_anew_is_not_attached(kind, one_process):
+    method = make(kind, nn.parallel.DistributedDataParallel(net()))
+    if kind in RESIZING:
+        with pytest.raises(ValueError, match=rf"{kind.partition('-soft')[0]}.* wrap the model where that returns True"):
+            method.attach()
+    else:
+        method.attach()
+    assert method.attached == (kind not in RESIZING)
+
+
+def callback_of(kind, **arguments):
+    sparse = SparseCallback(kind.removesuffix("-soft"), 0.6, interval=5, **arguments)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 6))
+    sparse.convert(model)
+    return sparse, model, sgd(model)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_callbacks_refuse_methods_that_change_the_number_of_weights_in_several_processes(kind, monkeypatch):
+    sparse, model, optimizer = callback_of(kind, options={"soft_memory_bound": True} if kind == "mest-soft" else {})
+    monkeypatch.setattr("sparse_moon.integrations.callback.world_size", lambda: 2)
+    if kind in RESIZING:
+        with pytest.raises(ValueError, match="changes the number of weights, whose gradients 2 processes exchange"):
+            sparse.begin(model, [optimizer], 60)
+        assert sparse.method is None
+    else:
+        sparse.begin(model, [optimizer], 60)
+
+
+@pytest.mark.parametrize("kind", ["gmp", "granet", "top-kast", "srigl", "rigl"])
+@pytest.mark.parametrize("steps", [20, 50, 60])
+def test_a_training_that_ends_early_says_what_is_missing(kind, steps):
+    sparse, model, optimizer = callback_of(kind)
+    sparse.begin(model, [optimizer], 60)
+    for _ in range(steps):
+        backward(model, batch())
+        optimizer.step()
+        optimizer.zero_grad()
+    if "rigl" not in kind and steps == 20:
+        sparsity = sm.overall_sparsity(model)
+        assert sparsity < 0.595
+        said = (
+            f"ended after 20 of 60 steps, and method '{kind}' is at its final density from step 45 on.* {sparsity:.4f}"
+        )
+        with pytest.warns(UserWarning, match=said):
+            sparse.check_finished(steps)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sparse.check_finished(steps)

@@ -150,7 +150,7 @@ class DynamicMethod(Method):
         """How many blocks the layer is to end with, where their number changes on the way."""
         return None
 
-    def _behind(self) -> list[str]:
+    def behind(self) -> list[str]:
         """The layers that have another number of blocks than they are to end with."""
         layers = self.layers.items()
         return [name for name, layer in layers if self.final_blocks(layer) not in (None, layer.topology.num_blocks)]
@@ -163,7 +163,7 @@ class DynamicMethod(Method):
             return True
         # the last update, where it was refused for gradients that were not finite
         late = self.resizes and self.replaces_step and self.steps > self.last_update
-        return late and any(self.layers[name].values.requires_grad for name in self._behind())
+        return late and any(self.layers[name].values.requires_grad for name in self.behind())
 
     @property
     def last_update(self) -> int:
@@ -198,7 +198,7 @@ class DynamicMethod(Method):
                 "gradient scaler skips a step, an attached method makes none either: take fewer total_steps, or "
                 "bfloat16"
             )
-        if behind := self._behind():
+        if behind := self.behind():
             return (
                 f"method {self.name!r} did not bring {behind} to their final density: they were frozen before, or the "
                 "gradients of its last updates were not finite"

@@ -80,7 +80,8 @@ class Method:
         self.sharding_modules = sharding_modules(model)
         """The modules that FSDP2's ``fully_shard`` was called for."""
         reshard(self.sharding_modules)
-        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        self._in_parallel = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+        if self._in_parallel:
             for layer in sparse_layers(model).values():
                 layer.topology.check(broadcast=True)
         found = sparse_layers(model)
@@ -264,8 +265,15 @@ class Method:
             The method itself. Until :meth:`detach` do not call :meth:`step` besides.
 
         Raises:
-            ValueError: the optimizer is attached already, to this method or another.
+            ValueError: the optimizer is attached already, to this method or another; a method that changes the number
+                of weights, of a model in DistributedDataParallel.
         """
+        if self.resizes and self._in_parallel:
+            raise ValueError(
+                f"method {self.name!r} changes the number of weights, and a model in DistributedDataParallel is to be "
+                "wrapped anew after each step that does, which optimizer.step() does not say: call method.step() in "
+                "its place, and wrap the model where that returns True"
+            )
         given = self.optimizer
         self.optimizer, self._given, self.attached = attach(given, self), given, True
         return self

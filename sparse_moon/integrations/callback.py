@@ -123,11 +123,6 @@ class SparseCallback:
             ValueError: no optimizer, or several, with the sparse weights; an unknown length; a checkpoint of another
                 method or of other settings; a method that changes the number of weights in several processes.
         """
-        if self.kind.resizes and world_size() > 1:
-            raise ValueError(
-                f"method {self.kind.name!r} changes the number of weights, whose gradients {world_size()} processes "
-                "exchange in buffers of a fixed size: take one process, or a method that keeps it, as rigl"
-            )
         steps = total_steps if self.total_steps is None else self.total_steps
         if not 1 <= steps < math.inf:
             raise ValueError(f"SparseTraining needs the length of the training, got {steps}: give it total_steps")
@@ -141,7 +136,13 @@ class SparseCallback:
         if self.method is not None:  # of an earlier training
             self.method.detach()
         self._check_start()
-        self.method = self.kind(model, optimizer, **self.kind.arguments(self.options, run)).attach()
+        method = self.kind(model, optimizer, **self.kind.arguments(self.options, run))
+        if method.resizes and world_size() > 1:  # which may depend on options
+            raise ValueError(
+                f"method {method.name!r} changes the number of weights, whose gradients {world_size()} processes "
+                "exchange in buffers of a fixed size: take one process, or a method that keeps it, as rigl"
+            )
+        self.method = method.attach()
         self._check_weight_decay(self.method)
         self.clock = StepClock(next(model.parameters()).device)
         self.go_on()
@@ -217,6 +218,14 @@ class SparseCallback:
             return
         if steps > method.steps or (isinstance(method, DynamicMethod) and method.steps >= method.stop_step):
             warnings.warn(reason, stacklevel=3)
+        elif isinstance(method, DynamicMethod) and steps < self._steps and method.behind():
+            assert self._model is not None
+            warnings.warn(
+                f"the training ended after {steps} of {self._steps} steps, and method {method.name!r} is at its final "
+                f"density from step {method.stop_step} on: the model has a sparsity of "
+                f"{overall_sparsity(self._model):.4f}",
+                stacklevel=3,
+            )
 
     def check_resumed(self, steps: int) -> None:
         """Raise ``ValueError`` where the training has done some steps already, but the method none."""
