@@ -1,6 +1,7 @@
 """What several processes need to agree on. Without an initialised process group there is one process."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ def mean_over_processes_(tensor: Tensor) -> None:
         dist.reduce(tensor, dst=0)
         tensor /= world_size()
         dist.broadcast(tensor, src=0)
+
+
+def average_gradients_(parameters: Iterable[Tensor]) -> None:
+    """Average the gradients of parameters over all processes; where only some have one, the others' is 0."""
+    for parameter in parameters if world_size() > 1 else ():
+        if sum_over_processes(torch.tensor(float(parameter.grad is not None), device=parameter.device)):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            mean_over_processes_(parameter.grad)
 
 
 def launched_alone() -> bool:

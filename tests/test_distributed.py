@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_moon as sm
+from sparse_moon.distributed import average_gradients_
 
 STEPS, INTERVAL, CLASSES = 16, 5, 4
 
@@ -62,7 +63,13 @@ def worker(port, kind, folder, rank):
     labels = torch.tensor([0, 0, 1 + rank])  # class 1 is seen by the first process alone, class 2 by the second
     outliers(torch.zeros(3, 3), labels, features, torch.nn.Linear(2, 3))
     outliers.end_epoch()
-    torch.save({"model": state, "w": loss.w, "outliers": outliers.state_dict()}, f"{folder}/{rank}.pt")
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    for parameter, given in zip(parameters, (True, rank == 1, False), strict=True):
+        if given:
+            parameter.grad = torch.tensor([2.0 + rank, 4.0])
+    average_gradients_(parameters)
+    found = {"model": state, "w": loss.w, "outliers": outliers.state_dict(), "grads": [p.grad for p in parameters]}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -82,6 +89,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
             assert end["seen"].all()
             torch.testing.assert_close(end["mean"], torch.tensor([[3.0, 4.5], [5.0, 7.0], [10.0, 14.0]]))
             torch.testing.assert_close(end["covariance"], torch.full((2, 2), (2 / 3 + 8 / 3) / 2))  # that of class 0
+        for everywhere, second_alone, nowhere in (first["grads"], second["grads"]):
+            assert everywhere.tolist() == [2.5, 4.0] and second_alone.tolist() == [1.5, 2.0] and nowhere is None
         for name, tensor in alone.items():
             assert torch.equal(first["model"][name], second["model"][name])
             if tensor.is_floating_point():  # sums in another order: float64 rounding over 16 steps

@@ -18,7 +18,7 @@ from sparse_moon.app.datasets import Images
 from sparse_moon.app.diagnostics import Diagnostics
 from sparse_moon.app.run_data import RunData, difference, identity, plain_batches
 from sparse_moon.capture import CapturedStep
-from sparse_moon.distributed import mean_over_processes_, world_size
+from sparse_moon.distributed import average_gradients_, world_size
 from sparse_moon.nn import overall_sparsity, refresh_batch_norm
 from sparse_moon.nn.movement import Movement
 from sparse_moon.reliability import Reliability
@@ -149,9 +149,7 @@ class Trainer:
             logits = self.parallel(images)
             loss = reliability.loss_of(logits, targets)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        for parameter in reliability.loss.parameters():  # which DistributedDataParallel does not know
-            if parameter.grad is not None:
-                mean_over_processes_(parameter.grad)
+        average_gradients_(reliability.loss.parameters())  # which DistributedDataParallel does not know
         self._updated = self.method.step(self.scaler)
         self.optimizer.zero_grad()
         return loss.detach(), logits.detach()[:, : self.dataset.num_classes].argmax(1) == labels
