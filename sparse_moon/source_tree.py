@@ -6,9 +6,15 @@ Importing this module makes a clone where nothing was compiled take its modules 
 import sys
 import warnings
 from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+
+try:
+    VERSION = version("sparse_moon")
+except PackageNotFoundError:  # a clone that nobody has installed
+    VERSION = "0+unknown"
 
 
 def is_source_tree() -> bool:

@@ -4,10 +4,11 @@ import platform
 import shlex
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from sparse_moon.source_tree import VERSION
 
 
 def environment(device: str) -> dict[str, str]:
@@ -17,7 +18,7 @@ def environment(device: str) -> dict[str, str]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": f"{program} {shlex.join(sys.argv[1:])}".strip(),
-        "sparse_moon": version("sparse_moon"),
+        "sparse_moon": VERSION,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sparse_moon.nn.plan import Dense, convertible, some, wrapped
 from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.ops.native import native
 from sparse_moon.sharding import refuse_sharded
+from sparse_moon.source_tree import VERSION
 from sparse_moon.topology import Topology, matrix_shape
 
 DESCRIPTION = "model.json"
@@ -57,7 +57,7 @@ def save(model: nn.Module, folder: Path | str) -> None:
         "weights": weights.name,
         "sha256": digest,
         "model": type(model).__name__,
-        "sparse_moon": version("sparse_moon"),
+        "sparse_moon": VERSION,
         "torch": str(torch.__version__),
         "layers": {
             name: {"shape": [*layer.weight_shape], "block": [*layer.topology.block], "sparsity": layer.sparsity,
