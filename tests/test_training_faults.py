@@ -454,3 +454,17 @@ def test_no_warning_in_an_ordinary_training():
         for kind in METHODS:
             model = net()
             train(model, make(kind, model), 12)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_values_on_another_device_than_their_index_are_refused(kind):
+    model = net()
+    method = make(kind, model)
+    train(model, method, 5)
+    backward(model, batch())
+    apart = "'2', whose values are on cpu and whose index is on meta"
+    model[2].topology.to("meta")
+    with pytest.raises(ValueError, match=apart):
+        method.step()
+    with pytest.raises(ValueError, match=apart):
+        make(kind, model, method.optimizer)

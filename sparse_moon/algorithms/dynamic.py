@@ -115,6 +115,7 @@ class DynamicMethod(Method):
         self._stepped = False
         self._told: set[str] = set()  # what was said once
         self._prints = self._fingerprints()
+        self._check_devices()
         inner_optimizers(optimizer)[-1].register_step_post_hook(self._notice)
 
     @classmethod
@@ -276,6 +277,7 @@ class DynamicMethod(Method):
     def _update(self) -> None:
         reshard(self.sharding_modules)
         self._check_layers()
+        self._check_devices()
         training = [layer for layer in self.layers.values() if layer.values.requires_grad]
         for layer in training:  # before anything has moved
             check_state(self.optimizer, layer.values, self.moved_state)
@@ -318,6 +320,16 @@ class DynamicMethod(Method):
                 f"the optimizer and of method {self.name!r} that go with the model's, too",
                 stacklevel=5,
             )
+
+    def _check_devices(self) -> None:
+        """Whether values and index are on one device, as an update needs them."""
+        for name, layer in self.layers.items():
+            values, index = part_of(layer.values).device, layer.topology.col.device
+            if values != index:
+                raise ValueError(
+                    f"method {self.name!r} cannot update layer {name!r}, whose values are on {values} and whose index "
+                    f"is on {index}: they have to be on one device, which a CPUOffloadPolicy does not leave them on"
+                )
 
     def _check_layers(self) -> None:
         """Whether the optimizer trains what it trained when the method was made."""
