@@ -84,7 +84,7 @@ class AbstentionOptions(WarmupOptions):
     """Of those whose loss has a weight that tunes itself.
 
     Args:
-        final_weight: w of moon, a of dac in the last epoch; default 0.01 (mnist), 2 (cifar100), 1 (others); dac: 1.
+        final_weight: last w of moon, a of dac: 0.01 (mnist), 2 (cifar100), 0.001 (imagenet), 1 (others); dac: 1.
     """
 
     final_weight: Annotated[float, AT_LEAST_0] | None = None

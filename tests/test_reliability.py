@@ -91,12 +91,14 @@ def test_parts_and_what_they_change():
         MOON(RUN, without=["x"])
 
 
-@pytest.mark.parametrize(("dataset", "weight"), [("mnist", 0.01), ("cifar10", 1.0), ("cifar100", 2.0), ("digits", 1.0)])
+@pytest.mark.parametrize(("dataset", "weight"), [
+    ("mnist", 0.01), ("cifar10", 1.0), ("cifar100", 2.0), ("imagenet", 0.001), ("digits", 1.0),
+])  # fmt: skip
 def test_the_final_weight_of_moon_is_the_papers(dataset, weight):
     moon = made("moon", dataset=dataset)
     moon.attach(net(4), 3)
     assert moon.loss.final_weight == weight
-    named = f"({dataset})" if dataset in ("mnist", "cifar100") else "(others)"
+    named = f"({dataset})" if dataset in ("mnist", "cifar100", "imagenet") else "(others)"
     assert f"{weight:g} {named}" in AbstentionOptions.__doc__
 
 

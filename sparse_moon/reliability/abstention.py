@@ -11,7 +11,7 @@ from sparse_moon.reliability.method import Reliability
 from sparse_moon.reliability.voting import Voting
 
 # w in the last epoch, by dataset (arXiv 2403.20047, Section 5 and Appendix G).
-_FINAL_WEIGHT = {"mnist": 0.01, "cifar10": 1.0, "cifar100": 2.0}
+_FINAL_WEIGHT = {"mnist": 0.01, "cifar10": 1.0, "cifar100": 2.0, "imagenet": 0.001}
 
 
 class _Abstaining(Reliability):
