@@ -17,7 +17,7 @@ using std::min;
 namespace cuda_on_host {
 
 inline std::unique_ptr<uint4[]> shared;
-inline int multiprocessor_count = 4;
+inline int multiprocessor_count = 4, block_bytes = 227 * 1024;
 
 // A thread's copies that nobody has waited for: since its last end_of_copies, before that, and before the one before.
 struct Copies {
@@ -65,6 +65,7 @@ inline void wait_for_copies() {
     wait_for_earlier_copies();
 }
 inline int multiprocessors(const char*) { return cuda_on_host::multiprocessor_count; }
+inline int block_shared_bytes(const char*) { return cuda_on_host::block_bytes; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t,

@@ -182,34 +182,41 @@ void check_first_group() {
 
 void check_plans() {
     constexpr int64_t kHopper = 132, kHopperShared = 227 * 1024, kMultiprocessorShared = 228 * 1024;
+    constexpr int64_t kAda = 142, kAdaShared = 99 * 1024;
     for (DType type : {DType::float32, DType::float16, DType::bfloat16}) {
         for (int64_t tokens : {1, 31, 64, 4096, 100000}) {
             for (int64_t rows : {1, 63, 512, 4096, 20000}) {
                 for (int64_t cols : {1, 257, 1024, 4096, 20000}) {
                     for (double density : {0.0, 0.01, 0.1, 1.0}) {
                         const auto n = static_cast<int64_t>(density * static_cast<double>(rows * cols));
-                        const ProductPlan p = product_plan(type, tokens, rows, cols, n, kHopper);
+                        const ProductPlan p = product_plan(type, tokens, rows, cols, n, kHopper, kHopperShared);
                         check(p.rows_per_block * p.row_groups >= rows, "blocks cover the rows");
                         check(p.rows_per_block * (p.row_groups - 1) < rows, "no block without rows");
                         check(2 * (p.shared_bytes + 1024) <= kMultiprocessorShared, "two blocks fit");
                         check(p.pairs >= p.pointers + p.slices * (p.chunks.count + 1) * 4, "parts do not overlap");
-                        const ValuesGradPlan g = values_grad_plan(type, tokens, rows, cols, n, kHopper);
+                        const ValuesGradPlan g = values_grad_plan(type, tokens, rows, cols, n, kHopper, kHopperShared);
                         check(g.rows_per_block * g.row_blocks >= rows && g.rows_per_block <= kGradRows, "rows");
                         check(g.tiles_per_split * g.splits >= g.tiles, "ranges cover the tiles");
                         check(g.tiles_per_split * (g.splits - 1) < g.tiles, "no range without tiles");
                         check(g.shared_bytes <= kHopperShared && 2 * (g.shared_bytes + 1024) <= kMultiprocessorShared,
                               "two blocks fit");
                         check(g.workspace_bytes - g.partials == (g.splits > 1 ? g.splits * n * 4 : 0), "partial sums");
+                        const ProductPlan q = product_plan(type, tokens, rows, cols, n, kAda, kAdaShared);
+                        const ValuesGradPlan h = values_grad_plan(type, tokens, rows, cols, n, kAda, kAdaShared);
+                        check(std::max(q.shared_bytes, h.shared_bytes) <= kAdaShared, "a block fits");
                     }
                 }
             }
         }
     }
     // 90 % of 4096 x 4096 in fp32, 4096 tokens
-    const ProductPlan p = product_plan(DType::float32, 4096, 4096, 4096, 1677722, kHopper);
+    const ProductPlan p = product_plan(DType::float32, 4096, 4096, 4096, 1677722, kHopper, kHopperShared);
     check(p.large && p.tiles == 128 && p.rows_per_block == 512 && p.chunks.count == 5, "large product");
-    check(!product_plan(DType::float32, 128, 1024, 1024, 100000, kHopper).large, "few tokens");
-    check(values_grad_plan(DType::float32, 4096, 4096, 4096, 167772, kHopper).splits > 1, "few entries are split");
+    check(!product_plan(DType::float32, 128, 1024, 1024, 100000, kHopper, kHopperShared).large, "few tokens");
+    const ValuesGradPlan g = values_grad_plan(DType::float32, 4096, 4096, 4096, 167772, kHopper, kHopperShared);
+    check(g.splits > 1, "few entries are split");
+    check(product_plan(DType::float32, 64, 8, 4096, 9, kAda, kAdaShared).chunks.columns == 683, "six chunks");
+    check(values_grad_plan(DType::float32, 64, 8, 4096, 9, kAda, kAdaShared).chunks.columns == 586, "seven chunks");
 }
 
 template <class T>
@@ -235,6 +242,10 @@ void check_type(const std::string& type) {
     cuda_on_host::multiprocessor_count = 1;
     check_products<T>(random_matrix(601, 95, share(0.05)), 67, true, type + " large blocks");
     cuda_on_host::multiprocessor_count = 4;
+    // little shared memory
+    cuda_on_host::block_bytes = 99 * 1024;
+    check_products<T>(random_matrix(9, 1500, share(0.05)), 67, true, type + " small chunks");
+    cuda_on_host::block_bytes = 227 * 1024;
 }
 
 }  // namespace

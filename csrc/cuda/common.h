@@ -47,6 +47,14 @@ inline int multiprocessors(const char* op) {
     return count;
 }
 
+// Bytes of shared memory that a block of the current device may ask for.
+inline int block_shared_bytes(const char* op) {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), op);
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), op);
+    return bytes;
+}
+
 // Launches kernel(arguments...) with as much dynamic shared memory as asked for, up to the chip's limit for a block.
 // Nothing is launched where the grid is empty.
 template <class... Parameters, class... Arguments>

@@ -81,14 +81,16 @@ void gradient(const ValuesGradPlan& plan, int64_t tokens, const SparseRows& w, c
 }  // namespace
 
 int64_t sparse_product_workspace(DType dtype, int64_t tokens, int64_t rows, int64_t cols, int64_t n) {
-    return product_plan(dtype, tokens, rows, cols, n, multiprocessors(kProduct)).workspace_bytes;
+    return product_plan(dtype, tokens, rows, cols, n, multiprocessors(kProduct), block_shared_bytes(kProduct))
+        .workspace_bytes;
 }
 
 void sparse_product(DType dtype, int64_t tokens, const SparseRows& weight, const void* values, const void* bias,
                     const void* input, void* output, void* workspace, cudaStream_t stream) {
     if (tokens == 0 || weight.rows == 0) return;
     const ProductPlan plan =
-        product_plan(dtype, tokens, weight.rows, weight.cols, weight.n, multiprocessors(kProduct));
+        product_plan(dtype, tokens, weight.rows, weight.cols, weight.n, multiprocessors(kProduct),
+                     block_shared_bytes(kProduct));
     const int64_t lines_blocks = plan.tiles * ceil_div(weight.cols, kLinesColumns);
     check_limits(kProduct, weight.rows, weight.cols, weight.n,
                  std::max(lines_blocks, plan.tiles * plan.row_groups));
@@ -100,14 +102,17 @@ void sparse_product(DType dtype, int64_t tokens, const SparseRows& weight, const
 }
 
 int64_t sparse_values_grad_workspace(DType dtype, int64_t tokens, int64_t rows, int64_t cols, int64_t n) {
-    return values_grad_plan(dtype, tokens, rows, cols, n, multiprocessors(kValuesGrad)).workspace_bytes;
+    return values_grad_plan(dtype, tokens, rows, cols, n, multiprocessors(kValuesGrad),
+                            block_shared_bytes(kValuesGrad))
+        .workspace_bytes;
 }
 
 void sparse_values_grad(DType dtype, int64_t tokens, const SparseRows& weight, const void* grad, const void* input,
                         void* values_grad, void* workspace, cudaStream_t stream) {
     if (weight.n == 0) return;
     const ValuesGradPlan plan =
-        values_grad_plan(dtype, tokens, weight.rows, weight.cols, weight.n, multiprocessors(kValuesGrad));
+        values_grad_plan(dtype, tokens, weight.rows, weight.cols, weight.n, multiprocessors(kValuesGrad),
+                         block_shared_bytes(kValuesGrad));
     const int64_t lines_blocks = plan.tiles * ceil_div(std::max(weight.rows, weight.cols), kLinesColumns);
     check_limits(kValuesGrad, weight.rows, weight.cols, weight.n,
                  std::max(lines_blocks, plan.chunks.count * plan.row_blocks * plan.splits));

@@ -25,8 +25,8 @@ constexpr int kGroupSteps = 2, kGroupPairs = kSliceRows * kGroupSteps;  // pairs
 constexpr int kBatchGroups = 4, kBatches = 2;  // groups that a warp brings to shared memory at once, one batch ahead
 constexpr int64_t kBatchBytes = kBatchGroups * kGroupPairs * 8;
 
-// Columns of a chunk: two blocks with their chunks (and batches of pairs, in the product) fit the 228 KB of a Hopper
-// multiprocessor (each block costs 1 KB).
+// Columns of a chunk at most: two blocks with their chunks (and batches of pairs, in the product) fit the 228 KB of a
+// Hopper multiprocessor (each block costs 1 KB). Where a block may have 99 KB (8.6, 8.9, 12.0), chunks are smaller.
 constexpr int64_t kProductColumns = 832, kGradColumns = 704;
 
 // Items of a block in the values' gradient: each of its 48 groups of eight lanes keeps the sums of 20. With a third
@@ -69,7 +69,7 @@ struct ProductPlan {
 };
 
 constexpr ProductPlan product_plan(DType dtype, int64_t tokens, int64_t rows, int64_t cols, int64_t n,
-                                   int64_t multiprocessors) {
+                                   int64_t multiprocessors, int64_t block_shared_bytes) {
     constexpr int64_t kAlignment = 256;
     ProductPlan p{};
     p.tiles = ceil_div(tokens, tokens_per_line(dtype));
@@ -79,13 +79,15 @@ constexpr ProductPlan product_plan(DType dtype, int64_t tokens, int64_t rows, in
     p.large = p.tiles * ceil_div(p.slices, slices_of_large) >= multiprocessors * kBlocksPerMultiprocessor;
     p.rows_per_block = kSliceRows * slices_of_large / (p.large ? 1 : 4);
     p.row_groups = ceil_div(rows, p.rows_per_block);
-    p.chunks = chunks_of(cols, kProductColumns);
+    constexpr int64_t kBatchesBytes = kLinearWarps * kBatches * kBatchBytes;
+    const int64_t room = (block_shared_bytes - kBatchesBytes) / kLineBytes - 1;
+    p.chunks = chunks_of(cols, std::min(kProductColumns, room));
     p.pointers = round_up(lines_bytes(dtype, tokens, cols), kAlignment);
     p.pairs = p.pointers + round_up(p.slices * (p.chunks.count + 1) * 4, kAlignment);
     // a batch that begins with the last group reads beyond it
     p.workspace_bytes = p.pairs + (first_group(p.slices, n, p.chunks.count) + kBatchGroups) * kGroupPairs * 8;
     // the chunk, a line of zeros and the batches; at the end the outputs, transposed, one float beside each row
-    p.shared_bytes = std::max((p.chunks.columns + 1) * kLineBytes + kLinearWarps * kBatches * kBatchBytes,
+    p.shared_bytes = std::max((p.chunks.columns + 1) * kLineBytes + kBatchesBytes,
                               tokens_per_line(dtype) * (p.rows_per_block + 1) * 4);
     return p;
 }
@@ -99,11 +101,11 @@ struct ValuesGradPlan {
 };
 
 constexpr ValuesGradPlan values_grad_plan(DType dtype, int64_t tokens, int64_t rows, int64_t cols, int64_t n,
-                                          int64_t multiprocessors) {
+                                          int64_t multiprocessors, int64_t block_shared_bytes) {
     constexpr int64_t kAlignment = 256, kMaxSplits = 32;
     ValuesGradPlan p{};
     p.tiles = ceil_div(tokens, tokens_per_line(dtype));
-    p.chunks = chunks_of(cols, kGradColumns);
+    p.chunks = chunks_of(cols, std::min(kGradColumns, (block_shared_bytes - kItems * kItemBytes) / kLineBytes));
     // A row has n / (rows chunks) entries in a chunk, so that many eighths of an item and about half an item more; a
     // tenth of the room is left for the blocks that have more than the average.
     const int64_t segments = std::max<int64_t>(1, rows * p.chunks.count);
