@@ -135,7 +135,8 @@ class WithTest(Net):
 
 
 def test_a_checkpoint_can_be_loaded_to_test(tmp_path):
-    path = saved_run(tmp_path, [callback("granet")])
+    with pytest.warns(UserWarning, match="the training ended after 20 of 40 steps"):
+        path = saved_run(tmp_path, [callback("granet")])
     model = WithTest()
     with pytest.warns(UserWarning, match="makes a dense module sparse that is not to be trained now"):
         trainer([callback("granet")]).test(model, loader(), ckpt_path=path, verbose=False)
