@@ -29,8 +29,12 @@ def mean_over_processes_(tensor: Tensor) -> None:
 
 def average_gradients_(parameters: Iterable[Tensor]) -> None:
     """Average the gradients of parameters over all processes; where only some have one, the others' is 0."""
-    for parameter in parameters if world_size() > 1 else ():
-        if sum_over_processes(torch.tensor(float(parameter.grad is not None), device=parameter.device)):
+    known = list(parameters) if world_size() > 1 else []
+    if not known:
+        return
+    there = torch.tensor([float(parameter.grad is not None) for parameter in known], device=known[0].device)
+    for parameter, somewhere in zip(known, sum_over_processes(there).tolist(), strict=True):
+        if somewhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             mean_over_processes_(parameter.grad)

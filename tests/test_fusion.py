@@ -199,7 +199,7 @@ def checkpointed(m, x):
 UNTRACEABLE = {
     "symbolically traced": lambda m, x: F.relu(m.bn(x)) if x.sum() > 0 else x,
     r"depends on self\.training": lambda m, x: F.dropout(F.relu(m.bn(x)), training=m.training),
-    "on whether there are gradients": lambda m, x: (
+    r"self\.training, on whether there are gradients": lambda m, x: (
         F.relu(m.bn(x)) if torch.is_grad_enabled() else F.relu(m.bn(x)) + 0.0
     ),
     "or on autocast": lambda m, x: F.relu(m.bn(x)) if torch.is_autocast_enabled("cpu") else F.relu(m.bn(x)) + 0.0,

@@ -12,6 +12,7 @@ from host_graph import HostGraph
 from sparse_moon.capture import step as capture_step
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+WAYS = ("eager", "compiled", "reduce-overhead", "max-autotune")
 
 
 @pytest.fixture
@@ -44,10 +45,12 @@ def benchmark_(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of outputs without weights
-@pytest.mark.parametrize("case", ["vit_base", "gpt2_350m", "resnet18"])
-def test_every_case_has_its_figures(case, benchmark_):
-    ways = ("eager",) if case == "resnet18" else ("eager", "compiled", "reduce-overhead", "max-autotune")
-    code, found = benchmark_(  # convolutions take minutes to compile
+@pytest.mark.parametrize(("case", "ways"), [
+    ("vit_base", WAYS), ("gpt2_350m", WAYS), ("resnet18", ("eager",)),
+    pytest.param("resnet18", WAYS, marks=pytest.mark.slow),  # minutes, where torch emulates bfloat16
+])  # fmt: skip
+def test_every_case_has_its_figures(case, ways, benchmark_):
+    code, found = benchmark_(
         "--case", case, "--sparsity", "0.9", "--pattern", "block32", "vector16", "--compile-sparse", "--dense", *ways
     )
     assert code == 0, found
