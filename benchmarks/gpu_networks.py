@@ -195,6 +195,6 @@ def tiny() -> list[GpuNetwork]:
         elif network.name.startswith("gpt2"):
             small = replace(network, make=gpt2, shape=(2, 16), classes=127, dense_outputs=128)
         else:
-            small = replace(network, make=resnet(network.name.split("_")[0]), shape=(4, 3, 32, 32))
+            small = replace(network, make=resnet(network.name.split("_")[0]), shape=(4, 3, 16, 16))
         found.append(small)
     return found

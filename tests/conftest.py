@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,18 +59,20 @@ def _interpreter_is_broken() -> str | None:
     return None
 
 
-@pytest.fixture
-def sanitizing_compiler(tmp_path: Path) -> Callable[..., list[str]]:
+@pytest.fixture(scope="session")
+def sanitizing_compiler(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Command of a C++ compiler with the address and undefined behaviour sanitizers and more flags; skips without."""
+
+    folder = tmp_path_factory.mktemp("probe")
 
     def command(*flags: str) -> list[str]:
         compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
             pytest.skip("no C++ compiler on the path")
         whole = [compiler, "-std=c++17", *flags, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-        probe = tmp_path / "probe.cpp"
+        probe = folder / "probe.cpp"
         probe.write_text("int main() {}\n")
-        if subprocess.run([*whole, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
+        if subprocess.run([*whole, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
             pytest.skip(f"{compiler} has no sanitizers")
         return whole
 
