@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparse_moon.nn import sparse_layers
+from sparse_moon.nn.plan import unwrapped
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -43,7 +43,7 @@ def param_groups(model: nn.Module, weight_decay: float, no_decay: Iterable[str] 
     """
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and at least 0, got {weight_decay}")
-    model, patterns = _unwrapped(model), (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
+    model, patterns = unwrapped(model), (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -67,7 +67,7 @@ def check_weight_decay(model: nn.Module, optimizer: Optimizer) -> None:
     That is where they have less than any dense weight, or none while some dense weight has; and where the group with
     the decay is empty, because a rule found no weight at all.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     decay = {p: group.get("weight_decay", 0.0) for group in optimizer.param_groups for p in group["params"]}
     sparse = {layer.values: name for name, layer in sparse_layers(model).items()}
     dense = [decay[p] for p in _weights(model) if p in decay and p not in sparse]
@@ -86,10 +86,6 @@ def check_weight_decay(model: nn.Module, optimizer: Optimizer) -> None:
             "Build the optimizer with sm.param_groups(model, weight_decay)",
             stacklevel=3,
         )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _weights(model: nn.Module) -> dict[nn.Parameter, None]:

@@ -280,6 +280,10 @@ def test_errors(tmp_path):
     other = make_run(1, "momentum", wrap, sparsity=0.6)
     with pytest.raises(ValueError, match=r"it has model 0\.values torch.float64 \[144\], not torch.float64 \[115\]"):
         load_checkpoint(tmp_path, *other[:2], {"schedule": other[2]})
+    other = make_run(1, "momentum", wrap)
+    other[0][0].transform = torch.tanh
+    with pytest.raises(ValueError, match=r"it has no transform of 0"):
+        load_checkpoint(tmp_path, *other[:2], {"schedule": other[2]})
     static = sm.algorithms.Static(model, method.optimizer)
     with pytest.raises(ValueError, match="a checkpoint of method 'rigl', this is 'static'"):
         load_checkpoint(tmp_path, model, static, more)

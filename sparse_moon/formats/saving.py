@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sparse_moon import files
 from sparse_moon.nn import fusion
 from sparse_moon.nn.convert import replace_layers, sparse_kind
+from sparse_moon.nn.inspect import transform_name
 from sparse_moon.nn.layers import SparseLayer
-from sparse_moon.nn.plan import Dense, convertible, some, wrapped
+from sparse_moon.nn.plan import Dense, convertible, some, unwrapped
 from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.ops.native import native
 from sparse_moon.sharding import refuse_sharded
@@ -45,7 +46,7 @@ def save(model: nn.Module, folder: Path | str) -> None:
         ValueError: a tensor without memory (on ``meta``), or a state that is not a tensor (``get_extra_state``).
         OSError: the folder cannot be written.
     """
-    model, folder = _inside(model), Path(folder)
+    model, folder = unwrapped(model), Path(folder)
     state = _state(model)
     tied = {alias: names[0] for names in _shared(state) for alias in names[1:]}
     # copies of what is shared only in part: the file has no views
@@ -61,7 +62,7 @@ def save(model: nn.Module, folder: Path | str) -> None:
         "torch": str(torch.__version__),
         "layers": {
             name: {"shape": [*layer.weight_shape], "block": [*layer.topology.block], "sparsity": layer.sparsity,
-                   "transform": _transform(layer)}
+                   "transform": transform_name(layer)}
             for name, layer in _sparse(model)
         },
         "tied": tied,
@@ -97,7 +98,7 @@ def load(folder: Path | str, model: nn.Module) -> nn.Module:
         ValueError: a file that is missing or damaged in any bit, or of another architecture: names, shapes, dtypes or
             sharing of weights differ, with what was expected and what came. The model is then as it was.
     """
-    folder, inner = Path(folder), _inside(model)
+    folder, inner = Path(folder), unwrapped(model)
     path = folder / DESCRIPTION
     if not folder.is_dir():
         raise ValueError(f"the folder {folder} does not exist")
@@ -132,23 +133,11 @@ def load(folder: Path | str, model: nn.Module) -> nn.Module:
     return model
 
 
-def _inside(model: nn.Module) -> nn.Module:
-    while (inner := wrapped(model)) is not None:
-        model = inner
-    return model
-
-
 def _sparse(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
     """All sparse layers, by all their names."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SparseLayer):
             yield name, module
-
-
-def _transform(layer: nn.Module | None) -> str | None:
-    """Name of the function or module that the values go through; its parameters alone are in the state dict."""
-    transform = layer.transform if isinstance(layer, SparseLayer) else None
-    return None if transform is None else getattr(transform, "__name__", type(transform).__name__)
 
 
 def _of(name: str, part: str) -> str:
@@ -258,7 +247,7 @@ def _other_layers(layers: Mapping[str, Any], model: nn.Module, places: Mapping[D
             found = "no such layer" if module is None else f"a {type(module).__name__} that cannot become sparse"
             yield f"{name!r} is a sparse layer of {shape} in the folder, here is {found}"
             continue
-        if (transform := _transform(module)) != asked.get("transform"):
+        if (transform := transform_name(module)) != asked.get("transform"):
             yield (
                 f"{name!r} has the transform {asked.get('transform')} in the folder, {transform} here: make the model "
                 "sparse and set it first"

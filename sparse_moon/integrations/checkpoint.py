@@ -30,7 +30,8 @@ from sparse_moon.algorithms.optimizers import inner_optimizers, parameters_of, s
 from sparse_moon.distributed import from_every_process, raise_together, rank, world_size
 from sparse_moon.files import read_json, write_json
 from sparse_moon.integrations.dcp_files import CheckingPlanner, SafePlanner, SafeReader
-from sparse_moon.nn.plan import some
+from sparse_moon.nn.inspect import sparse_layers, transform_name
+from sparse_moon.nn.plan import some, unwrapped
 
 _T = TypeVar("_T")
 
@@ -246,9 +247,10 @@ def load_checkpoint(
         folder ... more: as for :func:`save_checkpoint`.
 
     Raises:
-        ValueError: no checkpoint, a damaged or missing file, another method, or tensors that the model does not have,
-            or has in other shapes; on every process, and before anything is changed. Or, after a part was loaded, an
-            object that only code could load, which ``save_checkpoint`` does not write.
+        ValueError: no checkpoint, a damaged or missing file, another method, tensors that the model does not have, or
+            has in other shapes, or another ``transform`` of a sparse layer; on every process, and before anything is
+            changed. Or, after a part was loaded, an object that only code could load, which ``save_checkpoint`` does
+            not write.
     """
     folder, state = Path(folder), TrainingState(model, method)
     content = _read(folder, method, more)
@@ -335,13 +337,17 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str | None]:
 
 
 def _kinds(training: TrainingState) -> dict[str, str]:
-    """Dtypes and shapes of the tensors of model and optimizer, and the parameters that it has state of, by name."""
+    """Dtypes and shapes of the tensors of model and optimizer, which parameters it has state of, and what sparse values
+    go through, by name."""
     state = training.state_dict()
     states = state["optimizer"]["state"]
     named = {f"model {name}": tensor for name, tensor in state["model"].items()}
     for name, entries in states.items():
         named |= {f"optimizer {name} {key}": tensor for key, tensor in entries.items()}
     kinds = {name: f"{t.dtype} {list(t.shape)}" for name, t in named.items() if isinstance(t, Tensor)}
+    for name, layer in sparse_layers(unwrapped(training.model)).items():
+        if (transform := transform_name(layer)) is not None:
+            kinds[f"transform of {name}"] = transform
     kinds |= {f"optimizer {name}": _STATE if name in states else _NO_STATE for name in training.parameters()}
     if not states:  # nothing else tells an SGD from an Adam
         kinds["optimizer"] = type(training.optimizer).__name__

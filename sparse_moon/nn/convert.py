@@ -15,7 +15,7 @@ from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
 from sparse_moon.nn.conv1d import SparseConv1D, TransposedLinear
 from sparse_moon.nn.inspect import Inputs, weight_layers, weights
 from sparse_moon.nn.layers import Exclude, Pattern, Selection, SparseConv2d, SparseLayer, SparseLinear
-from sparse_moon.nn.plan import Dense, Plan, shares_of, some, tolerance_of, weight_of, wrapped
+from sparse_moon.nn.plan import Dense, Plan, shares_of, some, tolerance_of, unwrapped, weight_of
 from sparse_moon.nn.projections import as_linear_layers
 from sparse_moon.ops.native import has_triton, native
 from sparse_moon.topology import block_shape
@@ -191,8 +191,7 @@ def densify(model: nn.Module) -> nn.Module:
         The model itself (or, where the model is itself a sparse layer, its replacement): the model's own classes with
         torch's layers.
     """
-    while (inner := wrapped(model)) is not None:
-        model = inner
+    model = unwrapped(model)
     fusion.unfuse(model)
     called = [name for name, module in model.named_modules() if isinstance(module, BatchNormReLU2d)]
     if called:

@@ -70,6 +70,12 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     return {name: layer for name, layer in weight_layers(model).items() if isinstance(layer, SparseLayer)}
 
 
+def transform_name(layer: nn.Module | None) -> str | None:
+    """Name of the function or module that a sparse layer's values go through; a state dict has its parameters alone."""
+    transform = layer.transform if isinstance(layer, SparseLayer) else None
+    return None if transform is None else getattr(transform, "__name__", type(transform).__name__)
+
+
 def tied_layers(model: nn.Module) -> dict[SparseLayer, list[SparseLayer]]:
     """For each layer of :func:`sparse_layers` all that have its weight: itself first, then those that share it."""
     groups: dict[frozenset[int], list[SparseLayer]] = {}

@@ -143,6 +143,13 @@ def wrapped(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")  # torch.compile's; its class is not imported until somebody compiles
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside all of those, or itself."""
+    while (inner := wrapped(model)) is not None:
+        model = inner
+    return model
+
+
 def matching(model: nn.Module, rules: Iterable[Exclude] | Exclude, argument: str) -> list[nn.Module]:
     """The modules that the rules of this argument match.
 
