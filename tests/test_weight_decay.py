@@ -70,6 +70,14 @@ def test_names_without_decay_frozen_and_tied_parameters():
     assert sm.param_groups(model, 0.1) == []
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "in DataParallel"])
+def test_names_are_those_of_the_model_inside(wrap):
+    model = net()
+    plain, wrapped = (sm.param_groups(m, 0.1, no_decay="fc.values") for m in (model, wrap(model)))
+    for ours, theirs in zip(plain, wrapped, strict=True):
+        assert [*map(id, ours["params"])] == [*map(id, theirs["params"])]
+
+
 def test_tied_sparse_layers_decay_once():
     first, second = sm.SparseLinear(8, 8, sparsity=0.5), sm.SparseLinear(8, 8, sparsity=0.5)
     second.values = first.values
