@@ -414,3 +414,29 @@ def test_a_training_that_ends_early_says_what_is_missing(kind, steps):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             sparse.check_finished(steps)
+
+
+@pytest.mark.parametrize("kind", [*METHODS, "static"])
+@pytest.mark.parametrize("make_optimizer", [sgd, Beside])
+def test_a_copy_of_an_attached_method_is_attached(make_optimizer, kind):
+    """To the copied optimizer, and trains like the first one."""
+    model = net()
+    optimizer = make_optimizer(model)
+    method = sm.Static(model, optimizer) if kind == "static" else make(kind, model, optimizer)
+    method.attach()
+    batches = [batch() for _ in range(17)]
+    runs = [(model, optimizer, method)]
+    for i, one in enumerate(batches):
+        if i == 5:
+            runs.append(copy.deepcopy(runs[0]))
+        for model, optimizer, _ in runs:
+            optimizer.zero_grad()
+            backward(model, one)
+            optimizer.step()
+    (first, _, method), (other, optimizer, copied) = runs
+    assert method.steps == copied.steps == 17 and copied.attached
+    for (name, ours), theirs in zip(first.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    copied.detach()
+    optimizer.step()
+    assert copied.steps == method.steps == 17 and method.attached

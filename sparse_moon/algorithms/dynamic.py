@@ -1,6 +1,5 @@
 """The frame of methods that change the topology."""
 
-import copy
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Required, Self, TypedDict
@@ -229,8 +228,7 @@ class DynamicMethod(Method):
         self._prepare()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self)] = other = type(self).__new__(type(self))
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        other = super().__deepcopy__(memo)
         other._prepare()  # copied layers give no dense gradient until they are asked anew
         return other
 

@@ -1,5 +1,6 @@
 """What every training method does each batch, and the frame of those that change the topology."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -286,6 +287,14 @@ class Method:
         """
         if self.attached:
             self.optimizer, self.attached = self._given, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = other = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if other.attached:  # a copied optimizer's step is its own, or still the first method's
+            vars(other.optimizer).pop("step", None)
+            attach(other._given, other)
+        return other
 
     def _step_optimizer(self, scaler: GradScaler | None, closure: Callable[[], Any] | None = None) -> None:
         arguments = () if closure is None else (closure,)
