@@ -23,10 +23,13 @@ def test_a_method_that_never_updates_says_so():
     make("rigl", net(), total_steps=50, interval=100, stop=0.0)  # asked for
 
 
-def test_a_step_past_the_method_warns_once():
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_step_past_the_method_warns_once(copied):
     model = net()
     optimizer = sgd(model)
-    sm.RigL(model, optimizer, total_steps=60, interval=5)
+    method = sm.RigL(model, optimizer, total_steps=60, interval=5)
+    if copied:
+        model, optimizer, _ = copy.deepcopy((model, optimizer, method))
     backward(model, batch())
     with pytest.warns(UserWarning, match=r"optimizer\.step\(\) was called and not RigL\.step\(\)"):
         optimizer.step()

@@ -115,7 +115,7 @@ class DynamicMethod(Method):
         self._told: set[str] = set()  # what was said once
         self._prints = self._fingerprints()
         self._check_devices()
-        inner_optimizers(optimizer)[-1].register_step_post_hook(self._notice)
+        self._watch()
 
     @classmethod
     def arguments(cls, options: Any, run: TrainingRun) -> dict[str, Any]:
@@ -123,6 +123,9 @@ class DynamicMethod(Method):
 
     def _ever_updates(self) -> bool:
         return self.last_update > 0
+
+    def _watch(self) -> None:
+        inner_optimizers(self.optimizer)[-1].register_step_post_hook(self._notice)
 
     def _notice(self, optimizer: Optimizer, *_: Any) -> None:
         """After each step of the optimizer."""
@@ -229,6 +232,7 @@ class DynamicMethod(Method):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = super().__deepcopy__(memo)
+        other._watch()  # copied optimizers have no hooks
         other._prepare()  # copied layers give no dense gradient until they are asked anew
         return other
 
