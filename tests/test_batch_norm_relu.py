@@ -235,6 +235,23 @@ def test_bfloat16_as_precise_as_torch(isa, monkeypatch, shape, layout, training,
         assert (a - e).norm() <= 2 * (b - e).norm() + rounding * e.norm(), i
 
 
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(16, 64, 32, 32), (16, 70, 33, 31)], ids=str)
+def test_large_results(isa, shape, layout, with_residual):
+    """2 MB in bfloat16: the first are written past the caches, where that is faster."""
+    tensors = make(shape, layout)
+    for place in (0, 3, 6):
+        tensors[place].copy_(tensors[place].bfloat16())
+    exact = results(torch_s_own, torch.float64, tensors, with_residual, training=True)
+    theirs = results(torch_s_own, torch.float32, tensors, with_residual, training=True)
+    assert_as_good_as_torch(
+        results(batch_norm_relu, torch.float32, tensors, with_residual, training=True), theirs, exact
+    )
+    for ours, e in zip(as_under_autocast(batch_norm_relu, tensors, with_residual, training=True), exact, strict=True):
+        assert (ours - e).norm() <= 2**-8 * e.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_take_torch_s_own(dtype):
     tensors = make((3, 4, 5, 6))

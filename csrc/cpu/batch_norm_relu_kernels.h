@@ -11,6 +11,16 @@ namespace batch_norm {
 constexpr int kMaxChannels = 32;
 constexpr int64_t kRunBytes = 4096;
 
+// Whether a result is written past the caches, and not read into them first: results of more than a core's own caches,
+// which few will find again. With AVX-512 it has not been measured.
+constexpr int64_t kPastCachesBytes = int64_t{2} << 20;
+template <class T>
+SPARSE_MOON_INLINE bool past_caches(const BatchNormReLU& job, const T* result) {
+    const int64_t size = sizeof(T), run = (job.channels_last ? job.channels : job.plane) * size;
+    const bool lines = run % 64 == 0 && reinterpret_cast<uintptr_t>(result) % 64 == 0;
+    return kVecBytes == 32 && lines && job.images * job.channels * job.plane * size >= kPastCachesBytes;
+}
+
 // ---- contiguous planes
 
 // Channels a thread treats together: where planes are small, enough that each image gives it a run of memory.
@@ -45,6 +55,7 @@ template <class T, Activation kActivation, bool kResidual>
 void forward_planes(const BatchNormReLUForward& job) {
     const auto *input = static_cast<const T*>(job.input), *residual = static_cast<const T*>(job.residual);
     T* output = static_cast<T*>(job.output);
+    const bool past = past_caches(job, output);
     const int64_t together = channels_together(job);
 #pragma omp parallel for schedule(static) num_threads(job.threads)
     for (int64_t first = 0; first < job.channels; first += together) {
@@ -63,16 +74,18 @@ void forward_planes(const BatchNormReLUForward& job) {
                 for_vectors(job.plane, [&](int64_t i, auto part) {
                     Vec v = normalise(get(x + i, part), m, s, b);
                     if (kResidual) v += get(r + i, part);
-                    put(y + i, activate<kActivation>(v), part);
+                    put_result(y + i, activate<kActivation>(v), part, past);
                 });
             }
         }
+        stream_fence();
     }
 }
 
 template <class T, Activation kActivation, From kFrom>
 void backward_planes(const BatchNormReLUBackward& job) {
     const Gradients<T> all(job);
+    const bool past = past_caches(job, all.input_grad);
     const int64_t together = channels_together(job);
 #pragma omp parallel for schedule(static) num_threads(job.threads)
     for (int64_t first = 0; first < job.channels; first += together) {
@@ -127,10 +140,11 @@ void backward_planes(const BatchNormReLUBackward& job) {
                     const Vec v = get(x + i, part);
                     Vec g = get(dy + i, part);
                     if (kFrom == From::kInput) g = activate_grad<kActivation>(g, normalise(v, m, s, b));
-                    put(dx + i, (g * s + offset_term) + (v - m) * slope, part);
+                    put_result(dx + i, (g * s + offset_term) + (v - m) * slope, part, past);
                 });
             }
         }
+        stream_fence();
     }
 }
 
@@ -215,6 +229,7 @@ template <class T, Activation kActivation, bool kResidual>
 void forward_rows(const BatchNormReLUForward& job) {
     const auto *input = static_cast<const T*>(job.input), *residual = static_cast<const T*>(job.residual);
     T* output = static_cast<T*>(job.output);
+    const bool past = past_caches(job, output);
     const int64_t channels = job.channels;
     float *means = coefficients(job, 0), *scales = coefficients(job, 1), *biases = coefficients(job, 2);
 #pragma omp parallel num_threads(job.threads)
@@ -239,9 +254,10 @@ void forward_rows(const BatchNormReLUForward& job) {
             for_vectors(channels, [&](int64_t c, auto part) {
                 Vec v = normalise(get(x + c, part), load(means + c), load(scales + c), load(biases + c));
                 if (kResidual) v += get(r + c, part);
-                put(y + c, activate<kActivation>(v), part);
+                put_result(y + c, activate<kActivation>(v), part, past);
             });
         });
+        stream_fence();
     }
 }
 
@@ -278,6 +294,7 @@ void row_sums(const BatchNormReLUBackward& job, const Share& share) {
 template <class T, Activation kActivation, From kFrom>
 void backward_rows(const BatchNormReLUBackward& job) {
     const Gradients<T> all(job);
+    const bool past = past_caches(job, all.input_grad);
     const int64_t channels = job.channels;
     float *means = coefficients(job, 0), *scales = coefficients(job, 1), *biases = coefficients(job, 2);
     float *offsets = coefficients(job, 3), *slopes = coefficients(job, 4);
@@ -307,9 +324,10 @@ void backward_rows(const BatchNormReLUBackward& job) {
                 const Vec v = get(x + c, part), m = load(means + c), s = load(scales + c);
                 Vec g = get(dy + c, part);
                 if (kFrom == From::kInput) g = activate_grad<kActivation>(g, normalise(v, m, s, load(biases + c)));
-                put(dx + c, (g * s + load(offsets + c)) + (v - m) * load(slopes + c), part);
+                put_result(dx + c, (g * s + load(offsets + c)) + (v - m) * load(slopes + c), part, past);
             });
         });
+        stream_fence();
     }
 }
 

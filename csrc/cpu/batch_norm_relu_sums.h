@@ -33,6 +33,13 @@ SPARSE_MOON_INLINE void put(T* p, Vec v, First part) {
     store_first(p, v, part.lanes);
 }
 
+// Past the caches where that is set.
+template <class T, class Part>
+SPARSE_MOON_INLINE void put_result(T* p, Vec v, Part part, bool past) {
+    if (std::is_same_v<Part, Whole> && past) return store_streaming(p, v);
+    put(p, v, part);
+}
+
 typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
 template <int... I>
 SPARSE_MOON_INLINE Lanes lane_numbers(std::integer_sequence<int, I...>) {

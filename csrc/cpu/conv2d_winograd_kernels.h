@@ -98,7 +98,7 @@ inline void unpack_band(const float* panel, int64_t pitch, int64_t rows, int64_t
         for (int64_t x = 0; x < planes.width; ++x, from += kLanes, to += planes.channels) {
             if (count < kLanes) {
                 store_first(to, load(from), count);
-            } else if (kStreams && streaming && reinterpret_cast<uintptr_t>(to) % kVecBytes == 0) {
+            } else if (kStreams<float> && streaming && reinterpret_cast<uintptr_t>(to) % kVecBytes == 0) {
                 store_streaming(to, load(from));
             } else {
                 store_unaligned(to, load(from));

@@ -197,7 +197,7 @@ SPARSE_MOON_INLINE void store_lanes(const Vec (&vectors)[kLanes], const Destinat
         all = all && row < to.rows[l];
         misaligned |= reinterpret_cast<uintptr_t>(address(l)) % kVecBytes;
     }
-    if (kStreams && all && to.streaming && misaligned == 0) {
+    if (kStreams<T> && all && to.streaming && misaligned == 0) {
 #pragma GCC unroll 16
         for (int l = 0; l < kLanes; ++l) store_streaming(address(l), vectors[l]);
     } else if (all) {

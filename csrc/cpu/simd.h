@@ -130,23 +130,35 @@ SPARSE_MOON_INLINE void store_first(BFloat16* p, Vec v, int n) {
 #endif
 }
 
-// Stores that bypass the caches write whole lines or they cost more than they save.
-constexpr bool kStreams = kVecBytes == 64;
-
-// To an address that is a multiple of kVecBytes. Other threads may read it after stream_fence() and a barrier.
+// Stores that bypass the caches: of whole lines, or of neighbours one after the other, else they cost more than they
+// save. To an address that is a multiple of the vector's bytes. Other threads may read it after stream_fence() and a
+// barrier.
 SPARSE_MOON_INLINE void store_streaming(float* p, Vec v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
 #else
     store(p, v);
 #endif
 }
+SPARSE_MOON_INLINE void store_streaming(BFloat16* p, Vec v) {
+    const HalfVec halves = round_to_halves(v);
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(halves));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(halves));
+#else
+    std::memcpy(p, &halves, sizeof(halves));
+#endif
+}
 
-// A vector of bfloat16 is half a line.
-SPARSE_MOON_INLINE void store_streaming(BFloat16* p, Vec v) { store_unaligned(p, v); }
+// Whether a vector of T is a whole line.
+template <class T>
+constexpr bool kStreams = sizeof(T) == 4 && kVecBytes == 64;
 
 SPARSE_MOON_INLINE void stream_fence() {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     _mm_sfence();
 #endif
 }

@@ -102,7 +102,7 @@ void unpack_tokens_to(const float* tile, int64_t outputs, const TokenBlocks& blo
         T* out = y + token * total + first_output;
         if (count == kLanes && token + kLanes <= tokens) {
             const bool aligned = reinterpret_cast<uintptr_t>(out) % kVecBytes == 0 && total % kLanes == 0;
-            if (kStreams && streaming && aligned) {
+            if (kStreams<T> && streaming && aligned) {
 #pragma GCC unroll 16
                 for (int l = 0; l < kLanes; ++l) store_streaming(out + l * total, columns[l]);
             } else {
