@@ -190,6 +190,8 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", help="only cases whose name contains one of these")
     parser.add_argument("--peers", action="store_true", help="also time SparseProp, where it is installed")
     parser.add_argument("--recompute", action="store_true", help="of 'step' and 'memory': as in sparsify")
+    parser.add_argument("--no-autocast", action="store_true", help="of 'step' on the CPU: float32 alone, where "
+                        "torch emulates bfloat16 and takes minutes")  # fmt: skip
     parser.add_argument("--graph", action="store_true", help="on CUDA: times of the GPU alone, as CUDA graphs")
     parser.add_argument("--threads", type=int, help="torch's threads; default its own choice")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, main cases only")
