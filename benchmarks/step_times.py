@@ -182,12 +182,11 @@ def _report_step(
     )  # fmt: skip
     for name, time in baselines.items():
         bench.add(replace(row, baseline=name, baseline_ms=time, speedup=time / rigl))
-    for name, time in {**baselines, "rigl": rigl}.items() if "rigl bf16" in times else ():
+    if "rigl bf16" in times:
         lowered = times["rigl bf16"] + update_ms / INTERVAL
-        speedup = time / lowered
-        bench.add(replace(
-            row, dtype="bf16", ms=lowered, floor_ms=None, baseline=name, baseline_ms=time, speedup=speedup
-        ))  # fmt: skip
+        bf16 = replace(row, dtype="bf16", ms=lowered, floor_ms=None)
+        for name, time in {**baselines, "rigl": rigl}.items():
+            bench.add(replace(bf16, baseline=name, baseline_ms=time, speedup=time / lowered))
     parts = rigl + times["more loss"] + average_ms
     others = {"without updates": times["rigl"], "moon": moon, "moon (sum of parts)": parts, "cigl": cigl}
     for name, time in others.items():

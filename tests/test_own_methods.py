@@ -254,13 +254,13 @@ def test_only_what_is_typed_is_imported(own):
 def test_compare_trains_them_beside_ours(own, capsys):
     runs = own / "runs"
     main([
-        "compare", *QUICK, "--method", "set", OWN["method"], "--reliability", "none", f"{OWN['reliability']}:-penalty",
-        "--left-alone", "0.75", "--out", str(runs),
+        "compare", *QUICK, "--method", "set", OWN["method"], "--reliability", "none", OWN["reliability"],
+        f"{OWN['reliability']}:-penalty", "--left-alone", "0.75", "--out", str(runs),
     ])  # fmt: skip
     table = json.loads((runs / comparison.TABLE).read_text())
     labels = {row["label"].split(" own=")[0] for row in table["rows"]}
     ours = {f"{method} {reliability} 0.9" for method in ("set", OWN["method"]) for reliability in
-            ("none", f"{OWN['reliability']}:-penalty")}  # fmt: skip
+            ("none", OWN["reliability"], f"{OWN['reliability']}:-penalty")}  # fmt: skip
     assert labels == ours
     main(["compare", "--out", str(runs), "--method", OWN["method"], "--reliability", OWN["reliability"], "--evaluate",
           "--score", "energy", "--quiet"])  # fmt: skip

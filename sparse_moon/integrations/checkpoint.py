@@ -30,8 +30,8 @@ from sparse_moon.algorithms.optimizers import inner_optimizers, parameters_of, s
 from sparse_moon.distributed import from_every_process, raise_together, rank, world_size
 from sparse_moon.files import read_json, write_json
 from sparse_moon.integrations.dcp_files import CheckingPlanner, SafePlanner, SafeReader
-from sparse_moon.nn.inspect import sparse_layers, transform_name
-from sparse_moon.nn.plan import some, unwrapped
+from sparse_moon.nn.inspect import transform_name
+from sparse_moon.nn.plan import some
 
 _T = TypeVar("_T")
 
@@ -345,7 +345,7 @@ def _kinds(training: TrainingState) -> dict[str, str]:
     for name, entries in states.items():
         named |= {f"optimizer {name} {key}": tensor for key, tensor in entries.items()}
     kinds = {name: f"{t.dtype} {list(t.shape)}" for name, t in named.items() if isinstance(t, Tensor)}
-    for name, layer in sparse_layers(unwrapped(training.model)).items():
+    for name, layer in {**training.method.layers, **training.method.untouched}.items():
         if (transform := transform_name(layer)) is not None:
             kinds[f"transform of {name}"] = transform
     kinds |= {f"optimizer {name}": _STATE if name in states else _NO_STATE for name in training.parameters()}
