@@ -151,14 +151,14 @@ def test_what_runs(block, backend, expected):
     plan = Plan(tuple(t.to("meta") for t in topology.index), block)
     with choice.use_backend(backend), choice.asked_for() as works:
         # of a kind of device that nothing was measured on
-        got = linear.choice("forward", x.to("meta"), plan, x, values)
+        got = linear.choice("forward", x.shape, plan, x.to("meta"), values)
         assert got == expected
-        assert linear.choice("forward", x.to("meta"), plan, x.double(), values) == "dense"
+        assert linear.choice("forward", x.shape, plan, x.to("meta", torch.float64), values) == "dense"
     for work in works:
         assert work == choice.Work("forward", 4, 32, 32, 1, 1, 1, 1, "meta", block, "float32")
         choice.remember(work, 0.6)
     with choice.use_backend("auto"):  # what this process has measured is used
-        got = linear.choice("forward", x.to("meta"), plan, x, values)
+        got = linear.choice("forward", x.shape, plan, x.to("meta"), values)
         assert got == ({(1, 1): "cuda", (16, 16): "triton"}[block] if works else "dense")
 
 
@@ -175,7 +175,7 @@ def test_a_choice_is_made_once(kind, monkeypatch):
 
     def choose(x=x, values=values, pass_="forward"):
         if kind == "linear":
-            return linear.choice(pass_, x, plan, x, values)
+            return linear.choice(pass_, x.shape, plan, x, values)
         images = x.view(4, 32, 1, 1)
         return conv2d.choice(pass_, images.shape, images, plan, images, values)
 

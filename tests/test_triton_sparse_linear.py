@@ -116,6 +116,110 @@ def test_split_over_tokens(block):
         assert torch.equal(first, second)
 
 
+def as_precise(ours, theirs, exact):
+    """At most twice as far from the exact numbers as PyTorch's, up to a rounding of the largest."""
+    floor = torch.finfo(ours.dtype).eps * exact.abs().max()
+    assert ours.dtype == theirs.dtype and ours.isfinite().all()
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + floor
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(0, torch.float32), (63, torch.float32), (800, torch.float16)])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_bias_grad(block, tokens, dtype):
+    """In one pass and in three, of rows without entries too, with the values' gradient as ever."""
+    topology = topology_of([set(), {1, 2}, set(), {0, 2, 3}, set()], block, 5)
+    x, values, bias, grad = operands(topology, tokens, dtype)
+    dvalues = torch.full_like(values, torch.nan)
+    dbias = torch.full_like(bias, torch.nan)
+    kernels.sparse_linear_values_grad(
+        grad, x, topology.row_ptr, topology.col, dvalues, allow_tf32=False, bias_grad=dbias
+    )
+    as_precise(dbias, grad.sum(0), grad.double().sum(0))
+    as_precise(dvalues, topology.gather(grad.t() @ x), topology.gather(grad.double().t() @ x.double()))
+    again = torch.empty_like(bias)
+    kernels.sparse_linear_values_grad(
+        grad, x, topology.row_ptr, topology.col, dvalues, allow_tf32=False, bias_grad=again
+    )
+    assert torch.equal(dbias, again)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_bias_grad_of_a_layer_without_weights(block):
+    topology = topology_of([set(), set()], block, 3)
+    x, values, bias, grad = operands(topology, 5, torch.float32)
+    kernels.sparse_linear_values_grad(
+        grad, x, topology.row_ptr, topology.col, values, allow_tf32=False, bias_grad=bias.fill_(torch.nan)
+    )
+    torch.testing.assert_close(bias, grad.sum(0))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gelu(block, approximate, dtype):
+    """Of what the forward pass rounds and keeps; its derivative at the end of the input gradient."""
+    topology = topology_of([set(), {1, 2}, {0, 2, 3}], block, 5)
+    x, values, bias, grad = operands(topology, 37, dtype)
+    activation = "gelu" if approximate == "none" else "gelu_tanh"
+    y, before = torch.full_like(grad, torch.nan), torch.full_like(grad, torch.nan)
+    row_ptr, col, *transposed = topology.index
+    activated = kernels.Activated(before, activation)
+    kernels.sparse_linear(x, values, bias, row_ptr, col, y, allow_tf32=False, activated=activated)
+    plain, dx, _ = products(topology, x, values, bias, grad)
+    assert torch.equal(before, plain)
+    as_precise(y, F.gelu(before, approximate=approximate), F.gelu(before.double(), approximate=approximate))
+    if block[1] == 1:
+        with pytest.raises(ValueError, match="the input gradient of vectors has no activation"):
+            kernels.sparse_linear_input_grad(grad, values, *transposed, dx, allow_tf32=False, activated=activated)
+        return
+
+    def backward(dy, weight, at):
+        return torch.ops.aten.gelu_backward(dy @ weight, at, approximate=approximate)
+
+    at = torch.randn(37, x.shape[1] + 3).to(DEVICE, dtype)[:, 2:-1]
+    got, weight = torch.full_like(dx, torch.nan), topology.to_dense(values)
+    activated = kernels.Activated(at, activation)
+    kernels.sparse_linear_input_grad(grad, values, *transposed, got, allow_tf32=False, activated=activated)
+    as_precise(got, backward(grad, weight, at), backward(grad.double(), weight.double(), at.double()))
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gelu_of_all_numbers(approximate, dtype):
+    """From the smallest to those at which a square overflows, through a weight of one identity."""
+    topology = topology_of([{0}], (16, 16), 1)
+    magnitude = torch.cat([torch.logspace(-7, 4, 1500), torch.linspace(0, 9, 3000)])
+    edges = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat([magnitude, -magnitude, edges]).to(dtype)
+    x = torch.cat([x, x.new_zeros(-x.numel() % 16)]).view(-1, 16).to(DEVICE)
+    # the identity adds 0 * x of others to each: a row of x at a time has one number that is not finite, or none
+    x = torch.cat([x[:-1], torch.diag(x[-1])]) if not x[-1].isfinite().all() else x
+    finite = x.isfinite().all(1)
+    values = torch.eye(16, device=DEVICE, dtype=dtype)[None]
+    activation = "gelu" if approximate == "none" else "gelu_tanh"
+    y, before, dx = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    row_ptr, col, *transposed = topology.index
+    kernels.sparse_linear(
+        x, values, None, row_ptr, col, y, allow_tf32=False, activated=kernels.Activated(before, activation)
+    )
+    kernels.sparse_linear_input_grad(
+        torch.ones_like(x), values, *transposed, dx, allow_tf32=False, activated=kernels.Activated(x, activation)
+    )
+    assert torch.equal(before[finite], x[finite]) and finite.sum() > 500
+    theirs, exact = (F.gelu(t, approximate=approximate) for t in (x, x.double()))
+    derivatives = [
+        torch.ops.aten.gelu_backward(torch.ones_like(t), t, approximate=approximate) for t in (x, x.double())
+    ]
+    for bound in (1.0, 5.0, torch.inf):
+        near = finite[:, None] & (x.abs() <= bound)
+        as_precise(y[near], theirs[near], exact[near])
+        as_precise(dx[near], *(t[near] for t in derivatives))
+    assert dx[x.isnan()].isnan().all() and before[~finite].isnan().any()
+    assert (y[x == torch.inf].isnan() | (y[x == torch.inf] == torch.inf)).all()
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_features_without_entries_are_never_read(block):
     """NaN in the features of an empty block column, and in gradients of an empty block row, stays there."""

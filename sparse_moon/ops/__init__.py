@@ -14,6 +14,7 @@ from sparse_moon.ops.flop_formulas import register as register_flop_formulas
 from sparse_moon.ops.plan import Geometry, Plan
 from sparse_moon.ops.sparse_conv2d.api import sparse_conv2d
 from sparse_moon.ops.sparse_linear.api import sparse_linear
+from sparse_moon.ops.sparse_mlp.api import sparse_mlp
 from sparse_moon.ops.unknown_aware_loss import LossStatistics, unknown_aware_loss
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "drop_and_grow",
     "sparse_conv2d",
     "sparse_linear",
+    "sparse_mlp",
     "unknown_aware_loss",
     "use_backend",
 ]

@@ -35,6 +35,16 @@ def _linear_dense_grad(grad: _Shape, input: _Shape, **_: Any) -> int:
     return 2 * math.prod(grad) * input[-1]
 
 
+def _mlp(input: _Shape, values1: _Shape, bias1: _Shape, values2: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * (math.prod(values1) + math.prod(values2)) * math.prod(input[:-1])
+
+
+def _mlp_grads(
+    grad: _Shape, input: _Shape, before: _Shape, hidden: _Shape, values1: _Shape, values2: _Shape, *_: Any, **__: Any
+) -> int:
+    return 4 * (math.prod(values1) + math.prod(values2)) * math.prod(input[:-1])
+
+
 def _positions(output: _Shape) -> int:
     """Number of places of a convolution's output (N, O, Ho, Wo), over the batch."""
     return output[0] * math.prod(output[2:])
@@ -67,6 +77,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "sparse_linear_values_grad": _linear_values_grad,
     "sparse_linear_dense_grad": _linear_dense_grad,
     "sparse_linear_grads": _linear_grads,
+    "sparse_mlp": _mlp,
+    "sparse_mlp_grads": _mlp_grads,
     "sparse_conv2d": _conv2d,
     "sparse_conv2d_input_grad": _conv2d_input_grad,
     "sparse_conv2d_values_grad": _conv2d_values_grad,

@@ -1,6 +1,7 @@
 """What runs ``sparse_linear`` on a GPU."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -13,22 +14,26 @@ from sparse_moon.ops.sparse_linear import cuda, dense, triton
 from sparse_moon.ops.sparse_linear.api import FORWARD, GRADS, INPUT_GRAD, VALUES_GRAD, bias_grad
 
 
-def choice(pass_: Pass, x: Tensor, plan: Plan, *operands: Tensor | None) -> Implementation:
-    """What runs a pass on ``x``, the input or the gradient of the output."""
+def choice(pass_: Pass, shape: Sequence[int], plan: Plan, x: Tensor, *operands: Tensor | None) -> Implementation:
+    """What runs a pass on operands of the dtype and on the device of ``x``.
+
+    Args:
+        shape: of the input, or of the gradient of the output.
+    """
     tf32 = triton.tf32()
-    key = key_of(pass_, x.shape, tf32, *operands)
+    key = key_of(pass_, shape, tf32, x, *operands)
     found = chosen(plan, key)
     if found is not None:
         return found
     outputs, inputs = plan.shape
-    tokens, dtype = math.prod(x.shape[:-1]), x.dtype
+    tokens, dtype = math.prod(shape[:-1]), x.dtype
     work = Work(pass_, tokens, inputs, outputs, 1, 1, 1, 1, x.device.type, plan.block, speed_dtype(dtype, tf32))
-    return choose(key, work, plan, lambda: triton.takes(plan.block, dtype), *operands)
+    return choose(key, work, plan, lambda: triton.takes(plan.block, dtype), x, *operands)
 
 
 def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | None, plan: Plan) -> Tensor:
     check_entries(values, plan.index[1])
-    match choice("forward", input, plan, input, values, bias):
+    match choice("forward", input.shape, plan, input, values, bias):
         case "triton":
             return triton.forward(input, values, bias, probe, plan)
         case "cuda":
@@ -39,7 +44,7 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
 
 def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
     check_entries(values, plan.index[1])
-    match choice("input_grad", grad, plan, grad, values):
+    match choice("input_grad", grad.shape, plan, grad, values):
         case "triton":
             return triton.input_grad(grad, values, plan)
         case "cuda":
@@ -49,7 +54,7 @@ def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
 
 
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
-    match choice("values_grad", grad, plan, grad, input):
+    match choice("values_grad", grad.shape, plan, grad, input):
         case "triton":
             return triton.values_grad(grad, input, plan)
         case "cuda":
@@ -62,9 +67,18 @@ input_grad_or_dense = or_dense(native_cuda, input_grad, dense.input_grad)
 values_grad_or_dense = or_dense(native_cuda, values_grad, dense.values_grad)
 
 
+def values_and_bias_grad(grad: Tensor, input: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Both from one reading of ``grad`` by Triton's kernel."""
+    if choice("values_grad", grad.shape, plan, grad, input) == "triton":
+        return triton.values_and_bias_grad(grad, input, plan)
+    return values_grad_or_dense(grad, input, plan), bias_grad(grad)
+
+
 def grads(grad: Tensor, input: Tensor, values: Tensor, plan: Plan, with_bias: bool = False) -> tuple[Tensor, ...]:
-    pair = input_grad_or_dense(grad, values, plan), values_grad_or_dense(grad, input, plan)
-    return (*pair, bias_grad(grad)) if with_bias else pair
+    d_input = input_grad_or_dense(grad, values, plan)
+    if with_bias:
+        return d_input, *values_and_bias_grad(grad, input, plan)
+    return d_input, values_grad_or_dense(grad, input, plan)
 
 
 FORWARD.implement("cuda", or_dense(native_cuda, forward, dense.forward))

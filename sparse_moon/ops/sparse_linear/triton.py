@@ -50,6 +50,18 @@ def forward(
     return output
 
 
+def forward_gelu(input: Tensor, values: Tensor, bias: Tensor, activation: str, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The product with its bias, and GELU of that, ``"gelu"`` or ``"gelu_tanh"``."""
+    from sparse_moon.kernels import sparse_linear as kernels
+
+    before, output = (fake_forward(input, values, bias, None, plan) for _ in range(2))
+    kernels.sparse_linear(
+        _rows(input), values.contiguous(), without_gaps(bias), *plan.index[:2], rows_of(output), allow_tf32=tf32(),
+        activated=kernels.Activated(rows_of(before), activation),
+    )  # fmt: skip
+    return before, output
+
+
 def input_grad(grad: Tensor, values: Tensor, plan: Plan, allow_tf32: bool | None = None) -> Tensor:
     from sparse_moon.kernels import sparse_linear as kernels
 
@@ -57,6 +69,18 @@ def input_grad(grad: Tensor, values: Tensor, plan: Plan, allow_tf32: bool | None
     kernels.sparse_linear_input_grad(
         _rows(grad), values.contiguous(), *plan.index[2:], rows_of(result), allow_tf32=_allowed(allow_tf32)
     )
+    return result
+
+
+def input_grad_gelu(grad: Tensor, values: Tensor, before: Tensor, activation: str, plan: Plan) -> Tensor:
+    """The gradient of ``before``, of which the input was GELU; not for vectors."""
+    from sparse_moon.kernels import sparse_linear as kernels
+
+    result = fake_input_grad(grad, values, plan)
+    kernels.sparse_linear_input_grad(
+        _rows(grad), values.contiguous(), *plan.index[2:], rows_of(result), allow_tf32=tf32(),
+        activated=kernels.Activated(_rows(before), activation),
+    )  # fmt: skip
     return result
 
 
@@ -68,3 +92,13 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan, allow_tf32: bool | None
         _rows(grad), _rows(input), *plan.index[:2], result, allow_tf32=_allowed(allow_tf32)
     )
     return result
+
+
+def values_and_bias_grad(grad: Tensor, input: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    from sparse_moon.kernels import sparse_linear as kernels
+
+    d_values, d_bias = fake_values_grad(grad, input, plan), grad.new_empty(plan.bias_shape)
+    kernels.sparse_linear_values_grad(
+        _rows(grad), _rows(input), *plan.index[:2], d_values, allow_tf32=tf32(), bias_grad=d_bias
+    )
+    return d_values, d_bias

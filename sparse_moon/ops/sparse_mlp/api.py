@@ -1,0 +1,194 @@
+"""``sparse_mlp``: ``y = gelu(x W1^T + b1) W2^T + b2``, what a transformer does between two norms, in one operator.
+
+What stands between the products is memory: GELU reads and writes the hidden features once in the forward pass, its
+gradient three times, and the gradient of a bias reads them again. A GPU's kernels do that while a tile is in registers:
+GELU where the first product ends, its derivative where the input gradient of the second one ends, and the biases'
+gradients where the values' gradients read that of the output. Kept for the backward pass is what torch keeps.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_moon.ops.check_index import guarded
+from sparse_moon.ops.index import block_of, check_entries, check_values
+from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.product import expect_shape, plan_of
+from sparse_moon.ops.registry import (
+    call,
+    define,
+    differentiable_gradients,
+    implement,
+    register_autograd,
+    to_autocast_dtype,
+)
+from sparse_moon.ops.sparse_linear.api import FORWARD, INPUT_GRAD, fake_forward
+from sparse_moon.ops.sparse_linear.reference import sparse_linear_reference
+from sparse_moon.ops.sparse_mlp.gpu import FUSED
+from sparse_moon.ops.sparse_mlp.parts import APPROXIMATE, NAMES, SEPARATE, Gelu, Parts
+
+_INDICES = ", ".join(f"Tensor {name}{i}" for i in (1, 2) for name in ("row_ptr", "col", "t_ptr", "t_row", "t_perm"))
+
+
+def _plans(values1: Tensor, values2: Tensor, indices: tuple[Any, ...]) -> tuple[Plan, Plan]:
+    for values in (values1, values2):
+        check_values(values)
+    return plan_of(indices[:5], block_of(values1)), plan_of(indices[5:], block_of(values2))
+
+
+def _check(input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, *plans: Plan) -> None:
+    plan1, plan2 = plans
+    expect_shape("input", input, (*input.shape[:-1], plan1.shape[1]))
+    for i, values, bias, plan in ((1, values1, bias1, plan1), (2, values2, bias2, plan2)):
+        check_entries(values, plan.index[1])
+        expect_shape(f"bias{i}", bias, plan.bias_shape)
+    if plan2.shape[1] != plan1.shape[0]:
+        raise ValueError(f"the second weight must have {plan1.shape[0]} inputs, got {plan2.shape[1]}")
+    operands = (input, values1, bias1, values2, bias2)
+    devices = {str(t.device) for t in (*operands, plan1.index[1], plan2.index[1])}
+    if len(devices) > 1:
+        raise ValueError(
+            f"input, values, topologies and biases must be on one device, got {', '.join(sorted(devices))}"
+        )
+    dtypes = {t.dtype for t in operands}
+    if len(dtypes) > 1 or not input.is_floating_point():
+        raise ValueError(f"input, values and biases must share one floating point dtype, got {dtypes}")
+
+
+def _forward(
+    parts: Parts, input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int,
+    *indices: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, what is activated, and its activation."""
+    plan1, plan2 = _plans(values1, values2, indices)
+    _check(input, values1, bias1, values2, bias2, plan1, plan2)
+    before, hidden = parts.forward(input, values1, bias1, activation, plan1)
+    return FORWARD(hidden, values2, bias2, None, plan2), before, hidden
+
+
+def _fake(
+    input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int, *indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan1, plan2 = _plans(values1, values2, indices)
+    before, hidden = (fake_forward(input, values1, bias1, None, plan1) for _ in range(2))
+    return fake_forward(hidden, values2, bias2, None, plan2), before, hidden
+
+
+def _grads(
+    parts: Parts, grad: Tensor, input: Tensor, before: Tensor, hidden: Tensor, values1: Tensor, values2: Tensor,
+    activation: int, *indices: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Of input, first values and bias, second values and bias."""
+    plan1, plan2 = _plans(values1, values2, indices)
+    _check(input, values1, grad.new_empty(plan1.bias_shape), values2, grad.new_empty(plan2.bias_shape), plan1, plan2)
+    for name, tensor, plan in (("grad", grad, plan2), ("before", before, plan1), ("hidden", hidden, plan1)):
+        expect_shape(name, tensor, (*input.shape[:-1], plan.shape[0]))
+    d_before = parts.backward(grad, values2, before, activation, plan2)
+    return (
+        INPUT_GRAD(d_before, values1, plan1),
+        *parts.values_grad(d_before, input, plan1),
+        *parts.values_grad(grad, hidden, plan2),
+    )
+
+
+def _fake_grads(
+    grad: Tensor, input: Tensor, before: Tensor, hidden: Tensor, values1: Tensor, values2: Tensor, activation: int,
+    *indices: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    d_input, d_values1, d_values2 = (t.new_empty(t.shape) for t in (input, values1, values2))
+    d_bias1, d_bias2 = (grad.new_empty(plan.bias_shape) for plan in _plans(values1, values2, indices))
+    return d_input, d_values1, d_bias1, d_values2, d_bias2
+
+
+def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel behind checks of the ten tensors at its arguments' end, which are two indices."""
+    swapped = guarded(lambda *inputs: kernel(*inputs[:-10], *inputs[-5:], *inputs[-10:-5]))
+    return guarded(lambda *inputs: swapped(*inputs[:-10], *inputs[-5:], *inputs[-10:-5]))
+
+
+define(
+    "sparse_mlp(Tensor input, Tensor values1, Tensor bias1, Tensor values2, Tensor bias2, int activation, "
+    f"{_INDICES}) -> (Tensor, Tensor, Tensor)",
+    _guarded(partial(_forward, SEPARATE)),
+    _fake,
+)
+define(
+    "sparse_mlp_grads(Tensor grad, Tensor input, Tensor before, Tensor hidden, Tensor values1, Tensor values2, "
+    f"int activation, {_INDICES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _guarded(partial(_grads, SEPARATE)),
+    _fake_grads,
+)
+implement("sparse_mlp", "cuda", partial(_forward, FUSED), dispatched=_guarded(partial(_forward, FUSED)))
+implement("sparse_mlp_grads", "cuda", partial(_grads, FUSED), dispatched=_guarded(partial(_grads, FUSED)))
+
+
+def sparse_mlp_reference(
+    input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int, *indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification, in torch's own differentiable operators; results as those of the operator."""
+    plan1, plan2 = _plans(values1, values2, indices)
+    before = sparse_linear_reference(input, values1, bias1, None, plan1)
+    hidden = F.gelu(before, approximate=APPROXIMATE[activation])
+    return sparse_linear_reference(hidden, values2, bias2, None, plan2), before, hidden
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, values1, bias1, values2, bias2, ctx.activation, *indices = inputs
+    ctx.save_for_backward(input, *output[1:], values1, values2, bias1, bias2, *indices)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    operands, indices = ctx.saved_tensors[:5], ctx.saved_tensors[7:]
+    return *call("sparse_mlp_grads", grad, *operands, ctx.activation, *indices), *(None,) * 11
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    input, _, _, values1, values2, bias1, bias2, *indices = ctx.saved_tensors
+
+    def product(*operands: Any) -> Tensor:
+        return sparse_mlp_reference(*operands, ctx.activation, *indices)[0]
+
+    operands = (input, values1, bias1, values2, bias2)
+    return *differentiable_gradients(product, operands, ctx.needs_input_grad[:5], grad), *(None,) * 11
+
+
+_sparse_mlp = register_autograd(
+    "sparse_moon::sparse_mlp",
+    _backward,
+    setup_context=_setup_context,
+    reference=sparse_mlp_reference,
+    differentiable_backward=_differentiable_backward,
+)
+
+
+def sparse_mlp(
+    input: Tensor,
+    values1: Tensor,
+    bias1: Tensor,
+    plan1: Plan,
+    values2: Tensor,
+    bias2: Tensor,
+    plan2: Plan,
+    activation: Gelu,
+) -> Tensor:
+    """``gelu(input W1^T + bias1) W2^T + bias2`` with sparse weights, on any device; fused on a GPU.
+
+    Args:
+        input: (..., I), floating point.
+        values1, bias1, plan1: of the first product, (H, I), as :func:`sparse_moon.ops.sparse_linear` takes them.
+        values2, bias2, plan2: of the second one, (O, H).
+        activation: ``"gelu"``, or ``"gelu_tanh"``, what torch calls ``approximate="tanh"``.
+
+    Returns:
+        (..., O) in the dtype of ``input`` (cast under autocast). All gradients are computed, wanted or not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    operands = to_autocast_dtype(input.device.type, input, values1, bias1, values2, bias2)
+    output: Tensor = _sparse_mlp(*operands, NAMES.index(activation), *plan1.index, *plan2.index)[0]
+    return output

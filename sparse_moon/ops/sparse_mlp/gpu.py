@@ -1,0 +1,33 @@
+"""What a GPU runs of ``sparse_mlp``: Triton's kernels of blocks and vectors, where they pay."""
+
+from torch import Tensor
+
+from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.sparse_linear import gpu, triton
+from sparse_moon.ops.sparse_mlp import parts
+from sparse_moon.ops.sparse_mlp.parts import NAMES, Parts
+
+
+def pays(input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, plan1: Plan, plan2: Plan) -> bool:
+    """Whether kernels compute both the activation and its derivative; ``input`` and values in the dtype of training."""
+    output_shape = (*input.shape[:-1], plan2.shape[0])
+    return (
+        plan2.block[1] > 1
+        and gpu.choice("forward", input.shape, plan1, input, values1, bias1) == "triton"
+        and gpu.choice("input_grad", output_shape, plan2, input, values2) == "triton"
+    )
+
+
+def forward(input: Tensor, values: Tensor, bias: Tensor, activation: int, plan: Plan) -> tuple[Tensor, Tensor]:
+    if gpu.choice("forward", input.shape, plan, input, values, bias) == "triton":
+        return triton.forward_gelu(input, values, bias, NAMES[activation], plan)
+    return parts.forward(input, values, bias, activation, plan)
+
+
+def backward(grad: Tensor, values: Tensor, before: Tensor, activation: int, plan: Plan) -> Tensor:
+    if plan.block[1] > 1 and gpu.choice("input_grad", grad.shape, plan, grad, values) == "triton":
+        return triton.input_grad_gelu(grad, values, before, NAMES[activation], plan)
+    return parts.backward(grad, values, before, activation, plan)
+
+
+FUSED = Parts(forward, backward, gpu.values_and_bias_grad)
