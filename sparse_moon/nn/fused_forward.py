@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
+from sparse_moon.nn.sparse_layer import SparseLayer
 from sparse_moon.nn.tracing import attributes, class_attributes, content, has_parts
 
 _GLOBAL_HOOKS = (
@@ -52,17 +53,25 @@ class FusedForward:
     The module, its class and all in it stay what they were. Modules are looked up when they are called. Where what the
     graph leaves out would show, the forward pass of the class runs as ever: hooks on a batch norm or an activation that
     would not be called, another type of module in such a place, attributes that have changed, arguments beside the
-    required ones or that are no tensors on a CPU or a GPU, and compilers, which fuse by themselves.
+    required ones or that are no tensors on a CPU or a GPU, exporters, and compilers, which fuse by themselves.
 
     Attributes:
         norms: paths of the batch norms, from the module.
         recompute: as in :class:`sparse_moon.BatchNormReLU2d`.
+        compiles: whether compilers are to see what is fused as well, because they could not.
     """
 
     def __init__(
-        self, module: nn.Module, graph: fx.Graph, skipped: list[Path], inlined: list[Path], recompute: bool
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        skipped: list[Path],
+        inlined: list[Path],
+        *,
+        recompute: bool = False,
+        compiles: bool = False,
     ) -> None:
-        self.module, self.recompute = module, recompute
+        self.module, self.recompute, self.compiles = module, recompute, compiles
         self.norms = [path for path in skipped if type(at(module, path)) is nn.BatchNorm2d]
         self._skipped = [(path, type(at(module, path))) for path in dict.fromkeys([*skipped, *inlined])]
         self._code = [_code_of(module, path) for path in _with_lists(module, [(), *inlined])]
@@ -98,13 +107,15 @@ class FusedForward:
         return self.__wrapped__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or kwargs or len(args) != self._arity or not self._serves(args):
+        if kwargs or len(args) != self._arity or not self._serves(args):
             return type(self.module).forward(self.module, *args, **kwargs)
-        if "_run" not in vars(self):  # a copy
-            self._compile()
         return self._run(self.module, *args)
 
     def _serves(self, args: tuple[Any, ...]) -> bool:
+        if torch.compiler.is_compiling():
+            return self.compiles and not torch.compiler.is_exporting() and _holds(self)
+        if "_run" not in vars(self):  # a copy
+            self._compile()
         for arg in args:
             if not isinstance(arg, Tensor) or not (arg.is_cpu or arg.is_cuda):
                 return False
@@ -125,6 +136,14 @@ class FusedForward:
         replica = type(self.module)._replicate_for_data_parallel(self.module)
         del replica.__dict__["forward"], replica.__dict__["_replicate_for_data_parallel"]
         return cast(nn.Module, replica)
+
+
+@torch.compiler.assume_constant_result
+def _holds(forward: FusedForward) -> bool:
+    """Asked once by a compiler, which does not see hooks either that come later."""
+    if "_run" not in vars(forward):
+        forward._compile()
+    return forward.holds()
 
 
 def at(module: nn.Module, path: Path) -> nn.Module | None:
@@ -165,3 +184,10 @@ def has_plain_forward(module: nn.Module) -> bool:
     """Whether nobody else has given a module a forward pass of its own."""
     forward = vars(module).get("forward")
     return forward is None or type(forward) is FusedForward
+
+
+def has_code(module: nn.Module) -> bool:
+    """Whether a module is there for its code, and not a layer, and its forward pass is that of its class."""
+    if isinstance(module, SparseLayer) or not has_plain_forward(module):
+        return False
+    return isinstance(module, nn.Sequential) or not type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))

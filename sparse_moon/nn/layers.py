@@ -90,7 +90,7 @@ class SparseLinear(SparseLayer):
         return dense
 
     def forward(self, input: Tensor) -> Tensor:
-        values, bias, plan = self._operands()
+        values, bias, plan = self.operands()
         return sparse_linear(input, values, bias, plan, probe=self.probe)
 
     def extra_repr(self) -> str:
@@ -200,7 +200,7 @@ class SparseConv2d(SparseLayer):
         if self._explicit_padding is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._explicit_padding, mode=mode)
-        values, bias, plan = self._operands()
+        values, bias, plan = self.operands()
         output = sparse_conv2d(input, values, bias, plan, probe=self.probe)
         return output if batched else output.squeeze(0)
 

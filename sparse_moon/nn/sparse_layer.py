@@ -140,7 +140,7 @@ class SparseLayer(nn.Module):
         values = self.values if lora is None else lora(self.values, self.topology)
         return values if transform is None else transform(values)
 
-    def _operands(self) -> tuple[Tensor, Tensor | None, Plan]:
+    def operands(self) -> tuple[Tensor, Tensor | None, Plan]:
         """Values, bias and plan of a product; the plan is kept as long as the index stays as it is."""
         if torch.compiler.is_compiling():
             return self._transformed(), self.bias, self.topology.plan(self._geometry)

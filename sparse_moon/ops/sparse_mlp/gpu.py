@@ -3,18 +3,24 @@
 from torch import Tensor
 
 from sparse_moon.ops.plan import Plan
+from sparse_moon.ops.registry import to_autocast_dtype
 from sparse_moon.ops.sparse_linear import gpu, triton
 from sparse_moon.ops.sparse_mlp import parts
 from sparse_moon.ops.sparse_mlp.parts import NAMES, Parts
 
 
-def pays(input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, plan1: Plan, plan2: Plan) -> bool:
-    """Whether kernels compute both the activation and its derivative; ``input`` and values in the dtype of training."""
+def may_pay(block1: tuple[int, int], block2: tuple[int, int]) -> bool:
+    """Whether there are kernels that begin and end with GELU, for weights of these blocks."""
+    return block1 != (1, 1) and block2[1] > 1
+
+
+def pays(input: Tensor, plan1: Plan, plan2: Plan) -> bool:
+    """Whether kernels compute both GELU and its derivative, in the dtype that autocast makes of the input's."""
+    (like,) = to_autocast_dtype(input.device.type, input.new_empty(0))
     output_shape = (*input.shape[:-1], plan2.shape[0])
     return (
-        plan2.block[1] > 1
-        and gpu.choice("forward", input.shape, plan1, input, values1, bias1) == "triton"
-        and gpu.choice("input_grad", output_shape, plan2, input, values2) == "triton"
+        gpu.choice("forward", input.shape, plan1, like, like, like) == "triton"
+        and gpu.choice("input_grad", output_shape, plan2, like, like) == "triton"
     )
 
 

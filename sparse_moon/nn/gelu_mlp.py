@@ -1,0 +1,164 @@
+"""Two sparse linear layers with GELU between them: found in the code of modules, and run as one operation on a GPU."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparse_moon.nn.conv1d import SparseConv1D
+from sparse_moon.nn.fused_forward import FusedForward, has_code, is_plain
+from sparse_moon.nn.layers import SparseLinear
+from sparse_moon.nn.tracing import trace
+from sparse_moon.ops import sparse_linear, sparse_mlp
+from sparse_moon.ops.registry import transformed
+from sparse_moon.ops.sparse_mlp.gpu import may_pay, pays
+from sparse_moon.ops.sparse_mlp.parts import APPROXIMATE, NAMES, Gelu
+
+DEVICES = frozenset({"cuda"})
+"""Where the operation is faster than its parts."""
+
+_LAYERS = (SparseLinear, SparseConv1D)
+_OTHERS: dict[str, Gelu] = {
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+}
+
+
+def fused_mlps(model: nn.Module, taken: set[nn.Module]) -> list[FusedForward]:
+    """Forward passes of modules whose code calls a linear layer of blocks, GELU, perhaps dropout, and another one.
+
+    Args:
+        taken: modules that have another forward pass of their own by now.
+    """
+    found = []
+    for module in model.modules():
+        layers = [child for child in module._modules.values() if _has_blocks(child)]
+        if len(layers) < 2 or module in taken or not has_code(module):
+            continue
+        graph = trace(module)
+        if isinstance(graph, str):  # nothing of it was asked for by name
+            continue
+        skipped = _rewrite(graph, dict(module.named_modules(remove_duplicate=False)))
+        if skipped:
+            paths = [tuple(path.split(".")) for path in skipped]
+            found.append(FusedForward(module, graph, paths, [], compiles=True))
+    return found
+
+
+def gelu_mlp(
+    input: Tensor,
+    first: SparseLinear,
+    second: SparseLinear,
+    activation: nn.Module | Gelu,
+    between: list[nn.Module],
+) -> Tensor:
+    """``second(gelu(first(input)))``, in one operation where a GPU's kernels gain by it.
+
+    Args:
+        activation: an ``nn.GELU`` or a module like it, or its name.
+        between: modules that follow it, of dropout or nothing at all.
+    """
+    values1, bias1, plan1 = first.operands()
+    values2, bias2, plan2 = second.operands()
+    gelu = None if any(map(_drops, between)) else _gelu(activation)
+    if (
+        gelu is not None and bias1 is not None and bias2 is not None and _take(first, second)
+        and input.device.type in DEVICES and (torch.compiler.is_compiling() or pays(input, plan1, plan2))
+    ):  # fmt: skip
+        return sparse_mlp(input, values1, bias1, plan1, values2, bias2, plan2, gelu)
+    hidden = sparse_linear(input, values1, bias1, plan1, probe=first.probe)
+    if isinstance(activation, nn.Module):
+        hidden = activation(hidden)
+    else:
+        hidden = F.gelu(hidden, approximate=APPROXIMATE[NAMES.index(activation)])
+    for module in between:
+        hidden = module(hidden)
+    return sparse_linear(hidden, values2, bias2, plan2, probe=second.probe)
+
+
+def _take(first: SparseLinear, second: SparseLinear) -> bool:
+    """Whether the operation does what both layers do: it has no dense gradient, and computes the gradient of all."""
+    if first.probe is not None or second.probe is not None or transformed():
+        return False
+    if not may_pay(first.topology.block, second.topology.block):
+        return False
+    parameters = (parameter for layer in (first, second) for parameter in layer.parameters())
+    return not torch.is_grad_enabled() or all(parameter.requires_grad for parameter in parameters)
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
+
+
+def _has_blocks(module: nn.Module | None) -> bool:
+    """Whether it is a linear layer of blocks or vectors, and no other class made of one."""
+    return isinstance(module, SparseLinear) and type(module) in _LAYERS and module.topology.block != (1, 1)
+
+
+def _gelu(activation: nn.Module | Gelu) -> Gelu | None:
+    """Which one it is, None for anything else."""
+    if isinstance(activation, str):
+        return activation
+    if type(activation) is nn.GELU:
+        return NAMES[APPROXIMATE.index(activation.approximate)] if activation.approximate in APPROXIMATE else None
+    return _OTHERS.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
+
+
+def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
+    """Put :func:`gelu_mlp` in place of what it does; returns the names of the modules that are no longer called."""
+    skipped = []
+    for node in list(graph.nodes):
+        if not _calls(node, modules, _has_blocks):
+            continue
+        chain: list[fx.Node] = [node]
+        activation = _next(node)
+        if activation is None:
+            continue
+        chain.append(activation)
+        gelu: Any = _function(activation)
+        if gelu is None and not _calls(activation, modules, lambda module: _gelu(module) is not None):
+            continue
+        last = _next(activation)
+        while last is not None and _calls(last, modules, lambda module: type(module) in (nn.Dropout, nn.Identity)):
+            chain.append(last)
+            last = _next(last)
+        if last is None or not _calls(last, modules, _has_blocks):
+            continue
+        chain.append(last)
+        called = [str(old.target) for old in chain if old.op == "call_module"]
+        if len({modules[name] for name in called}) < len(called) or not all(
+            is_plain(modules[name], type(modules[name])) for name in called
+        ):
+            continue
+        with graph.inserting_before(last):
+            first, second, *between = (graph.get_attr(str(n.target)) for n in (node, last, *chain[2:-1]))
+            gelu = graph.get_attr(str(activation.target)) if gelu is None else gelu
+            new = graph.call_function(gelu_mlp, (node.args[0], first, second, gelu, between))
+        last.replace_all_uses_with(new)
+        for old in reversed(chain):
+            graph.erase_node(old)
+        skipped += called
+    return skipped
+
+
+def _next(node: fx.Node) -> fx.Node | None:
+    """The only user, if what it is called with is this and nothing else that is a tensor."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    return user if user is not None and user.all_input_nodes == [node] else None
+
+
+def _calls(node: fx.Node, modules: dict[str, nn.Module], wanted: Any) -> bool:
+    """Whether the node calls such a module with one argument."""
+    return node.op == "call_module" and len(node.args) == 1 and not node.kwargs and wanted(modules[str(node.target)])
+
+
+def _function(node: fx.Node) -> Gelu | None:
+    if node.op != "call_function" or node.target is not F.gelu or len(node.args) != 1:
+        return None
+    options = dict(node.kwargs)
+    approximate = options.pop("approximate", "none")
+    return NAMES[APPROXIMATE.index(str(approximate))] if not options and approximate in APPROXIMATE else None
