@@ -66,8 +66,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
-def launches(layer: SparseLayer, shape: torch.Size) -> list[Launch]:
-    """Of the forward pass and both gradients in bfloat16."""
+def launches(layer: SparseLayer, shape: torch.Size, gelu: str | None = None) -> list[Launch]:
+    """Of the forward pass and both gradients in bfloat16; behind or in front of GELU, where that is its name."""
     x, values = empty(*shape), torch.empty_like(layer.values, dtype=torch.bfloat16, device="meta")
     bias = None if layer.bias is None else empty(*layer.bias.shape)
     with recorded() as found:
@@ -84,6 +84,12 @@ def launches(layer: SparseLayer, shape: torch.Size) -> list[Launch]:
             y = linear.forward(x, values, bias, None, plan)
             linear.input_grad(y, values, plan)
             linear.values_grad(y, x, plan)
+            if bias is not None:
+                linear.values_and_bias_grad(y, x, plan)
+                if gelu is not None:
+                    linear.forward_gelu(x, values, bias, gelu, plan)
+                    if plan.block[1] > 1:
+                        linear.input_grad_gelu(y, values, x, gelu, plan)
     return found
 
 
@@ -106,12 +112,13 @@ def launches_of(network: GpuNetwork, pattern: str, sparsity: float) -> Iterator[
     shapes = {name: shape for name, _, shape in network.layers()}
     model = network.build(network.classes + 1, torch.device("cpu"), min(network.depth, 1))
     network.sparsify(model, sparsity, pattern)
+    gelu = "gelu_tanh" if len(network.shape) == 2 else "gelu"
     seen: set[Any] = set()
     for name, layer in sparse_layers(model).items():
         key = shapes[name], layer.topology.shape, layer.topology.num_blocks
         if key not in seen:
             seen.add(key)
-            yield from launches(layer, shapes[name])
+            yield from launches(layer, shapes[name], gelu if name.endswith(("fc1", "fc2")) else None)
 
 
 def key(launch: Launch) -> tuple[Any, ...]:

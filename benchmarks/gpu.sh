@@ -110,7 +110,7 @@ for name in vit_base resnet50 gpt2_1.3b; do
         --json "$out/cuda_step_$name.json")
     if [[ $name == vit_base ]]; then
         run smoke 30 "${pytest[@]}" "${parallel[@]}" tests/test_triton_products.py tests/test_triton_batch_norm_relu.py \
-            tests/test_captured_step.py
+            tests/test_triton_gelu_mlp.py tests/test_captured_step.py
     fi
 done
 
