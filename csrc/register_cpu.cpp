@@ -172,12 +172,12 @@ PYBIND11_MODULE(_C, m) {
              py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
              py::arg("bfloat16") = false);
 
-    def("sparse_linear", &sparse_linear, "tokens", "weight", "input", "bias", "output", "bfloat16",
-        "threads");
+    def("sparse_linear", &sparse_linear, "tokens", "weight", "input", "bias", "output", "bfloat16", "threads",
+        "gelu");
     def("sparse_linear_input_grad", &sparse_linear_input_grad, "tokens", "weight", "grad", "input_grad", "bfloat16",
-        "threads");
+        "threads", "before");
     def("sparse_linear_values_grad", &sparse_linear_values_grad, "tokens", "weight", "grad", "input", "values_grad",
-        "bfloat16", "threads");
+        "bfloat16", "threads", "bias_grad");
     def("sparse_linear_grads", &sparse_linear_grads, "tokens", "weight", "grad", "input", "input_grad", "values_grad",
         "bias_grad", "bfloat16", "threads");
 

@@ -53,8 +53,8 @@ def _share(x, bell, PRECISE: tl.constexpr):
 
 @triton.jit
 def _power(x):
-    """exp(-2 u), or what is as good as infinity."""
-    return tl.minimum(tl.exp2(x * (x * x * (-_CUBIC * _LOG2_E) - _SLOPE * _LOG2_E)), 1e30)
+    """exp(-2 u)."""
+    return tl.exp2(x * (x * x * (-_CUBIC * _LOG2_E) - _SLOPE * _LOG2_E))
 
 
 @triton.jit
@@ -79,4 +79,5 @@ def gelu_derivative(x, ACTIVATION: tl.constexpr):
     else:
         power = _power(x)
         share = _reciprocal(power + 1, PRECISE)
-        return share + x * (x * x * (3 * _CUBIC) + _SLOPE) * (share * share * power)
+        rest = x * (share * share * power) * (x * x * (3 * _CUBIC) + _SLOPE)
+        return tl.where(power < 1e30, share + rest, share)

@@ -78,6 +78,13 @@ void compare(const char* what, const std::string& isa, const std::vector<float>&
     }
 }
 
+// And its derivative, unless null.
+double gelu_tanh(double x, double* derivative) {
+    const double root = std::sqrt(2 / M_PI), u = root * (x + 0.044715 * x * x * x), share = 1 / (1 + std::exp(-2 * u));
+    if (derivative) *derivative = share + x * 2 * share * (1 - share) * root * (1 + 0.134145 * x * x);
+    return x * share;
+}
+
 void check_linear(int64_t tokens, int64_t in, int64_t out, int64_t bh, int64_t bw, double density) {
     const Weight weight(out, in, bh, bw, density);
     const std::vector<float> x = random_values(tokens * in), grad = random_values(tokens * out);
@@ -107,6 +114,19 @@ void check_linear(int64_t tokens, int64_t in, int64_t out, int64_t bh, int64_t b
         compare("sparse_linear_grads: input", isa, got_dx, dx);
         compare("sparse_linear_grads: values", isa, got_dv, dv);
         compare("sparse_linear_grads: bias", isa, got_db, db);
+        got_db.assign(db.size(), NAN), got_dv.assign(dv.size(), NAN);
+        sparse_linear_values_grad(tokens, weight.matrix, grad.data(), x.data(), got_dv.data(), false, 2, got_db.data());
+        compare("sparse_linear_values_grad: bias", isa, got_db, db);
+        std::vector<double> activated(y.size()), passed(dx.size());
+        for (size_t i = 0; i < y.size(); ++i) activated[i] = gelu_tanh(y[i], nullptr);
+        for (size_t i = 0; i < dx.size(); ++i) gelu_tanh(x[i], &passed[i]), passed[i] *= dx[i];
+        std::vector<float> gelu(y.size(), NAN), before = x;
+        got_y.assign(y.size(), NAN), got_dx.assign(dx.size(), NAN);
+        sparse_linear(tokens, weight.matrix, x.data(), bias.data(), got_y.data(), false, 2, gelu.data());
+        sparse_linear_input_grad(tokens, weight.matrix, grad.data(), got_dx.data(), false, 2, before.data());
+        compare("sparse_linear: before GELU", isa, got_y, y);
+        compare("sparse_linear: GELU", isa, gelu, activated);
+        compare("sparse_linear_input_grad: GELU", isa, got_dx, passed);
     }
 }
 

@@ -55,5 +55,23 @@ SPARSE_MOON_INLINE Vec activate_grad(Vec grad, Vec v) {
     return grad;
 }
 
+constexpr float kGeluSlope = 1.5957691216057308f;  // 2 u = kGeluSlope x + kGeluCubic x^3
+constexpr float kGeluCubic = 1.5957691216057308f * 0.044715f;
+
+// e^(-2 u) of GELU by tanh u.
+SPARSE_MOON_INLINE Vec gelu_power(Vec x) {
+    const Vec exponent = x * (x * x * -kGeluCubic - kGeluSlope);
+    return exponent < broadcast(-80.0f) ? Vec{} : exponential(exponent);
+}
+
+// GELU as x (1 + tanh u) / 2, and its derivative.
+SPARSE_MOON_INLINE Vec gelu_tanh(Vec x) { return x / (gelu_power(x) + 1.0f); }
+
+SPARSE_MOON_INLINE Vec gelu_tanh_derivative(Vec x) {
+    const Vec power = gelu_power(x), share = broadcast(1.0f) / (power + 1.0f);
+    const Vec rest = x * (share * share * power) * (x * x * (3.0f * kGeluCubic) + kGeluSlope);
+    return power < broadcast(1e30f) ? share + rest : share;
+}
+
 }  // namespace SPARSE_MOON_ISA
 }  // namespace sparse_moon

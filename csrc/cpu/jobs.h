@@ -224,6 +224,8 @@ struct LinearJob {
     bool streaming;  // as in CorrelateJob
     char* scratch;
     int threads;
+    void* gelu = nullptr;  // like output: where its GELU by tanh goes; transposed, what the input was that of, whose
+                           // gradient is then the output
 };
 
 // What a row of a matrix, or of its transpose, has in a chunk of features.

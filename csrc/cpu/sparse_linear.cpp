@@ -42,6 +42,7 @@ LinearJob prepared(LinearJob job) {
     const int64_t bytes = job.tokens * outputs * number_bytes(job.bfloat16);
     job.streaming = bytes >= kStreamBytes;
     expect_writes(job.output, bytes);
+    if (job.gelu && !job.transposed) expect_writes(job.gelu, bytes);
     return job;
 }
 
@@ -74,14 +75,16 @@ void run_dots(LinearDotsJob job) {
 }  // namespace
 
 void sparse_linear(int64_t tokens, const SparseMatrix& weight, const void* input, const float* bias, void* output,
-                   bool bfloat16, int threads) {
-    const LinearJob job = prepared({weight, false, tokens, bfloat16, input, bias, output, false, nullptr, threads});
+                   bool bfloat16, int threads, void* gelu) {
+    const LinearJob job =
+        prepared({weight, false, tokens, bfloat16, input, bias, output, false, nullptr, threads, gelu});
     takes_runs(job) ? run_runs(job) : run(job);
 }
 
 void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const void* grad, void* input_grad,
-                              bool bfloat16, int threads) {
-    LinearJob job = prepared({weight, true, tokens, bfloat16, grad, nullptr, input_grad, false, nullptr, threads});
+                              bool bfloat16, int threads, void* before) {
+    LinearJob job =
+        prepared({weight, true, tokens, bfloat16, grad, nullptr, input_grad, false, nullptr, threads, before});
     if (takes_runs(job)) return run_runs(job);
     if (weight.block_rows * weight.block_cols == 1) {
         // Once here rather than for every block of tokens: the places are anywhere in memory.
@@ -95,8 +98,8 @@ void sparse_linear_input_grad(int64_t tokens, const SparseMatrix& weight, const 
 }
 
 void sparse_linear_values_grad(int64_t tokens, const SparseMatrix& weight, const void* grad, const void* input,
-                               float* values_grad, bool bfloat16, int threads) {
-    run_dots({weight, tokens, bfloat16, grad, input, values_grad, nullptr, nullptr, threads});
+                               float* values_grad, bool bfloat16, int threads, float* bias_grad) {
+    run_dots({weight, tokens, bfloat16, grad, input, values_grad, bias_grad, nullptr, threads});
 }
 
 void sparse_linear_grads(int64_t tokens, const SparseMatrix& weight, const void* grad, const void* input,

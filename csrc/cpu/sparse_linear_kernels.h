@@ -8,6 +8,7 @@
 // chunks that fit, and sums wait in a second panel between chunks.
 #pragma once
 #include "panel.h"
+#include "sparse_linear_gelu_kernels.h"
 #include "tile_kernels.h"
 
 namespace sparse_moon {
@@ -125,7 +126,8 @@ inline void unpack_tokens(const LinearJob& job, const float* tile, int64_t outpu
                           int64_t first, int64_t first_output, int64_t total) {
     with_number_type(job.bfloat16, [&](auto number) {
         auto* y = static_cast<decltype(number)*>(job.output);
-        unpack_tokens_to(tile, outputs, blocks, first, job.tokens, first_output, total, job.streaming, y);
+        const bool streaming = job.streaming && !job.gelu;  // GELU reads what is written here
+        unpack_tokens_to(tile, outputs, blocks, first, job.tokens, first_output, total, streaming, y);
     });
 }
 
@@ -287,8 +289,10 @@ void linear_unit(const LinearJob& job, const LinearPlan& plan, char* scratch, in
             if (!plan.chunked && (place == kLanes - 1 || row == end - 1)) unpack(sums, row - place);
         }
     }
-    if (!plan.chunked) return;
-    for (int64_t row = begin; row < end; row += kLanes) unpack(sums + (row - begin) * blocks.groups * kLanes, row);
+    if (plan.chunked) {
+        for (int64_t row = begin; row < end; row += kLanes) unpack(sums + (row - begin) * blocks.groups * kLanes, row);
+    }
+    gelu_tokens(job, token, token + blocks.groups * kLanes, begin, end, rows.count());
 }
 
 template <class Entries>

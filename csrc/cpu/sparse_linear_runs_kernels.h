@@ -159,6 +159,8 @@ inline void linear_runs_unit(const LinearRunsJob& job, const RunsPlan& plan, cha
             }
         }
     }
+    gelu_tokens(linear, token, token + groups * kLanes, begin * runs.block_rows,
+                smaller(end * runs.block_rows, rows.count()), rows.count());
 }
 
 inline void linear_runs(const LinearRunsJob& job) {

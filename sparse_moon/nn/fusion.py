@@ -15,7 +15,8 @@ from sparse_moon.nn.tracing import trace
 def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     """Run batch norm followed by an activation, or by a sum and an activation, as one operation; in place.
 
-    So do, on a GPU, two sparse linear layers of blocks with GELU between them, where the code of one module calls them.
+    So do two sparse linear layers with GELU between them, where the code of one module calls them: on a GPU those of
+    blocks, on the CPU those with GELU by tanh. Without a word where that module cannot be traced.
 
     It is exact in training and in evaluation, and faster on the CPU in float32 and on a GPU in channels_last; elsewhere
     torch's own operators run. Activations are ReLU, ReLU6, SiLU and Hardswish as modules or functions, in place or not;

@@ -1,4 +1,4 @@
-"""Two sparse linear layers with GELU between them: found in the code of modules, and run as one operation on a GPU."""
+"""Two sparse linear layers with GELU between them: found in the code of modules, and run as one operation."""
 
 from typing import Any
 
@@ -12,13 +12,9 @@ from sparse_moon.nn.layers import SparseLinear
 from sparse_moon.nn.tracing import trace
 from sparse_moon.ops import sparse_linear, sparse_mlp
 from sparse_moon.ops.registry import transformed
-from sparse_moon.ops.sparse_mlp.gpu import may_pay, pays
+from sparse_moon.ops.sparse_mlp.api import pays
 from sparse_moon.ops.sparse_mlp.parts import APPROXIMATE, NAMES, Gelu
 
-DEVICES = frozenset({"cuda"})
-"""Where the operation is faster than its parts."""
-
-_LAYERS = (SparseLinear, SparseConv1D)
 _OTHERS: dict[str, Gelu] = {
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
@@ -29,14 +25,14 @@ _OTHERS: dict[str, Gelu] = {
 
 
 def fused_mlps(model: nn.Module, taken: set[nn.Module]) -> list[FusedForward]:
-    """Forward passes of modules whose code calls a linear layer of blocks, GELU, perhaps dropout, and another one.
+    """Forward passes of modules whose code calls a sparse linear layer, GELU, perhaps dropout, and another layer.
 
     Args:
         taken: modules that have another forward pass of their own by now.
     """
     found = []
     for module in model.modules():
-        layers = [child for child in module._modules.values() if _has_blocks(child)]
+        layers = [child for child in module._modules.values() if _is_layer(child)]
         if len(layers) < 2 or module in taken or not has_code(module):
             continue
         graph = trace(module)
@@ -56,7 +52,7 @@ def gelu_mlp(
     activation: nn.Module | Gelu,
     between: list[nn.Module],
 ) -> Tensor:
-    """``second(gelu(first(input)))``, in one operation where a GPU's kernels gain by it.
+    """``second(gelu(first(input)))``, in one operation where kernels gain by it.
 
     Args:
         activation: an ``nn.GELU`` or a module like it, or its name.
@@ -67,7 +63,7 @@ def gelu_mlp(
     gelu = None if any(map(_drops, between)) else _gelu(activation)
     if (
         gelu is not None and bias1 is not None and bias2 is not None and _take(first, second)
-        and input.device.type in DEVICES and (torch.compiler.is_compiling() or pays(input, plan1, plan2))
+        and pays(input, plan1, plan2, gelu)
     ):  # fmt: skip
         return sparse_mlp(input, values1, bias1, plan1, values2, bias2, plan2, gelu)
     hidden = sparse_linear(input, values1, bias1, plan1, probe=first.probe)
@@ -84,8 +80,6 @@ def _take(first: SparseLinear, second: SparseLinear) -> bool:
     """Whether the operation does what both layers do: it has no dense gradient, and computes the gradient of all."""
     if first.probe is not None or second.probe is not None or transformed():
         return False
-    if not may_pay(first.topology.block, second.topology.block):
-        return False
     parameters = (parameter for layer in (first, second) for parameter in layer.parameters())
     return not torch.is_grad_enabled() or all(parameter.requires_grad for parameter in parameters)
 
@@ -94,9 +88,9 @@ def _drops(module: nn.Module) -> bool:
     return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
-def _has_blocks(module: nn.Module | None) -> bool:
-    """Whether it is a linear layer of blocks or vectors, and no other class made of one."""
-    return isinstance(module, SparseLinear) and type(module) in _LAYERS and module.topology.block != (1, 1)
+def _is_layer(module: nn.Module | None) -> bool:
+    """Whether it is a sparse linear layer, and no other class made of one."""
+    return type(module) in (SparseLinear, SparseConv1D)
 
 
 def _gelu(activation: nn.Module | Gelu) -> Gelu | None:
@@ -112,7 +106,7 @@ def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
     """Put :func:`gelu_mlp` in place of what it does; returns the names of the modules that are no longer called."""
     skipped = []
     for node in list(graph.nodes):
-        if not _calls(node, modules, _has_blocks):
+        if not _calls(node, modules, _is_layer):
             continue
         chain: list[fx.Node] = [node]
         activation = _next(node)
@@ -126,7 +120,7 @@ def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
         while last is not None and _calls(last, modules, lambda module: type(module) in (nn.Dropout, nn.Identity)):
             chain.append(last)
             last = _next(last)
-        if last is None or not _calls(last, modules, _has_blocks):
+        if last is None or not _calls(last, modules, _is_layer):
             continue
         chain.append(last)
         called = [str(old.target) for old in chain if old.op == "call_module"]

@@ -144,6 +144,7 @@ def register_autograd(
     setup_context: Callable[..., None],
     reference: Callable[..., Any],
     differentiable_backward: Callable[..., tuple[Tensor | None, ...]],
+    whole: Callable[..., tuple[Any, ...]] = _as_they_are,
 ) -> Callable[..., Any]:
     """What ``torch.library.register_autograd`` does for an operator without default arguments, at half its cost a call.
 
@@ -158,6 +159,7 @@ def register_autograd(
             forward mode.
         differentiable_backward: as ``backward``, by differentiable operators; runs under ``create_graph=True``
             and for batches of gradients.
+        whole: as in :func:`register_function`.
 
     Returns:
         The operator as a function, which calls kernels directly where it can.
@@ -181,7 +183,7 @@ def register_autograd(
         with choice.use_backend(ctx.backend):
             return *run(ctx, *grads), None
 
-    function, dispatched = register_function(name, forward, backward_of_all, reference=reference)
+    function, dispatched = register_function(name, forward, backward_of_all, reference=reference, whole=whole)
 
     def call_or_dispatch(*inputs: Any) -> Any:
         kernel = direct_kernel(operator, inputs)
@@ -235,9 +237,11 @@ def register_function(
             return reference(*inputs)
         if torch.compiler.is_compiling() or choice.current_backend() != "reference":
             return op(*parts(*inputs))
-        output, plan = reference(*inputs), inputs[-1]
-        if isinstance(plan, Plan) and output.requires_grad:  # torch's operators keep no index that it could watch
-            output.register_hook(lambda _: plan.check_unchanged())
+        output = reference(*inputs)
+        first = output[0] if isinstance(output, tuple) else output
+        for plan in (given for given in inputs if isinstance(given, Plan)):
+            if first.requires_grad:  # torch's operators keep no index that it could watch
+                first.register_hook(lambda _, plan=plan: plan.check_unchanged())
         return output
 
     LIBRARY.impl(operator, autograd, "Autograd", with_keyset=True)

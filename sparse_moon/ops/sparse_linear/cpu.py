@@ -82,39 +82,76 @@ def forward(input: Tensor, values: Tensor, bias: Tensor | None, probe: Tensor | 
     try:
         kernels.sparse_linear(
             decision.size, (decision.weight, values.data_ptr()), input.data_ptr(),
-            0 if bias is None else bias.data_ptr(), output.data_ptr(), half, get_num_threads(),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(), half, get_num_threads(), 0,
         )  # fmt: skip
     except kernels.TooLarge as error:
         return dense_instead(error, dense.forward, *given)
     return output
 
 
+def takes(pass_: Pass, shape: tuple[int, ...], plan: Plan, *operands: Tensor) -> bool:
+    """Whether the kernel runs a pass on operands of these dtypes, the input or the output's gradient of this shape."""
+    return kernel_takes(shapes_of(pass_, shape, plan.shape).work, plan, *operands)
+
+
+def forward_gelu(input: Tensor, values: Tensor, bias: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """By the kernel: the product with its bias, and GELU by tanh of that."""
+    shapes = shapes_of("forward", input.shape, plan.shape)
+    dtype, input, values, bias = input.dtype, packed(input), as_float32(values), as_float32(bias)
+    before, output = (empty(shapes.result, dtype=dtype) for _ in range(2))
+    kernels.sparse_linear(
+        shapes.tokens, matrix(plan, values), input.data_ptr(), bias.data_ptr(), before.data_ptr(),
+        dtype is torch.bfloat16, get_num_threads(), output.data_ptr(),
+    )  # fmt: skip
+    return before, output
+
+
 def input_grad(grad: Tensor, values: Tensor, plan: Plan) -> Tensor:
-    shapes = shapes_of("input_grad", grad.shape, plan.shape)
-    if not kernel_takes(shapes.work, plan, grad, values):
+    if not takes("input_grad", grad.shape, plan, grad, values):
         if emulated(grad.dtype):
             return in_float32(input_grad, grad, values, plan)
         return dense.input_grad(grad, values, plan)
+    return _input_grad(grad, values, plan, 0)
+
+
+def input_grad_gelu(grad: Tensor, values: Tensor, before: Tensor, plan: Plan) -> Tensor:
+    """By the kernel: the gradient of ``before``, of which the input was GELU by tanh."""
+    before = packed(before)
+    return _input_grad(grad, values, plan, before.data_ptr())
+
+
+def _input_grad(grad: Tensor, values: Tensor, plan: Plan, before: int) -> Tensor:
+    shapes = shapes_of("input_grad", grad.shape, plan.shape)
     dtype, grad, values = grad.dtype, packed(grad), as_float32(values)
     result = empty(shapes.result, dtype=dtype)
     kernels.sparse_linear_input_grad(
         shapes.tokens, matrix(plan, values), grad.data_ptr(), result.data_ptr(), dtype is torch.bfloat16,
-        get_num_threads(),
+        get_num_threads(), before,
     )  # fmt: skip
     return result
 
 
 def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> Tensor:
-    shapes = shapes_of("values_grad", grad.shape, plan.shape)
-    if not kernel_takes(shapes.work, plan, grad, input):
+    if not takes("values_grad", grad.shape, plan, grad, input):
         if emulated(grad.dtype):
             return in_float32(values_grad, grad, input, plan)
         return dense.values_grad(grad, input, plan)
+    return _values_grad(grad, input, plan, 0)
+
+
+def values_and_bias_grad(grad: Tensor, input: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """By the kernel, from one reading of ``grad``."""
+    d_bias = empty(plan.bias_shape)
+    return _values_grad(grad, input, plan, d_bias.data_ptr()), as_dtype(grad.dtype, d_bias)
+
+
+def _values_grad(grad: Tensor, input: Tensor, plan: Plan, bias_grad: int) -> Tensor:
+    shapes = shapes_of("values_grad", grad.shape, plan.shape)
     dtype, grad, input = grad.dtype, packed(grad), packed(input)
     result = empty(plan.values_shape)
     kernels.sparse_linear_values_grad(
         shapes.tokens, matrix(plan, None), grad.data_ptr(), input.data_ptr(), result.data_ptr(),
-        dtype is torch.bfloat16, get_num_threads(),
+        dtype is torch.bfloat16, get_num_threads(), bias_grad,
     )  # fmt: skip
     return as_dtype(dtype, result)
 

@@ -1,20 +1,22 @@
 """``sparse_mlp``: ``y = gelu(x W1^T + b1) W2^T + b2``, what a transformer does between two norms, in one operator.
 
 What stands between the products is memory: GELU reads and writes the hidden features once in the forward pass, its
-gradient three times, and the gradient of a bias reads them again. A GPU's kernels do that while a tile is in registers:
+gradient three times, and the gradient of a bias reads them again. Here kernels do that while a tile is in registers:
 GELU where the first product ends, its derivative where the input gradient of the second one ends, and the biases'
 gradients where the values' gradients read that of the output. Kept for the backward pass is what torch keeps.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_moon.ops.check_index import guarded
 from sparse_moon.ops.index import block_of, check_entries, check_values
+from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.product import expect_shape, plan_of
 from sparse_moon.ops.registry import (
@@ -27,16 +29,31 @@ from sparse_moon.ops.registry import (
 )
 from sparse_moon.ops.sparse_linear.api import FORWARD, INPUT_GRAD, fake_forward
 from sparse_moon.ops.sparse_linear.reference import sparse_linear_reference
-from sparse_moon.ops.sparse_mlp.gpu import FUSED
+from sparse_moon.ops.sparse_mlp import cpu, gpu
 from sparse_moon.ops.sparse_mlp.parts import APPROXIMATE, NAMES, SEPARATE, Gelu, Parts
 
 _INDICES = ", ".join(f"Tensor {name}{i}" for i in (1, 2) for name in ("row_ptr", "col", "t_ptr", "t_row", "t_perm"))
 
 
-def _plans(values1: Tensor, values2: Tensor, indices: tuple[Any, ...]) -> tuple[Plan, Plan]:
-    for values in (values1, values2):
-        check_values(values)
-    return plan_of(indices[:5], block_of(values1)), plan_of(indices[5:], block_of(values2))
+def _flat(*inputs: Any) -> tuple[Any, ...]:
+    """Operands and two plans as the schema has them."""
+    return *inputs[:-2], *inputs[-2].index, *inputs[-1].index
+
+
+def _with_plans(values1: int, values2: int, flat: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inverse of :func:`_flat`, for values at these places."""
+    for i in (values1, values2):
+        check_values(flat[i])
+    plan1, plan2 = plan_of(flat[-10:-5], block_of(flat[values1])), plan_of(flat[-5:], block_of(flat[values2]))
+    return *flat[:-10], plan1, plan2
+
+
+def _whole(*flat: Any) -> tuple[Any, ...]:
+    return _with_plans(1, 3, flat)
+
+
+def _whole_grads(*flat: Any) -> tuple[Any, ...]:
+    return _with_plans(4, 5, flat)
 
 
 def _check(input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, *plans: Plan) -> None:
@@ -60,29 +77,25 @@ def _check(input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2
 
 def _forward(
     parts: Parts, input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int,
-    *indices: Tensor,
+    plan1: Plan, plan2: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, what is activated, and its activation."""
-    plan1, plan2 = _plans(values1, values2, indices)
     _check(input, values1, bias1, values2, bias2, plan1, plan2)
     before, hidden = parts.forward(input, values1, bias1, activation, plan1)
     return FORWARD(hidden, values2, bias2, None, plan2), before, hidden
 
 
-def _fake(
-    input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int, *indices: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan1, plan2 = _plans(values1, values2, indices)
+def _fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    input, values1, bias1, values2, bias2, _, plan1, plan2 = _whole(*flat)
     before, hidden = (fake_forward(input, values1, bias1, None, plan1) for _ in range(2))
     return fake_forward(hidden, values2, bias2, None, plan2), before, hidden
 
 
 def _grads(
     parts: Parts, grad: Tensor, input: Tensor, before: Tensor, hidden: Tensor, values1: Tensor, values2: Tensor,
-    activation: int, *indices: Tensor,
+    activation: int, plan1: Plan, plan2: Plan,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Of input, first values and bias, second values and bias."""
-    plan1, plan2 = _plans(values1, values2, indices)
     _check(input, values1, grad.new_empty(plan1.bias_shape), values2, grad.new_empty(plan2.bias_shape), plan1, plan2)
     for name, tensor, plan in (("grad", grad, plan2), ("before", before, plan1), ("hidden", hidden, plan1)):
         expect_shape(name, tensor, (*input.shape[:-1], plan.shape[0]))
@@ -94,66 +107,88 @@ def _grads(
     )
 
 
-def _fake_grads(
-    grad: Tensor, input: Tensor, before: Tensor, hidden: Tensor, values1: Tensor, values2: Tensor, activation: int,
-    *indices: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake_grads(*flat: Any) -> tuple[Tensor, ...]:
+    grad, input, _, _, values1, values2, _, plan1, plan2 = _whole_grads(*flat)
     d_input, d_values1, d_values2 = (t.new_empty(t.shape) for t in (input, values1, values2))
-    d_bias1, d_bias2 = (grad.new_empty(plan.bias_shape) for plan in _plans(values1, values2, indices))
+    d_bias1, d_bias2 = (grad.new_empty(plan.bias_shape) for plan in (plan1, plan2))
     return d_input, d_values1, d_bias1, d_values2, d_bias2
 
 
-def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel behind checks of the ten tensors at its arguments' end, which are two indices."""
-    swapped = guarded(lambda *inputs: kernel(*inputs[:-10], *inputs[-5:], *inputs[-10:-5]))
-    return guarded(lambda *inputs: swapped(*inputs[:-10], *inputs[-5:], *inputs[-10:-5]))
+def _guarded(kernel: Callable[..., Any], whole: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """The kernel behind checks of the two indices at the end of what the dispatcher brings."""
+    swapped = guarded(lambda *flat: kernel(*whole(*flat[:-10], *flat[-5:], *flat[-10:-5])))
+    return guarded(lambda *flat: swapped(*flat[:-10], *flat[-5:], *flat[-10:-5]))
 
 
 define(
     "sparse_mlp(Tensor input, Tensor values1, Tensor bias1, Tensor values2, Tensor bias2, int activation, "
     f"{_INDICES}) -> (Tensor, Tensor, Tensor)",
-    _guarded(partial(_forward, SEPARATE)),
+    _guarded(partial(_forward, SEPARATE), _whole),
     _fake,
+    parts=_flat,
 )
 define(
     "sparse_mlp_grads(Tensor grad, Tensor input, Tensor before, Tensor hidden, Tensor values1, Tensor values2, "
     f"int activation, {_INDICES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _guarded(partial(_grads, SEPARATE)),
+    _guarded(partial(_grads, SEPARATE), _whole_grads),
     _fake_grads,
+    parts=_flat,
 )
-implement("sparse_mlp", "cuda", partial(_forward, FUSED), dispatched=_guarded(partial(_forward, FUSED)))
-implement("sparse_mlp_grads", "cuda", partial(_grads, FUSED), dispatched=_guarded(partial(_grads, FUSED)))
+
+
+def _implement(device_type: Literal["cpu", "cuda"], parts: Parts) -> None:
+    forward, grads = partial(_forward, parts), partial(_grads, parts)
+    implement("sparse_mlp", device_type, forward, dispatched=_guarded(forward, _whole))
+    implement("sparse_mlp_grads", device_type, grads, dispatched=_guarded(grads, _whole_grads))
+
+
+_implement("cuda", gpu.FUSED)
+if native is not None:
+    _implement("cpu", cpu.FUSED)
+
+
+def pays(input: Tensor, plan1: Plan, plan2: Plan, activation: Gelu) -> bool:
+    """Whether kernels gain by doing both products at once, of an input in this dtype or the one of autocast.
+
+    A compiler asks for no choices: on a CPU it does GELU itself, on a GPU the operator chooses when it runs.
+    """
+    if torch.compiler.is_compiling():
+        return input.is_cuda and gpu.may_pay(plan1.block, plan2.block)
+    if input.is_cuda:
+        return gpu.pays(input, plan1, plan2, activation)
+    return native is not None and input.is_cpu and cpu.pays(input, plan1, plan2, activation)
 
 
 def sparse_mlp_reference(
-    input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int, *indices: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int, plan1: Plan,
+    plan2: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The specification, in torch's own differentiable operators; results as those of the operator."""
-    plan1, plan2 = _plans(values1, values2, indices)
     before = sparse_linear_reference(input, values1, bias1, None, plan1)
     hidden = F.gelu(before, approximate=APPROXIMATE[activation])
     return sparse_linear_reference(hidden, values2, bias2, None, plan2), before, hidden
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, values1, bias1, values2, bias2, ctx.activation, *indices = inputs
-    ctx.save_for_backward(input, *output[1:], values1, values2, bias1, bias2, *indices)
+    input, values1, bias1, values2, bias2, *ctx.options = inputs
+    ctx.save_for_backward(input, *output[1:], values1, values2, bias1, bias2)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    operands, indices = ctx.saved_tensors[:5], ctx.saved_tensors[7:]
-    return *call("sparse_mlp_grads", grad, *operands, ctx.activation, *indices), *(None,) * 11
+    for plan in ctx.options[1:]:
+        plan.check_unchanged()
+    return *call("sparse_mlp_grads", grad, *ctx.saved_tensors[:5], *ctx.options), None, None, None
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    input, _, _, values1, values2, bias1, bias2, *indices = ctx.saved_tensors
+    input, _, _, values1, values2, bias1, bias2 = ctx.saved_tensors
 
     def product(*operands: Any) -> Tensor:
-        return sparse_mlp_reference(*operands, ctx.activation, *indices)[0]
+        return sparse_mlp_reference(*operands, *ctx.options)[0]
 
     operands = (input, values1, bias1, values2, bias2)
-    return *differentiable_gradients(product, operands, ctx.needs_input_grad[:5], grad), *(None,) * 11
+    return *differentiable_gradients(product, operands, ctx.needs_input_grad[:5], grad), None, None, None
 
 
 _sparse_mlp = register_autograd(
@@ -162,6 +197,7 @@ _sparse_mlp = register_autograd(
     setup_context=_setup_context,
     reference=sparse_mlp_reference,
     differentiable_backward=_differentiable_backward,
+    whole=_whole,
 )
 
 
@@ -175,7 +211,7 @@ def sparse_mlp(
     plan2: Plan,
     activation: Gelu,
 ) -> Tensor:
-    """``gelu(input W1^T + bias1) W2^T + bias2`` with sparse weights, on any device; fused on a GPU.
+    """``gelu(input W1^T + bias1) W2^T + bias2`` with sparse weights; fused where kernels run, on a CPU or a GPU.
 
     Args:
         input: (..., I), floating point.
@@ -190,5 +226,5 @@ def sparse_mlp(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     operands = to_autocast_dtype(input.device.type, input, values1, bias1, values2, bias2)
-    output: Tensor = _sparse_mlp(*operands, NAMES.index(activation), *plan1.index, *plan2.index)[0]
+    output: Tensor = _sparse_mlp(*operands, NAMES.index(activation), plan1, plan2)[0]
     return output
