@@ -54,6 +54,8 @@ def gelu_mlp(
 ) -> Tensor:
     """``second(gelu(first(input)))``, in one operation where kernels gain by it.
 
+    That has all gradients, so all must be wanted, and no dense one of the weights, which batches with an update want.
+
     Args:
         activation: an ``nn.GELU`` or a module like it, or its name.
         between: modules that follow it, of dropout or nothing at all.
@@ -62,7 +64,9 @@ def gelu_mlp(
     values2, bias2, plan2 = second.operands()
     gelu = None if any(map(_drops, between)) else _gelu(activation)
     if (
-        gelu is not None and bias1 is not None and bias2 is not None and _take(first, second)
+        gelu is not None and bias1 is not None and bias2 is not None
+        and (not torch.is_grad_enabled() or all(t.requires_grad for t in (values1, bias1, values2, bias2)))
+        and first.probe is None and second.probe is None and not transformed()
         and pays(input, plan1, plan2, gelu)
     ):  # fmt: skip
         return sparse_mlp(input, values1, bias1, plan1, values2, bias2, plan2, gelu)
@@ -74,14 +78,6 @@ def gelu_mlp(
     for module in between:
         hidden = module(hidden)
     return sparse_linear(hidden, values2, bias2, plan2, probe=second.probe)
-
-
-def _take(first: SparseLinear, second: SparseLinear) -> bool:
-    """Whether the operation does what both layers do: it has no dense gradient, and computes the gradient of all."""
-    if first.probe is not None or second.probe is not None or transformed():
-        return False
-    parameters = (parameter for layer in (first, second) for parameter in layer.parameters())
-    return not torch.is_grad_enabled() or all(parameter.requires_grad for parameter in parameters)
 
 
 def _drops(module: nn.Module) -> bool:
