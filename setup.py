@@ -148,6 +148,7 @@ setup(
         "sparse_moon.ops.batch_norm_relu",
         "sparse_moon.ops.sparse_conv2d",
         "sparse_moon.ops.sparse_linear",
+        "sparse_moon.ops.sparse_mlp",
         "sparse_moon.reliability",
         "sparse_moon.kernels",
         "sparse_moon.app.presets",
