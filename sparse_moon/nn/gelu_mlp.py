@@ -33,7 +33,7 @@ def fused_mlps(model: nn.Module, taken: set[nn.Module]) -> list[FusedForward]:
     found = []
     for module in model.modules():
         layers = [child for child in module._modules.values() if _is_layer(child)]
-        if len(layers) < 2 or module in taken or not has_code(module):
+        if len(layers) < 2 or module in taken or not (has_code(module) and _mentions_gelu(module)):
             continue
         graph = trace(module)
         if isinstance(graph, str):  # nothing of it was asked for by name
@@ -43,6 +43,14 @@ def fused_mlps(model: nn.Module, taken: set[nn.Module]) -> list[FusedForward]:
             paths = [tuple(path.split(".")) for path in skipped]
             found.append(FusedForward(module, graph, paths, [], compiles=True))
     return found
+
+
+def _mentions_gelu(module: nn.Module) -> bool:
+    """Whether tracing may find one: a module in it, a function that it keeps, or a name in its code."""
+    if any(child is not None and _gelu(child) for child in module._modules.values()):
+        return True
+    code = getattr(type(module).forward, "__code__", None)
+    return (code is not None and "gelu" in code.co_names) or any(value is F.gelu for value in vars(module).values())
 
 
 def gelu_mlp(
