@@ -177,6 +177,6 @@ def test_rounding_to_bfloat16(kernels):
         x = torch.zeros(tokens, 1, dtype=torch.bfloat16)
         y = x.new_empty(tokens, len(numbers))
         weight = matrix(plan, torch.empty(0))
-        native.sparse_linear(tokens, weight, x.data_ptr(), numbers.data_ptr(), y.data_ptr(), True, 1, 0, 0)
+        native.sparse_linear(tokens, weight, x.data_ptr(), numbers.data_ptr(), y.data_ptr(), True, 1, 0)
         expected = numbers.bfloat16().expand_as(y)
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)

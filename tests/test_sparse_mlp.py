@@ -60,11 +60,32 @@ def test_operators_under_opcheck():
     first, second, operands = make((16, 16))
     x, values1, bias1, values2, bias2 = operands
     indices = (*first.index, *second.index)
-    inputs = (x, values1, bias1, values2, bias2, 1, *indices)
+    inputs = (x, values1, bias1, values2, bias2, 1, None, None, *indices)
     opcheck(torch.ops.sparse_moon.sparse_mlp.default, inputs)
+    probes = torch.zeros(first.shape, requires_grad=True), torch.zeros(second.shape, requires_grad=True)
+    opcheck(
+        torch.ops.sparse_moon.sparse_mlp.default,
+        (*inputs[:6], *(probe.detach().to(DEVICE).requires_grad_() for probe in probes), *indices),
+    )
     with torch.no_grad():
         y, before, hidden = torch.ops.sparse_moon.sparse_mlp(*inputs)
         opcheck(torch.ops.sparse_moon.sparse_mlp_grads.default, (y, x, before, hidden, values1, values2, 1, *indices))
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_dense_gradients_of_the_weights(wanted, create_graph):
+    """Those that topology updates want, and all others beside them."""
+    first, second, operands = make((16, 16), torch.float64)
+    probes = [torch.zeros(t.shape, dtype=torch.float64, device=DEVICE, requires_grad=True) for t in (first, second)]
+    x, values1, bias1, values2, bias2 = operands
+    given = {f"probe{i + 1}": probe for i, probe in enumerate(probes) if wanted[i]}
+    y = sparse_mlp(x, values1, bias1, first.plan(), values2, bias2, second.plan(), "gelu", **given)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, [*operands, *given.values()], grad, create_graph=create_graph)
+    hidden = F.gelu(F.linear(x, first.to_dense(values1) + probes[0], bias1))
+    exact = F.linear(hidden, second.to_dense(values2) + probes[1], bias2)
+    torch.testing.assert_close(got, torch.autograd.grad(exact, [*operands, *given.values()], grad))
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
@@ -125,7 +146,7 @@ def test_misfits(wrong):
     message = "must have|share one floating|values of .* entries|damaged: the transpose"
     with pytest.raises(ValueError, match=message):
         indices = (*first.index, *second.index)
-        torch.ops.sparse_moon.sparse_mlp(x, values1, bias1, values2, bias2, 0, *indices)
+        torch.ops.sparse_moon.sparse_mlp(x, values1, bias1, values2, bias2, 0, None, None, *indices)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own

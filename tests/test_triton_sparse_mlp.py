@@ -33,7 +33,7 @@ def test_what_a_gpu_runs(blocks, dtype, launched):
     operands = [t.detach() for t in (*operands[:3], *rest[3:])]
     grad, plans = torch.randn(3, 5, OUTPUTS).to(DEVICE, dtype), (first.plan(), second.plan())
     with torch.no_grad(), use_backend("triton"):
-        y, before, hidden = KERNELS["sparse_mlp", "cuda"](*operands, 1, *plans)
+        y, before, hidden = KERNELS["sparse_mlp", "cuda"](*operands, 1, None, None, *plans)
         x, values1, _, values2, _ = operands
         got = KERNELS["sparse_mlp_grads", "cuda"](grad, x, before, hidden, values1, values2, 1, *plans)
     products = [(activation, backward) for name, activation, backward in launched if name == "product_kernel"]
@@ -58,7 +58,7 @@ def test_a_capture_finds_nothing_forbidden(monkeypatch):
     plans = first.to("cpu").plan(), second.to("cpu").plan()
 
     def step():
-        y, before, hidden = KERNELS["sparse_mlp", "cuda"](x, values1, bias1, values2, bias2, 0, *plans)
+        y, before, hidden = KERNELS["sparse_mlp", "cuda"](x, values1, bias1, values2, bias2, 0, None, None, *plans)
         return KERNELS["sparse_mlp_grads", "cuda"](y, x, before, hidden, values1, values2, 0, *plans)
 
     with torch.no_grad(), use_backend("triton"):

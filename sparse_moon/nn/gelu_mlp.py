@@ -62,7 +62,7 @@ def gelu_mlp(
 ) -> Tensor:
     """``second(gelu(first(input)))``, in one operation where kernels gain by it.
 
-    That has all gradients, so all must be wanted, and no dense one of the weights, which batches with an update want.
+    That computes all gradients, so all must be wanted.
 
     Args:
         activation: an ``nn.GELU`` or a module like it, or its name.
@@ -74,10 +74,11 @@ def gelu_mlp(
     if (
         gelu is not None and bias1 is not None and bias2 is not None
         and (not torch.is_grad_enabled() or all(t.requires_grad for t in (values1, bias1, values2, bias2)))
-        and first.probe is None and second.probe is None and not transformed()
-        and pays(input, plan1, plan2, gelu)
+        and not transformed() and pays(input, plan1, plan2, gelu)
     ):  # fmt: skip
-        return sparse_mlp(input, values1, bias1, plan1, values2, bias2, plan2, gelu)
+        return sparse_mlp(
+            input, values1, bias1, plan1, values2, bias2, plan2, gelu, probe1=first.probe, probe2=second.probe
+        )
     hidden = sparse_linear(input, values1, bias1, plan1, probe=first.probe)
     if isinstance(activation, nn.Module):
         hidden = activation(hidden)

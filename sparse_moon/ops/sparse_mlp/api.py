@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_moon.ops.check_index import guarded
 from sparse_moon.ops.index import block_of, check_entries, check_values
+from sparse_moon.ops.masked_dense import gather_values
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.product import expect_shape, plan_of
@@ -27,7 +28,7 @@ from sparse_moon.ops.registry import (
     register_autograd,
     to_autocast_dtype,
 )
-from sparse_moon.ops.sparse_linear.api import FORWARD, INPUT_GRAD, fake_forward
+from sparse_moon.ops.sparse_linear.api import FORWARD, INPUT_GRAD, bias_grad, fake_forward
 from sparse_moon.ops.sparse_linear.reference import sparse_linear_reference
 from sparse_moon.ops.sparse_mlp import cpu, gpu
 from sparse_moon.ops.sparse_mlp.parts import APPROXIMATE, NAMES, SEPARATE, Gelu, Parts
@@ -77,16 +78,19 @@ def _check(input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2
 
 def _forward(
     parts: Parts, input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int,
-    plan1: Plan, plan2: Plan,
+    probe1: Tensor | None, probe2: Tensor | None, plan1: Plan, plan2: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, what is activated, and its activation."""
     _check(input, values1, bias1, values2, bias2, plan1, plan2)
+    for name, probe, plan in (("probe1", probe1, plan1), ("probe2", probe2, plan2)):
+        if probe is not None:
+            expect_shape(name, probe, plan.shape)
     before, hidden = parts.forward(input, values1, bias1, activation, plan1)
     return FORWARD(hidden, values2, bias2, None, plan2), before, hidden
 
 
 def _fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    input, values1, bias1, values2, bias2, _, plan1, plan2 = _whole(*flat)
+    input, values1, bias1, values2, bias2, *_, plan1, plan2 = _whole(*flat)
     before, hidden = (fake_forward(input, values1, bias1, None, plan1) for _ in range(2))
     return fake_forward(hidden, values2, bias2, None, plan2), before, hidden
 
@@ -122,7 +126,7 @@ def _guarded(kernel: Callable[..., Any], whole: Callable[..., tuple[Any, ...]]) 
 
 define(
     "sparse_mlp(Tensor input, Tensor values1, Tensor bias1, Tensor values2, Tensor bias2, int activation, "
-    f"{_INDICES}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? probe1, Tensor? probe2, {_INDICES}) -> (Tensor, Tensor, Tensor)",
     _guarded(partial(_forward, SEPARATE), _whole),
     _fake,
     parts=_flat,
@@ -160,35 +164,58 @@ def pays(input: Tensor, plan1: Plan, plan2: Plan, activation: Gelu) -> bool:
 
 
 def sparse_mlp_reference(
-    input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int, plan1: Plan,
-    plan2: Plan,
+    input: Tensor, values1: Tensor, bias1: Tensor, values2: Tensor, bias2: Tensor, activation: int,
+    probe1: Tensor | None, probe2: Tensor | None, plan1: Plan, plan2: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The specification, in torch's own differentiable operators; results as those of the operator."""
-    before = sparse_linear_reference(input, values1, bias1, None, plan1)
+    before = sparse_linear_reference(input, values1, bias1, probe1, plan1)
     hidden = F.gelu(before, approximate=APPROXIMATE[activation])
-    return sparse_linear_reference(hidden, values2, bias2, None, plan2), before, hidden
+    return sparse_linear_reference(hidden, values2, bias2, probe2, plan2), before, hidden
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, values1, bias1, values2, bias2, *ctx.options = inputs
-    ctx.save_for_backward(input, *output[1:], values1, values2, bias1, bias2)
+    input, values1, bias1, values2, bias2, ctx.activation, probe1, probe2, *ctx.plans = inputs
+    ctx.save_for_backward(input, *output[1:], values1, values2, bias1, bias2, probe1, probe2)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    for plan in ctx.options[1:]:
+    for plan in ctx.plans:
         plan.check_unchanged()
-    return *call("sparse_mlp_grads", grad, *ctx.saved_tensors[:5], *ctx.options), None, None, None
+    if any(ctx.needs_input_grad[6:8]):
+        return _dense_backward(ctx, grad)
+    found = call("sparse_mlp_grads", grad, *ctx.saved_tensors[:5], ctx.activation, *ctx.plans)
+    return *found, *(None,) * 5
+
+
+def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """With the dense gradients that a topology update wants, of which those of the values are a part."""
+    input, before, hidden, values1, values2, *_ = ctx.saved_tensors
+    plan1, plan2 = ctx.plans
+    d_before = torch.ops.aten.gelu_backward(
+        INPUT_GRAD(grad, values2, plan2), before, approximate=APPROXIMATE[ctx.activation]
+    )
+    d_probes = call("sparse_linear_dense_grad", d_before, input), call("sparse_linear_dense_grad", grad, hidden)
+    d_values1, d_values2 = (
+        gather_values(d_probe, plan.block, *plan.index[:2]) for d_probe, plan in zip(d_probes, ctx.plans, strict=True)
+    )
+    needed = (d_probe if needs else None for d_probe, needs in zip(d_probes, ctx.needs_input_grad[6:8], strict=True))
+    d_input = INPUT_GRAD(d_before, values1, plan1)
+    return d_input, d_values1, bias_grad(d_before), d_values2, bias_grad(grad), None, *needed, None, None
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    input, _, _, values1, values2, bias1, bias2 = ctx.saved_tensors
+    input, _, _, values1, values2, bias1, bias2, probe1, probe2 = ctx.saved_tensors
 
-    def product(*operands: Any) -> Tensor:
-        return sparse_mlp_reference(*operands, *ctx.options)[0]
+    def product(input: Any, values1: Any, bias1: Any, values2: Any, bias2: Any, probe1: Any, probe2: Any) -> Tensor:
+        return sparse_mlp_reference(input, values1, bias1, values2, bias2, ctx.activation, probe1, probe2, *ctx.plans)[
+            0
+        ]
 
-    operands = (input, values1, bias1, values2, bias2)
-    return *differentiable_gradients(product, operands, ctx.needs_input_grad[:5], grad), None, None, None
+    operands = (input, values1, bias1, values2, bias2, probe1, probe2)
+    needed = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[6:8])
+    found = differentiable_gradients(product, operands, needed, grad)
+    return *found[:5], None, *found[5:], None, None
 
 
 _sparse_mlp = register_autograd(
@@ -210,6 +237,9 @@ def sparse_mlp(
     bias2: Tensor,
     plan2: Plan,
     activation: Gelu,
+    *,
+    probe1: Tensor | None = None,
+    probe2: Tensor | None = None,
 ) -> Tensor:
     """``gelu(input W1^T + bias1) W2^T + bias2`` with sparse weights; fused where kernels run, on a CPU or a GPU.
 
@@ -218,6 +248,7 @@ def sparse_mlp(
         values1, bias1, plan1: of the first product, (H, I), as :func:`sparse_moon.ops.sparse_linear` takes them.
         values2, bias2, plan2: of the second one, (O, H).
         activation: ``"gelu"``, or ``"gelu_tanh"``, what torch calls ``approximate="tanh"``.
+        probe1, probe2: as the ``probe`` of :func:`sparse_moon.ops.sparse_linear`, for dense gradients of the weights.
 
     Returns:
         (..., O) in the dtype of ``input`` (cast under autocast). All gradients are computed, wanted or not.
@@ -226,5 +257,5 @@ def sparse_mlp(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     operands = to_autocast_dtype(input.device.type, input, values1, bias1, values2, bias2)
-    output: Tensor = _sparse_mlp(*operands, NAMES.index(activation), plan1, plan2)[0]
+    output: Tensor = _sparse_mlp(*operands, NAMES.index(activation), probe1, probe2, plan1, plan2)[0]
     return output
