@@ -1,1 +1,1 @@
-"""``sparse_mlp``: the operator in `api`, its parts by other operators in `parts`, and what a GPU runs in `gpu`."""
+"""``sparse_mlp``: the operator in `api`, its parts by other operators in `parts`, and by kernels in `cpu` and `gpu`."""

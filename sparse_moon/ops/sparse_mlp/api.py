@@ -192,9 +192,7 @@ def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """With the dense gradients that a topology update wants, of which those of the values are a part."""
     input, before, hidden, values1, values2, *_ = ctx.saved_tensors
     plan1, plan2 = ctx.plans
-    d_before = torch.ops.aten.gelu_backward(
-        INPUT_GRAD(grad, values2, plan2), before, approximate=APPROXIMATE[ctx.activation]
-    )
+    d_before = SEPARATE.backward(grad, values2, before, ctx.activation, plan2)
     d_probes = call("sparse_linear_dense_grad", d_before, input), call("sparse_linear_dense_grad", grad, hidden)
     d_values1, d_values2 = (
         gather_values(d_probe, plan.block, *plan.index[:2]) for d_probe, plan in zip(d_probes, ctx.plans, strict=True)
@@ -207,10 +205,9 @@ def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiable_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     input, _, _, values1, values2, bias1, bias2, probe1, probe2 = ctx.saved_tensors
 
-    def product(input: Any, values1: Any, bias1: Any, values2: Any, bias2: Any, probe1: Any, probe2: Any) -> Tensor:
-        return sparse_mlp_reference(input, values1, bias1, values2, bias2, ctx.activation, probe1, probe2, *ctx.plans)[
-            0
-        ]
+    def product(*given: Any) -> Tensor:
+        inputs = (*given[:5], ctx.activation, *given[5:], *ctx.plans)
+        return sparse_mlp_reference(*inputs)[0]
 
     operands = (input, values1, bias1, values2, bias2, probe1, probe2)
     needed = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[6:8])
