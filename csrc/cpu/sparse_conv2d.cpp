@@ -4,11 +4,13 @@
 #include <algorithm>
 
 #include "bias_grad.h"
+#include "dispatch.h"
 #include "sparse_conv2d_columns.h"
 #include "sparse_conv2d_flat_panels.h"
 #include "sparse_conv2d_panels.h"
 #include "sparse_conv2d_plan.h"
 #include "sparse_linear.h"
+#include "subsample.h"
 
 namespace sparse_moon {
 namespace {
@@ -38,12 +40,30 @@ Conv2d with_even_rows(Conv2d conv) {
     return conv;
 }
 
+// A convolution that subsamples contiguous planes, as one without a stride of the pixels that it sees: 1.1 to 2.8 times as fast
+// as from panels of whole planes. Memory for the pixels of an input, and of a gradient.
+struct Subsampled {
+    Conv2d conv;
+    char *input, *input_grad;
+
+    explicit Subsampled(const Conv2d& given) : conv(without_stride(given)) {
+        const int64_t bytes = conv2d::input_planes(conv, nullptr, false).bytes(conv.batch), line = 64;
+        input = scratch(Slot::kColumns, 2 * ceil_div(bytes, line) * line);
+        input_grad = input + ceil_div(bytes, line) * line;
+    }
+};
+
 }  // namespace
 
 void sparse_conv2d(const Conv2d& given, const SparseMatrix& weight, const void* input, const float* bias,
                    void* output, bool channels_last, int threads) {
     if (is_linear(given, channels_last)) {
         return sparse_linear(positions(given), weight, input, bias, output, given.bfloat16, threads);
+    }
+    if (is_subsampling(given) && !channels_last) {
+        const Subsampled pixels(given);
+        subsample(given, input, pixels.input, threads);
+        return sparse_conv2d(pixels.conv, weight, pixels.input, bias, output, false, threads);
     }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
@@ -60,6 +80,11 @@ void sparse_conv2d_input_grad(const Conv2d& given, const SparseMatrix& weight, c
                               bool channels_last, int threads) {
     if (is_linear(given, channels_last)) {
         return sparse_linear_input_grad(positions(given), weight, grad, input_grad, given.bfloat16, threads);
+    }
+    if (is_subsampling(given) && !channels_last) {
+        const Subsampled pixels(given);
+        sparse_conv2d_input_grad(pixels.conv, weight, grad, pixels.input_grad, false, threads);
+        return spread(given, pixels.input_grad, input_grad, threads);
     }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) return;
@@ -78,6 +103,11 @@ void sparse_conv2d_values_grad(const Conv2d& given, const SparseMatrix& weight, 
                                float* values_grad, int threads) {
     if (is_linear(given, grad_channels_last && input_channels_last)) {
         return sparse_linear_values_grad(positions(given), weight, grad, input, values_grad, given.bfloat16, threads);
+    }
+    if (is_subsampling(given) && !grad_channels_last && !input_channels_last) {
+        const Subsampled pixels(given);
+        subsample(given, input, pixels.input, threads);
+        return sparse_conv2d_values_grad(pixels.conv, weight, grad, false, pixels.input, false, values_grad, threads);
     }
     const Conv2d conv = with_even_rows(given);
     if (conv.batch == 0) {
@@ -101,6 +131,13 @@ void sparse_conv2d_grads(const Conv2d& given, const SparseMatrix& weight, const 
     if (is_linear(given, grad_channels_last && input_channels_last)) {
         return sparse_linear_grads(positions(given), weight, grad, input, input_grad, values_grad, bias_grad,
                                    given.bfloat16, threads);
+    }
+    if (is_subsampling(given) && !grad_channels_last && !input_channels_last) {
+        const Subsampled pixels(given);
+        subsample(given, input, pixels.input, threads);
+        sparse_conv2d_grads(pixels.conv, weight, grad, false, pixels.input, false, pixels.input_grad, values_grad,
+                            bias_grad, threads);
+        return spread(given, pixels.input_grad, input_grad, threads);
     }
     const Conv2d conv = with_even_rows(given);
     if (bias_grad) {

@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "sparse_conv2d_plan.h"
 #include "sparse_linear.h"
+#include "subsample.h"
 
 namespace sparse_moon::conv2d {
 namespace {
@@ -16,10 +17,6 @@ constexpr int64_t kMostColumns = int64_t{1} << 20;  // of a linear layer
 int64_t positions(const Conv2d& conv) { return conv.batch * conv.out_size[0] * conv.out_size[1]; }
 int64_t taps(const Conv2d& conv) { return conv.kernel[0] * conv.kernel[1]; }
 int64_t columns(const Conv2d& conv) { return conv.in_channels * taps(conv); }
-
-bool is_subsampling(const Conv2d& conv) {
-    return taps(conv) == 1 && conv.padding[0] == 0 && conv.padding[1] == 0;
-}
 
 // Where a tap reads: input = output stride + tap dilation - padding, in each dimension.
 struct Window {
