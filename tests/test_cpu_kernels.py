@@ -179,6 +179,20 @@ def test_linear_with_rows_of_very_different_lengths():
     check_linear((130,), 400, 500, (1, 1), mask)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_linear_with_many_tokens_for_each_entry(threads):
+    """The values' gradient from tokens that threads share out, of which some may get none."""
+    torch.set_num_threads(threads)
+    try:
+        for block in ((1, 1), (4, 2)):
+            check_linear((517,), 40, 300, block, 0.1)
+        check_linear((20,), 300, 30, (1, 1), 0.02)
+        x, grad, plan = torch.randn(517, 40), torch.randn(517, 300), Topology.random((300, 40), 0.1).plan()
+        assert torch.equal(linear.values_grad(grad, x, plan), linear.values_grad(grad, x, plan))
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_linear_features_in_chunks():
     """More features than one chunk of the panel holds, with few tokens and with several tiles of them."""
     check_linear((3,), 2500, 40, (1, 1), 0.1)
@@ -378,8 +392,8 @@ def test_not_a_number_stays_one_by_winograd():
 
 def test_linear_with_results_written_past_the_caches():
     """Whole cache lines in the forward pass, which bypass the caches, and rows that are not whole lines."""
-    check_linear((1100,), 8, 1920, (1, 1), 0.3)
-    check_linear((1100,), 8, 1921, (1, 1), 0.3)
+    for features, outputs in ((8, 1920), (8, 1921), (40, 1920)):  # the last from panels in the first cache
+        check_linear((1100,), features, outputs, (1, 1), 0.3)
 
 
 def test_conv2d_with_results_written_past_the_caches():

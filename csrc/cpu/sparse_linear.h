@@ -4,8 +4,7 @@
 namespace sparse_moon {
 
 // Activations are contiguous, one token after another, float32 or all of a call bfloat16; weight, bias, their gradients
-// and all sums are float32. Results have the same bits for
-// the same number of threads.
+// and all sums are float32. Results have the same bits for the same number of threads.
 // Throws std::length_error for more than 2^20 input or output features, std::bad_alloc without memory.
 
 // output (tokens, rows) = input (tokens, cols) W^T + bias; bias may be null. Unless null, `gelu`, like output, gets GELU

@@ -10,6 +10,7 @@
 #include "panel.h"
 #include "sparse_linear_gelu_kernels.h"
 #include "tile_kernels.h"
+#include "token_panel.h"
 
 namespace sparse_moon {
 namespace SPARSE_MOON_ISA {
@@ -17,16 +18,9 @@ namespace SPARSE_MOON_ISA {
 constexpr int64_t kChunkBytes = 640 << 10;
 constexpr int64_t kChunkFeatures = 1024;  // longer sums would round worse than those of a blocked dense product
 constexpr int64_t kChunkEntries = 16;  // of a row at least, on average: below, loading and storing the sums costs more
-constexpr int64_t kRunFeatures = 64;  // of one token that are read together, so that the next lines are on their way
 constexpr int64_t kFewTokens = 4;  // up to which gradients of values are summed token by token
+constexpr int64_t kTokensAnEntry = 16;  // of a column, from which on threads share out tokens rather than rows
 constexpr int64_t kLeastGroups = 4;  // of a block that is only there for one more thread to have work
-
-// Tokens of one block, and the panels' geometry that follows.
-struct TokenBlocks {
-    int64_t count;   // blocks
-    int64_t groups;  // groups of kLanes tokens a block, at most kTile
-    int64_t stride;  // vectors between features, odd
-};
 
 // Few blocks, or as many as `threads` where each still has kLeastGroups groups.
 inline TokenBlocks token_blocks(int64_t tokens, int64_t threads) {
@@ -45,83 +39,7 @@ inline int64_t chunk_features(int64_t features, int64_t block, int64_t entries, 
     return larger(((features + chunks - 1) / chunks + block - 1) / block * block, block);
 }
 
-// Tokens [first, first + groups kLanes) of features [begin, end) into a panel, whose first feature is `begin`; tokens
-// past the end become zeros.
-template <class T>
-void pack_tokens_from(const T* x, int64_t tokens, int64_t features, int64_t first, const TokenBlocks& blocks,
-                      int64_t begin, int64_t end, float* panel) {
-    for (int64_t run = begin; run < end; run += kRunFeatures) {
-        for (int64_t g = 0; g < blocks.groups; ++g) {
-            const int64_t token = first + g * kLanes;
-            for (int64_t f = run; f < smaller(run + kRunFeatures, end); f += kLanes) {
-                const int count = static_cast<int>(smaller(kLanes, end - f));
-                const T* start = x + token * features + f;
-                Vec rows[kLanes];
-                if (count == kLanes && token + kLanes <= tokens) {
-#pragma GCC unroll 16
-                    for (int l = 0; l < kLanes; ++l) rows[l] = load_unaligned(start + l * features);
-                } else {
-#pragma GCC unroll 1
-                    for (int l = 0; l < kLanes; ++l) {
-                        rows[l] = token + l < tokens ? load_range(start + l * features, 0, count) : Vec{};
-                    }
-                }
-                transpose(rows);
-                float* out = panel + ((f - begin) * blocks.stride + g) * kLanes;
-                if (count == kLanes) {
-#pragma GCC unroll 16
-                    for (int k = 0; k < kLanes; ++k) store(out + k * blocks.stride * kLanes, rows[k]);
-                } else {
-                    alignas(64) float buffer[kLanes * kLanes];
-#pragma GCC unroll 16
-                    for (int k = 0; k < kLanes; ++k) store(buffer + k * kLanes, rows[k]);
-                    for (int k = 0; k < count; ++k) store(out + k * blocks.stride * kLanes, load(buffer + k * kLanes));
-                }
-            }
-        }
-    }
-}
-
-inline void pack_tokens(const void* x, bool bfloat16, int64_t tokens, int64_t features, int64_t first,
-                        const TokenBlocks& blocks, int64_t begin, int64_t end, float* panel) {
-    with_number_type(bfloat16, [&](auto number) {
-        const auto* numbers = static_cast<const decltype(number)*>(x);
-        pack_tokens_from(numbers, tokens, features, first, blocks, begin, end, panel);
-    });
-}
-
-template <class T>
-void unpack_tokens_to(const float* tile, int64_t outputs, const TokenBlocks& blocks, int64_t first, int64_t tokens,
-                      int64_t first_output, int64_t total, bool streaming, T* y) {
-    const int count = static_cast<int>(outputs);
-    for (int64_t g = 0; g < blocks.groups; ++g) {
-        Vec columns[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) columns[i] = i < count ? load(tile + (i * blocks.groups + g) * kLanes) : Vec{};
-        transpose(columns);
-        const int64_t token = first + g * kLanes;
-        T* out = y + token * total + first_output;
-        if (count == kLanes && token + kLanes <= tokens) {
-            const bool aligned = reinterpret_cast<uintptr_t>(out) % kVecBytes == 0 && total % kLanes == 0;
-            if (kStreams<T> && streaming && aligned) {
-#pragma GCC unroll 16
-                for (int l = 0; l < kLanes; ++l) store_streaming(out + l * total, columns[l]);
-            } else {
-#pragma GCC unroll 16
-                for (int l = 0; l < kLanes; ++l) store_unaligned(out + l * total, columns[l]);
-            }
-            continue;
-        }
-        alignas(64) float buffer[kLanes * kLanes];
-#pragma GCC unroll 16
-        for (int l = 0; l < kLanes; ++l) store(buffer + l * kLanes, columns[l]);
-        for (int64_t l = 0; l < smaller(kLanes, tokens - token); ++l) {
-            store_first(out + l * total, load(buffer + l * kLanes), count);
-        }
-    }
-}
-
-// Up to kLanes outputs [outputs][groups] vectors to y (tokens, total outputs), from output `first_output` on.
+// Outputs [outputs][groups] vectors to y (tokens, total outputs), from output `first_output` on.
 inline void unpack_tokens(const LinearJob& job, const float* tile, int64_t outputs, const TokenBlocks& blocks,
                           int64_t first, int64_t first_output, int64_t total) {
     with_number_type(job.bfloat16, [&](auto number) {
@@ -156,21 +74,21 @@ struct Rows {
         return starts()[count() / block()] * matrix.block_rows * matrix.block_cols / larger(count(), 1);
     }
 
-    // First row of part `part` of `parts` about equally costly ones, a multiple of kLanes.
-    int64_t part_begin(int64_t part, int64_t parts) const {
-        const int64_t groups = (count() + kLanes - 1) / kLanes;
-        if (part == parts) return groups * kLanes;
+    // First row of part `part` of `parts` about equally costly ones, a multiple of `together`.
+    int64_t part_begin(int64_t part, int64_t parts, int64_t together) const {
+        const int64_t groups = (count() + together - 1) / together;
+        if (part == parts) return groups * together;
         const int64_t wanted = cost(count()) * part / parts;
         int64_t low = 0, high = groups;
         while (low < high) {
             const int64_t middle = (low + high) / 2;
-            if (cost(smaller(middle * kLanes, count())) < wanted) {
+            if (cost(smaller(middle * together, count())) < wanted) {
                 low = middle + 1;
             } else {
                 high = middle;
             }
         }
-        return low * kLanes;
+        return low * together;
     }
 
     // Blocks of `row` from *cursor on that start before feature `end`; moves the cursor behind them.
@@ -220,7 +138,7 @@ struct Rows {
 };
 
 // What a thread needs to multiply a block of tokens with a part of the rows; its scratch memory is a panel, the sums
-// between chunks (or of kLanes rows, where there is one chunk), a list of entries, and a cursor a row.
+// between chunks (or of kLineRows rows, where there is one chunk), a list of entries, and a cursor a row.
 struct LinearPlan {
     TokenBlocks blocks;
     int64_t parts;  // of the rows
@@ -241,8 +159,7 @@ inline LinearPlan linear_plan(const LinearJob& job) {
     plan.chunked = plan.chunk < rows.features();
     const int64_t features = smaller(plan.chunk, rows.features());
     plan.panel = features * plan.blocks.stride * kVecBytes;
-    const int64_t padded = (rows.count() + kLanes - 1) / kLanes * kLanes;
-    plan.sums = (plan.chunked ? padded : kLanes) * plan.blocks.groups * kVecBytes;
+    plan.sums = (plan.chunked ? rows.count() : kLineRows) * plan.blocks.groups * kVecBytes;
     plan.list = whole_lines(features * sizeof(Entry));
     plan.cursors = whole_lines(rows.count() * sizeof(int32_t));
     return plan;
@@ -250,7 +167,7 @@ inline LinearPlan linear_plan(const LinearJob& job) {
 
 inline int64_t linear_scratch(const LinearJob& job) { return job.threads * linear_plan(job).bytes(); }
 
-// A block of tokens from `token` on, multiplied with rows [begin, end), begin a multiple of kLanes.
+// A block of tokens from `token` on, multiplied with rows [begin, end), begin a multiple of kLineRows.
 template <class Entries>
 void linear_unit(const LinearJob& job, const LinearPlan& plan, char* scratch, int64_t token, int64_t begin,
                  int64_t end) {
@@ -265,8 +182,8 @@ void linear_unit(const LinearJob& job, const LinearPlan& plan, char* scratch, in
     int32_t* cursors = reinterpret_cast<int32_t*>(scratch + plan.panel + plan.sums + plan.list);
     for (int64_t row = begin; row < end; ++row) cursors[row - begin] = rows.starts()[row / rows.block()];
 
-    const auto unpack = [&](const float* tile, int64_t row) {
-        unpack_tokens(job, tile, smaller(kLanes, end - row), blocks, token, row, rows.count());
+    const auto unpack = [&](int64_t row, int64_t count) {
+        unpack_tokens(job, sums, count, blocks, token, row, rows.count());
     };
     ProductTile<Entries> tile{};
     tile.out_step = 1;
@@ -277,7 +194,7 @@ void linear_unit(const LinearJob& job, const LinearPlan& plan, char* scratch, in
         const ProductKernel<Entries> kernel = base == 0 ? from_bias : from_stored;
         for (int64_t row = begin; row < end; ++row) {
             // With one chunk, rows are finished in groups that are transposed while they are in the L1 cache.
-            const int64_t place = plan.chunked ? row - begin : (row - begin) % kLanes;
+            const int64_t place = plan.chunked ? row - begin : (row - begin) % kLineRows;
             const int64_t start = cursors[row - begin];
             const int64_t found = rows.advance(row, base + plan.chunk, cursors + (row - begin));
             if (found > 0 || base == 0) {
@@ -286,12 +203,10 @@ void linear_unit(const LinearJob& job, const LinearPlan& plan, char* scratch, in
                 tile.out = sums + place * blocks.groups * kLanes;
                 kernel(tile);
             }
-            if (!plan.chunked && (place == kLanes - 1 || row == end - 1)) unpack(sums, row - place);
+            if (!plan.chunked && (place == kLineRows - 1 || row == end - 1)) unpack(row - place, place + 1);
         }
     }
-    if (plan.chunked) {
-        for (int64_t row = begin; row < end; row += kLanes) unpack(sums + (row - begin) * blocks.groups * kLanes, row);
-    }
+    if (plan.chunked) unpack(begin, end - begin);
     gelu_tokens(job, token, token + blocks.groups * kLanes, begin, end, rows.count());
 }
 
@@ -306,8 +221,8 @@ void linear_with(const LinearJob& job) {
         for (int64_t unit = 0; unit < plan.blocks.count * plan.parts; ++unit) {
             const int64_t block = unit / plan.parts, part = unit % plan.parts;
             linear_unit<Entries>(job, plan, scratch, block * plan.blocks.groups * kLanes,
-                                 rows.part_begin(part, plan.parts),
-                                 smaller(rows.part_begin(part + 1, plan.parts), rows.count()));
+                                 rows.part_begin(part, plan.parts, kLineRows),
+                                 smaller(rows.part_begin(part + 1, plan.parts, kLineRows), rows.count()));
         }
         stream_fence();
     }
@@ -318,19 +233,28 @@ inline void linear(const LinearJob& job) {
     return blocks ? linear_with<EntryList>(job) : linear_with<MatrixRow>(job);
 }
 
-// The rows are divided among the threads, each of which packs all of the input and its part of the gradient. Scratch
-// memory of a thread: a panel of each, the offsets and sums of one row, a cursor a row, and sums of the gradient.
+// Either the rows are divided among the threads, each of which packs all of the input and its part of the gradient, or
+// the tokens, of which each packs its own, with sums of its own that are added at the end. Scratch memory of a thread: a
+// panel of each, the offsets and sums of one row, a cursor a row, sums of the gradient, and behind those of all threads
+// the sums of the values' gradient that all but the first have of their own.
 struct LinearDotsPlan {
+    bool by_tokens;
     TokenBlocks blocks;
     int64_t chunk;
     int64_t panel, grad, list, cursors, biases;  // bytes
     int64_t bytes() const { return panel + grad + list + cursors + biases; }
 };
 
+inline int64_t dots_count(const LinearDotsJob& job) {
+    const SparseMatrix& matrix = job.matrix;
+    return matrix.row_ptr[matrix.rows / matrix.block_rows] * matrix.block_rows * matrix.block_cols;
+}
+
 inline LinearDotsPlan linear_dots_plan(const LinearDotsJob& job) {
     const SparseMatrix& matrix = job.matrix;
     LinearDotsPlan plan;
-    plan.blocks = token_blocks(job.tokens, 1);
+    plan.by_tokens = job.threads > 1 && job.tokens * matrix.cols >= kTokensAnEntry * dots_count(job);
+    plan.blocks = token_blocks(job.tokens, plan.by_tokens ? job.threads : 1);
     const int64_t entries = Rows{matrix, false}.row_entries();
     plan.chunk = chunk_features(matrix.cols, matrix.block_cols, entries, plan.blocks.stride);
     const int64_t features = smaller(plan.chunk, matrix.cols);
@@ -357,15 +281,19 @@ inline void add_rows(const float* panel, int64_t rows, const TokenBlocks& blocks
     }
 }
 
-inline int64_t linear_dots_scratch(const LinearDotsJob& job) { return job.threads * linear_dots_plan(job).bytes(); }
+inline int64_t linear_dots_scratch(const LinearDotsJob& job) {
+    const LinearDotsPlan plan = linear_dots_plan(job);
+    const int64_t own = plan.by_tokens ? dots_count(job) * static_cast<int64_t>(sizeof(float)) : 0;
+    return job.threads * plan.bytes() + (job.threads - 1) * own;
+}
 
 SPARSE_MOON_INLINE double* linear_dots_biases(const LinearDotsPlan& plan, char* scratch) {
     return reinterpret_cast<double*>(scratch + plan.bytes() - plan.biases);
 }
 
-// Adds the products of a block of tokens from `token` on to the sums of rows [begin, end).
+// Adds the products of a block of tokens from `token` on, of rows [begin, end), to `sums`, which are as job.sums.
 inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& plan, char* scratch, int64_t token,
-                             int64_t begin, int64_t end) {
+                             int64_t begin, int64_t end, float* sums) {
     const SparseMatrix& matrix = job.matrix;
     const Rows rows{matrix, false};
     const TokenBlocks& blocks = plan.blocks;
@@ -396,7 +324,7 @@ inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& pla
             tile.grad = reinterpret_cast<const char*>(grad + (row - begin) * blocks.stride * kLanes);
             if (bh * bw == 1) {
                 for (int64_t k = 0; k < found; ++k) offsets[k] = matrix.col[start + k] * bytes;
-                dot_all(tile, 1, offsets, job.sums + start, found);
+                dot_all(tile, 1, offsets, sums + start, found);
                 continue;
             }
             int32_t* offset = offsets;
@@ -406,7 +334,7 @@ inline void linear_dots_unit(const LinearDotsJob& job, const LinearDotsPlan& pla
             std::memset(row_sums, 0, found * bw * sizeof(float));
             dot_all(tile, 1, offsets, row_sums, found * bw);
             for (int64_t k = 0; k < found; ++k) {
-                float* out = job.sums + ((start + k) * bh + row % bh) * bw;
+                float* out = sums + ((start + k) * bh + row % bh) * bw;
                 for (int64_t j = 0; j < bw; ++j) out[j] += row_sums[k * bw + j];
             }
         }
@@ -453,8 +381,8 @@ void linear_dots_few(const LinearDotsJob& job) {
 #pragma omp parallel num_threads(job.threads)
     {
         const int thread = thread_number(), threads = team_size();
-        const int64_t end = smaller(rows.part_begin(thread + 1, threads), job.matrix.rows);
-        kFew[job.tokens](job, rows.part_begin(thread, threads), end);
+        const int64_t end = smaller(rows.part_begin(thread + 1, threads, kLanes), job.matrix.rows);
+        kFew[job.tokens](job, rows.part_begin(thread, threads, kLanes), end);
     }
 }
 
@@ -465,22 +393,48 @@ inline void linear_dots(const LinearDotsJob& job) {
     const SparseMatrix& matrix = job.matrix;
     const Rows rows{matrix, false};
     const LinearDotsPlan plan = linear_dots_plan(job);
-    const int64_t total = matrix.row_ptr[matrix.rows / matrix.block_rows] * matrix.block_rows * matrix.block_cols;
+    const int64_t total = dots_count(job), count = plan.blocks.count;
+    const auto scratch_of = [&](int64_t thread) { return job.scratch + thread * plan.bytes(); };
+    const auto sums_of = [&](int64_t thread) {
+        return thread == 0 ? job.sums : reinterpret_cast<float*>(scratch_of(job.threads)) + (thread - 1) * total;
+    };
 #pragma omp parallel num_threads(job.threads)
     {
         const int thread = thread_number(), threads = team_size();
+        const bool by_tokens = plan.by_tokens;
+        char* scratch = scratch_of(thread);
+        float* sums = by_tokens ? sums_of(thread) : job.sums;
+        if (by_tokens) {
+            std::memset(sums, 0, total * sizeof(float));
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t k = 0; k < total; ++k) job.sums[k] = 0.0f;
-        char* scratch = job.scratch + thread * plan.bytes();
-        const int64_t begin = rows.part_begin(thread, threads);
-        const int64_t end = smaller(rows.part_begin(thread + 1, threads), matrix.rows);
+            for (int64_t k = 0; k < total; ++k) sums[k] = 0.0f;
+        }
+        const int64_t begin = by_tokens ? 0 : rows.part_begin(thread, threads, kLanes);
+        const int64_t end = by_tokens ? matrix.rows : smaller(rows.part_begin(thread + 1, threads, kLanes), matrix.rows);
+        const int64_t first = by_tokens ? count * thread / threads : 0;
+        const int64_t last = by_tokens ? count * (thread + 1) / threads : count;
         double* biases = linear_dots_biases(plan, scratch);
         std::memset(biases, 0, plan.biases);
-        for (int64_t block = 0; begin < end && block < plan.blocks.count; ++block) {
-            linear_dots_unit(job, plan, scratch, block * plan.blocks.groups * kLanes, begin, end);
+        for (int64_t block = first; begin < end && block < last; ++block) {
+            linear_dots_unit(job, plan, scratch, block * plan.blocks.groups * kLanes, begin, end, sums);
         }
-        for (int64_t row = begin; job.bias_grad && row < end; ++row) {
-            job.bias_grad[row] = static_cast<float>(biases[row - begin]);
+        if (!by_tokens) {
+            for (int64_t row = begin; job.bias_grad && row < end; ++row) {
+                job.bias_grad[row] = static_cast<float>(biases[row - begin]);
+            }
+        } else {
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t k = 0; k < total; ++k) {
+                for (int t = 1; t < threads; ++t) job.sums[k] += sums_of(t)[k];
+            }
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < (job.bias_grad ? matrix.rows : 0); ++row) {
+                double all = 0.0;
+                for (int t = 0; t < threads; ++t) all += linear_dots_biases(plan, scratch_of(t))[row];
+                job.bias_grad[row] = static_cast<float>(all);
+            }
         }
     }
 }

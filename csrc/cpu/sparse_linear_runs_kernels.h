@@ -153,10 +153,7 @@ inline void linear_runs_unit(const LinearRunsJob& job, const RunsPlan& plan, cha
                     sums);
             }
             if (last_chunk < runs.chunks) continue;
-            for (int64_t row = first; row < last; row += kLanes) {
-                unpack_tokens(linear, sums + (row - first) * groups * kLanes, smaller(kLanes, last - row), tokens,
-                              token, row, rows.count());
-            }
+            unpack_tokens(linear, sums, last - first, tokens, token, first, rows.count());
         }
     }
     gelu_tokens(linear, token, token + groups * kLanes, begin * runs.block_rows,
