@@ -40,8 +40,8 @@ Conv2d with_even_rows(Conv2d conv) {
     return conv;
 }
 
-// A convolution that subsamples contiguous planes, as one without a stride of the pixels that it sees: 1.1 to 2.8 times as fast
-// as from panels of whole planes. Memory for the pixels of an input, and of a gradient.
+// A convolution that subsamples contiguous planes, as one without a stride of the pixels that it sees: 1.1 to 2.8 times
+// as fast as from panels of whole planes. Memory for the pixels of an input, and of a gradient.
 struct Subsampled {
     Conv2d conv;
     char *input, *input_grad;

@@ -234,9 +234,9 @@ inline void linear(const LinearJob& job) {
 }
 
 // Either the rows are divided among the threads, each of which packs all of the input and its part of the gradient, or
-// the tokens, of which each packs its own, with sums of its own that are added at the end. Scratch memory of a thread: a
-// panel of each, the offsets and sums of one row, a cursor a row, sums of the gradient, and behind those of all threads
-// the sums of the values' gradient that all but the first have of their own.
+// the tokens, of which each packs its own, with sums of its own that are added at the end. Scratch memory of a thread:
+// a panel of each, the offsets and sums of one row, a cursor a row, sums of the gradient, and behind those of all
+// threads the sums of the values' gradient that all but the first have of their own.
 struct LinearDotsPlan {
     bool by_tokens;
     TokenBlocks blocks;
@@ -411,7 +411,8 @@ inline void linear_dots(const LinearDotsJob& job) {
             for (int64_t k = 0; k < total; ++k) sums[k] = 0.0f;
         }
         const int64_t begin = by_tokens ? 0 : rows.part_begin(thread, threads, kLanes);
-        const int64_t end = by_tokens ? matrix.rows : smaller(rows.part_begin(thread + 1, threads, kLanes), matrix.rows);
+        const int64_t own_end = rows.part_begin(thread + 1, threads, kLanes);
+        const int64_t end = by_tokens ? matrix.rows : smaller(own_end, matrix.rows);
         const int64_t first = by_tokens ? count * thread / threads : 0;
         const int64_t last = by_tokens ? count * (thread + 1) / threads : count;
         double* biases = linear_dots_biases(plan, scratch);

@@ -5,7 +5,8 @@
 namespace sparse_moon {
 namespace {
 
-// Rows that are asked for in advance: processors do so by themselves where none is left out (33 MB: 1.6 ms in place of 4).
+// Rows that are asked for in advance, as processors do by themselves where none is left out (33 MB: 1.6 ms in place of
+// 4).
 constexpr int64_t kAhead = 16;
 
 int64_t planes(const Conv2d& conv) { return conv.batch * conv.in_channels; }

@@ -1,4 +1,4 @@
-// Between tokens in memory, (tokens, features), and panels [features][groups][kLanes] of a block of tokens (see jobs.h).
+// Between tokens in memory, (tokens, features), and panels [features][groups][kLanes] of a block of them (see jobs.h).
 #pragma once
 #include "jobs.h"
 #include "simd.h"
@@ -18,8 +18,8 @@ struct TokenBlocks {
 };
 
 // Tokens [first, first + groups kLanes) of features [begin, end) into a panel, whose first feature is `begin`; tokens
-// past the end become zeros. The next tokens are asked for in advance: lines of many tokens at a time are no pattern that
-// processors see (384 features, 6304 tokens, Zen 4 with AVX2: 0.5 ms in place of 1.2).
+// past the end become zeros. The next tokens are asked for in advance: lines of many tokens at a time are no pattern
+// that processors see (384 features, 6304 tokens, Zen 4 with AVX2: 0.5 ms in place of 1.2).
 template <class T>
 void pack_tokens_from(const T* x, int64_t tokens, int64_t features, int64_t first, const TokenBlocks& blocks,
                       int64_t begin, int64_t end, float* panel) {
