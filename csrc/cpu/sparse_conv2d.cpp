@@ -17,9 +17,7 @@ namespace {
 
 // Whether every position of the output sees that position of the input alone.
 bool is_pointwise(const Conv2d& conv) {
-    bool plain = true;
-    for (int d = 0; d < 2; ++d) plain = plain && conv.kernel[d] == 1 && conv.stride[d] == 1 && conv.padding[d] == 0;
-    return plain;
+    return has_one_tap(conv) && conv.stride[0] * conv.stride[1] == 1;
 }
 
 // Such a convolution of activations that are all channels_last is a linear layer, with positions as its tokens.

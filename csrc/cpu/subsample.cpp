@@ -46,10 +46,11 @@ void spread_to(const Conv2d& conv, const T* from, T* to, int threads) {
 
 }  // namespace
 
-bool is_subsampling(const Conv2d& conv) {
-    const bool one_tap = conv.kernel[0] * conv.kernel[1] == 1 && conv.padding[0] == 0 && conv.padding[1] == 0;
-    return one_tap && conv.stride[0] * conv.stride[1] > 1;
+bool has_one_tap(const Conv2d& conv) {
+    return conv.kernel[0] * conv.kernel[1] == 1 && conv.padding[0] == 0 && conv.padding[1] == 0;
 }
+
+bool is_subsampling(const Conv2d& conv) { return has_one_tap(conv) && conv.stride[0] * conv.stride[1] > 1; }
 
 Conv2d without_stride(Conv2d conv) {
     for (int d = 0; d < 2; ++d) {

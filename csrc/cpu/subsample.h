@@ -4,7 +4,10 @@
 
 namespace sparse_moon {
 
-// Whether the convolution is of one tap, without padding, and has a stride.
+// Whether each position of the output sees one of the input, and none that is padding.
+bool has_one_tap(const Conv2d& conv);
+
+// The same of a convolution with a stride.
 bool is_subsampling(const Conv2d& conv);
 
 // The same convolution of those pixels alone, without a stride.
