@@ -138,12 +138,15 @@ class FusedForward:
         return cast(nn.Module, replica)
 
 
-@torch.compiler.assume_constant_result
 def _holds(forward: FusedForward) -> bool:
     """Asked once by a compiler, which does not see hooks either that come later."""
     if "_run" not in vars(forward):
         forward._compile()
     return forward.holds()
+
+
+# What torch.compiler.assume_constant_result does after importing torch._dynamo, which takes as long as half of torch.
+_holds._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def at(module: nn.Module, path: Path) -> nn.Module | None:
