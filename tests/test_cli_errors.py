@@ -147,7 +147,10 @@ def test_what_is_said_at_once_imports_nothing_heavy(argv):
     ("code", "absent"),
     [
         ("import sparse_moon; sparse_moon.__version__; dir(sparse_moon)", HEAVY),
-        ("import sparse_moon as sm; sm.RigL, sm.sparsify, sm.UnknownAwareLoss", [*HEAVY[1:-1], "torch._dynamo"]),
+        (
+            "import sparse_moon as sm; sm.RigL, sm.sparsify, sm.UnknownAwareLoss, sm.tune",
+            [*HEAVY[1:-1], "torch._dynamo"],
+        ),
         ("import sparse_moon.app.commands.flops", ["matplotlib", "sklearn"]),
         ("import sparse_moon.app.commands.export", ["sparse_moon.app.report", "sparse_moon.app.plots"]),
     ],
