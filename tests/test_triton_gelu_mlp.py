@@ -33,7 +33,7 @@ def fused(monkeypatch):
         return run(*inputs, **probes)
 
     monkeypatch.setattr(gelu_mlp, "sparse_mlp", noted)
-    monkeypatch.setattr(cpu, "pays", gpu.pays)
+    monkeypatch.setattr(cpu, "pays", lambda *operands: gpu.pays(*operands[:3]))
     for operator in ("sparse_mlp", "sparse_mlp_grads"):
         monkeypatch.setitem(KERNELS, (operator, DEVICE), KERNELS[operator, "cuda"])
     with use_backend("triton"):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Work, kernel_pays, winograd_pays
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native
@@ -40,8 +39,6 @@ class Decision(NamedTuple):
     """Of the pass, as the extension takes it, or what a dense product wants to know."""
     blanks: tuple[Tensor, ...]
     """Of the shapes of results, see :func:`blank`."""
-    generation: int
-    """Of choices."""
 
 
 def decided(
@@ -52,11 +49,9 @@ def decided(
 
     The key tells the type, which is one of :data:`TYPES` where there is a decision.
     """
-    decision: Decision | None = plan.decisions.get(key)
+    decision: Decision | None = plan.decided(key)
     if (
         decision is not None
-        and decision.generation == choice.generation
-        and not choice.open_blocks()
         and values.dtype is first.dtype
         and first.is_contiguous(memory_format=layout)
         and values.is_contiguous()
@@ -68,8 +63,8 @@ def decided(
 
 def decide(plan: Plan, key: Hashable, size: Any, *blanks: Tensor, keep: bool, sparse: int = 1) -> Decision:
     """A decision; kept for calls to come where that is asked for, by operands that :func:`decided` takes."""
-    decision = Decision(sparse, matrix(plan, None)[0], size, blanks, choice.generation)
-    if keep and choice.is_settled():
+    decision = Decision(sparse, matrix(plan, None)[0], size, blanks)
+    if keep:
         plan.note_decision(key, decision)
     return decision
 

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_moon.ops import choice
 from sparse_moon.ops.choice import Pass, Work, kernel_pays
 from sparse_moon.ops.masked_dense import GPU_DTYPES
 from sparse_moon.ops.native import has_cuda, has_triton
@@ -20,14 +19,8 @@ Implementation = Literal["triton", "cuda", "dense"]
 
 
 def key_of(pass_: Pass, shape: Sequence[int], tf32: bool, *operands: Tensor | None) -> Hashable:
-    """What a choice for a plan depends on, apart from what :func:`chosen` looks at."""
+    """What a choice for a plan depends on, apart from what a plan looks at itself."""
     return "gpu", pass_, tuple(shape), tf32, *[None if t is None else t.dtype for t in operands]
-
-
-def chosen(plan: Plan, key: Hashable) -> Implementation | None:
-    """The choice that was made before, if it still holds: making it anew takes the host four times as long."""
-    found: tuple[Implementation, int] | None = plan.decisions.get(key)
-    return found[0] if found and found[1] == choice.generation and not choice.open_blocks() else None
 
 
 def choose(
@@ -35,8 +28,7 @@ def choose(
 ) -> Implementation:
     """What runs a product; ``takes`` says whether Triton has a kernel for its blocks."""
     implementation = _choose(work, plan, takes, *operands)
-    if choice.is_settled():
-        plan.note_decision(key, (implementation, choice.generation))
+    plan.note_decision(key, implementation)
     return implementation
 
 

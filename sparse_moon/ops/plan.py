@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_moon.ops import choice
 from sparse_moon.ops.index import Index, values_shape
 
 _MOST_SHAPES = 64
@@ -58,7 +59,7 @@ class Plan:
         geometry: of a convolution; None for a linear product.
         ready: what implementations keep here for calls to come, each under a key of its own.
         inputs: shapes of inputs that were found to fit.
-        decisions: what runs a pass on operands of one shape, by pass and shape.
+        decisions: what runs a pass on operands of one shape, by pass and shape, and the generation of choices then.
         state: addresses and versions of the index tensors; None while it is traced.
     """
 
@@ -89,12 +90,19 @@ class Plan:
                 self.inputs.clear()
             self.inputs.add(shape)
 
+    def decided(self, key: Any) -> Any:
+        """What was decided before under this key, if it still holds; else None."""
+        found = self.decisions.get(key)
+        if found is not None and found[1] == choice.generation and not choice.open_blocks():
+            return found[0]
+        return None
+
     def note_decision(self, key: Any, decision: Any) -> None:
-        """Keep what was decided for a pass; the last few are remembered."""
-        if self.state is not None:
+        """Keep what was decided for a pass, if it may be kept; the last few are remembered."""
+        if self.state is not None and choice.is_settled():
             if len(self.decisions) >= 4 * _MOST_SHAPES:
                 self.decisions.clear()
-            self.decisions[key] = decision
+            self.decisions[key] = decision, choice.generation
 
     def is_of(self, buffers: Mapping[str, Tensor | None]) -> bool:
         """Whether the plan is of the index in these buffers of a topology, as it is now."""

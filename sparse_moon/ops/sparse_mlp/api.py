@@ -159,7 +159,7 @@ def pays(input: Tensor, plan1: Plan, plan2: Plan, activation: Gelu) -> bool:
     if torch.compiler.is_compiling():
         return input.is_cuda and gpu.may_pay(plan1.block, plan2.block)
     if input.is_cuda:
-        return gpu.pays(input, plan1, plan2, activation)
+        return gpu.pays(input, plan1, plan2)
     return native is not None and input.is_cpu and cpu.pays(input, plan1, plan2, activation)
 
 

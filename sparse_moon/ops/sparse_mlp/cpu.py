@@ -6,7 +6,6 @@ which kernels of ours did not beat (Zen 4 with AVX2 alone, two threads).
 
 from torch import Tensor
 
-from sparse_moon.ops import choice
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.registry import to_autocast_dtype
 from sparse_moon.ops.sparse_linear import cpu
@@ -22,9 +21,9 @@ def pays(input: Tensor, plan1: Plan, plan2: Plan, activation: Gelu) -> bool:
         return False
     (like,) = to_autocast_dtype("cpu", input.new_empty(0))
     key = "mlp", input.shape, like.dtype, plan2.shape, plan2.density
-    found = plan1.decisions.get(key)
-    if found is not None and found[1] == choice.generation and not choice.open_blocks():
-        return bool(found[0])
+    found: bool | None = plan1.decided(key)
+    if found is not None:
+        return found
     output_shape = (*input.shape[:-1], plan2.shape[0])
     hidden_shape = (*input.shape[:-1], plan1.shape[0])
     shapes = ((plan1, input.shape, hidden_shape), (plan2, hidden_shape, output_shape))
@@ -34,8 +33,7 @@ def pays(input: Tensor, plan1: Plan, plan2: Plan, activation: Gelu) -> bool:
         and cpu.takes("values_grad", after, plan, like)
         for plan, before, after in shapes
     )
-    if choice.is_settled():
-        plan1.note_decision(key, (answer, choice.generation))
+    plan1.note_decision(key, answer)
     return answer
 
 

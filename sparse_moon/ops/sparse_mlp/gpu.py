@@ -6,7 +6,7 @@ from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.registry import to_autocast_dtype
 from sparse_moon.ops.sparse_linear import gpu, triton
 from sparse_moon.ops.sparse_mlp import parts
-from sparse_moon.ops.sparse_mlp.parts import NAMES, Gelu, Parts
+from sparse_moon.ops.sparse_mlp.parts import NAMES, Parts
 
 
 def may_pay(block1: tuple[int, int], block2: tuple[int, int]) -> bool:
@@ -14,8 +14,8 @@ def may_pay(block1: tuple[int, int], block2: tuple[int, int]) -> bool:
     return block1 != (1, 1) and block2[1] > 1
 
 
-def pays(input: Tensor, plan1: Plan, plan2: Plan, activation: Gelu) -> bool:
-    """Whether kernels compute both GELU and its derivative, in the dtype that autocast makes of the input's."""
+def pays(input: Tensor, plan1: Plan, plan2: Plan) -> bool:
+    """Whether kernels compute GELU, either one, and its derivative, in the dtype that autocast makes of the input's."""
     (like,) = to_autocast_dtype(input.device.type, input.new_empty(0))
     output_shape = (*input.shape[:-1], plan2.shape[0])
     return (
