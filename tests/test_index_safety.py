@@ -93,12 +93,6 @@ def test_operators_keep_a_plan_as_long_as_the_index_is_the_same():
     assert col() is None
 
 
-def test_a_negative_view_is_read_with_its_sign():
-    layer = sm.SparseLinear(16, 12, sparsity=0.5)
-    x = torch.randn(3, 16, dtype=torch.complex64)
-    torch.testing.assert_close(layer(x.conj().imag), layer(-x.imag.contiguous()))
-
-
 def test_a_compiled_model_refuses_a_damaged_index():
     model = mlp()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

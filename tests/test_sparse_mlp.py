@@ -287,3 +287,17 @@ def test_gelu_of_all_numbers_on_a_cpu(kernels):
     before, y = cpu_linear.forward_gelu(edges, values, bias, one)
     assert torch.equal(y.isnan(), F.gelu(edges, approximate=approximate).isnan()) and y[1] == torch.inf
     assert cpu_linear.input_grad_gelu(torch.ones_like(edges), values, edges, one)[0].isnan()
+
+
+@pytest.mark.skipif(native is None, reason="needs the compiled extension")
+def test_more_features_than_kernels_take_go_to_dense_products():
+    hidden = 2**20 + 16
+    first, second = Topology.random((hidden, 8), 0.01), Topology.random((8, hidden), 0.01)
+    shapes = (2, 8), first.values_shape, (hidden,), second.values_shape, (8,)
+    operands = [torch.randn(shape).requires_grad_() for shape in shapes]
+    grad = torch.ones(2, 8)
+    assert_as_precise_as_torch(
+        results(ours, first, second, operands, "gelu_tanh", grad), first, second, operands, "gelu_tanh", grad
+    )
+    with use_backend("kernel"), pytest.raises(native.TooLarge):
+        ours(first, second, operands, "gelu_tanh")

@@ -17,9 +17,9 @@ void set_flat_panels(FlatPanels where);
 // The weight is a matrix (out_channels, in_channels / groups * kernel[0] * kernel[1]) whose columns are ordered
 // (channel / bw, tap, channel % bw) with bw the block width, as in sparse_moon/topology.py. Activations are
 // contiguous or channels_last, all of one call as conv.bfloat16 says; weight, bias, their gradients and all sums are
-// float32. Results do not depend on `threads`, but for the order in which the values' gradient is summed, and in a batch
-// of fewer images than threads that of all sums. Throws std::length_error where a panel would outgrow 32-bit offsets,
-// std::bad_alloc without memory.
+// float32. Results do not depend on `threads`, but for the order of sums: that of the values' gradient always, those of
+// all in a batch of fewer images than threads, and where pixels become the tokens of a linear layer. Throws
+// std::length_error where a panel would outgrow 32-bit offsets, std::bad_alloc without memory.
 
 // output (batch, out_channels, out_size) = conv(input) + bias; bias may be null.
 void sparse_conv2d(const Conv2d& conv, const SparseMatrix& weight, const void* input, const float* bias, void* output,

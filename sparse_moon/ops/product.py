@@ -191,7 +191,8 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
         give_back(weight if needs_input else None, plan)
         d_input = d_values = d_bias = d_probe = None
         if needs_input and needs_values and not needs_probe:
-            if kernel is None or not unwatched or type(grad) is not Tensor or values.shape != plan.values_shape:
+            plain = unwatched and type(grad) is Tensor and registry.in_memory(grad)
+            if kernel is None or not plain or values.shape != plan.values_shape:
                 d_input, d_values = grads(grad, input, values, plan)
             elif needs_bias:
                 d_input, d_values, d_bias = kernel(grad, input, values, plan, True)
@@ -247,9 +248,11 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
         )
         if not fits:
             _refuse(input, values, bias, plan, probe)
-        if registry.unwatched() and registry.PLAIN.issuperset((type(input), type(values), type(bias), type(probe))):
-            if input.is_neg():  # the imaginary part of a conjugate: kernels read memory
-                input = input.resolve_neg()
+        if (
+            registry.unwatched()
+            and registry.PLAIN.issuperset((type(input), type(values), type(bias), type(probe)))
+            and registry.in_memory(input) and registry.in_memory(values) and registry.in_memory(bias)
+        ):  # fmt: skip
             device_type = "cpu" if input.is_cpu else input.device.type
             kernel = registry.KERNELS.get((name, device_type))
             if kernel is not None and not (choice.open_blocks() and choice.current_backend() == "reference"):

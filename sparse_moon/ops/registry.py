@@ -98,9 +98,17 @@ def call(operator: str, *inputs: Any) -> Any:
 
 def direct_kernel(operator: str, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
     """The kernel to call in place of the operator, or None where anything else may want to see the operator."""
-    if not (unwatched() and PLAIN.issuperset(map(type, inputs))):
+    if not (unwatched() and PLAIN.issuperset(map(type, inputs)) and all(map(in_memory, inputs))):
         return None
     return KERNELS.get((operator, inputs[0].device.type))
+
+
+def in_memory(operand: Any) -> bool:
+    """Whether the numbers of an operand, if it is a plain tensor, are what its memory holds, which kernels read.
+
+    Those of an imaginary part of a conjugate have the opposite sign there, and lazy zeros have no memory.
+    """
+    return not isinstance(operand, Tensor) or not (operand.is_neg() or operand._is_zerotensor())
 
 
 def unwatched() -> bool:

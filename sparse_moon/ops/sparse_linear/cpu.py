@@ -55,7 +55,7 @@ def shapes_of(pass_: Pass, shape: tuple[int, ...], matrix_shape: tuple[int, int]
 
 _dense_grads = with_bias_grad(dense.grads, bias_grad)
 _separate_grads = with_bias_grad(
-    lambda grad, input, values, plan: (input_grad(grad, values, plan), values_grad(grad, input, plan)), bias_grad
+    lambda grad, input, values, plan: (INPUT_GRAD(grad, values, plan), VALUES_GRAD(grad, input, plan)), bias_grad
 )
 
 

@@ -6,6 +6,8 @@ which kernels of ours did not beat (Zen 4 with AVX2 alone, two threads).
 
 from torch import Tensor
 
+from sparse_moon.ops.choice import or_dense
+from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
 from sparse_moon.ops.registry import to_autocast_dtype
 from sparse_moon.ops.sparse_linear import cpu
@@ -55,4 +57,8 @@ def values_grad(grad: Tensor, input: Tensor, plan: Plan) -> tuple[Tensor, Tensor
     return parts.values_grad(grad, input, plan)
 
 
-FUSED = Parts(forward, backward, values_grad)
+FUSED = Parts(
+    or_dense(native, forward, parts.forward),
+    or_dense(native, backward, parts.backward),
+    or_dense(native, values_grad, parts.values_grad),
+)
