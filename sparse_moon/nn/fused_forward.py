@@ -1,50 +1,22 @@
 """A forward pass of one module in which batch norms, sums and activations are one operation each."""
 
 import linecache
-from collections.abc import Iterator
 from importlib import import_module
 from types import CodeType, MethodType, ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from zlib import crc32
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
+from sparse_moon.nn.reads import Path, Read, Reads
 from sparse_moon.nn.sparse_layer import SparseLayer
-from sparse_moon.nn.tracing import attributes, class_attributes, content, has_parts
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
 )  # fmt: skip
-
-Path = tuple[str, ...]
-
-
-class _Code(NamedTuple):
-    """A module whose code is in a graph, as it was when the graph was made."""
-
-    path: Path
-    kind: type[nn.Module]
-    attributes: dict[str, Any]
-    contents: dict[str, Any]
-    """Of those that somebody may write into."""
-    of_class: dict[str, Any]
-    """The same of attributes of the class."""
-    children: tuple[str, ...]
-
-    def holds(self, module: nn.Module | None) -> bool:
-        if module is None or type(module) is not self.kind or tuple(module._modules) != self.children:
-            return False
-        own = vars(module)
-        for name, value in self.attributes.items():
-            if own.get(name, self) is not value and content(own.get(name)) != content(value):
-                return False
-        for name, before in self.of_class.items():
-            if content(getattr(self.kind, name, None)) != before:
-                return False
-        return all(content(own[name]) == before for name, before in self.contents.items())
 
 
 class FusedForward:
@@ -52,8 +24,9 @@ class FusedForward:
 
     The module, its class and all in it stay what they were. Modules are looked up when they are called. Where what the
     graph leaves out would show, the forward pass of the class runs as ever: hooks on a batch norm or an activation that
-    would not be called, another type of module in such a place, attributes that have changed, arguments beside the
-    required ones or that are no tensors on a CPU or a GPU, exporters, and compilers, which fuse by themselves.
+    would not be called, another type of module in such a place, anything else that the code has read of modules and
+    their classes and that has changed, arguments beside the required ones or that are no tensors on a CPU or a GPU,
+    exporters, and compilers, which fuse by themselves.
 
     Attributes:
         norms: paths of the batch norms, from the module.
@@ -67,6 +40,7 @@ class FusedForward:
         graph: fx.Graph,
         skipped: list[Path],
         inlined: list[Path],
+        reads: Reads,
         *,
         recompute: bool = False,
         compiles: bool = False,
@@ -74,7 +48,14 @@ class FusedForward:
         self.module, self.recompute, self.compiles = module, recompute, compiles
         self.norms = [path for path in skipped if type(at(module, path)) is nn.BatchNorm2d]
         self._skipped = [(path, type(at(module, path))) for path in dict.fromkeys([*skipped, *inlined])]
-        self._code = [_code_of(module, path) for path in _with_lists(module, [(), *inlined])]
+        self._typed = reads.asks_for_types()
+        paths = {part: tuple(name.split(".")) if name else () for name, part in module.named_modules()}
+        parts = {module, *(part for part, names in reads.names.items() if names), *(at(module, p) for p in inlined)}
+        self._read = [
+            Read.of(part, path, reads.names[part], self._typed) for part, path in paths.items() if part in parts
+        ]
+        self._changed = False  # whether anything of this had when it was copied or saved
+        self._of_class = [read.class_values() for read in self._read]
         code = graph.python_code("self")
         self._source = code.src
         self._names = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
@@ -91,10 +72,13 @@ class FusedForward:
         self._run = names["forward"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_run"}
+        # what classes have cannot be pickled
+        state = {name: value for name, value in vars(self).items() if name not in ("_run", "_of_class")}
+        return {**state, "_changed": not self._holds_read()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._of_class = [read.class_values() for read in self._read]
 
     @property
     def __wrapped__(self) -> MethodType:
@@ -107,6 +91,8 @@ class FusedForward:
         return self.__wrapped__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > self._arity and args[0] is self.module:  # bound like a method, as accelerate does
+            args = args[1:]
         if kwargs or len(args) != self._arity or not self._serves(args):
             return type(self.module).forward(self.module, *args, **kwargs)
         return self._run(self.module, *args)
@@ -129,7 +115,13 @@ class FusedForward:
         for path, kind in self._skipped:  # loops: in every call, and generators take twice as long
             if not is_plain(at(self.module, path), kind):
                 return False
-        return all(code.holds(at(self.module, code.path)) for code in self._code)
+        return self._holds_read()
+
+    def _holds_read(self) -> bool:
+        for read, of_class in zip(self._read, self._of_class, strict=True):
+            if not read.holds(at(self.module, read.path), self._typed, of_class):
+                return False
+        return not self._changed
 
     def replica(self) -> nn.Module:
         """The module's ``_replicate_for_data_parallel``: replicas are for GPUs, and have modules of their own."""
@@ -164,23 +156,6 @@ def is_plain(module: nn.Module | None, kind: type) -> bool:
     own = vars(module)
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return not hooks and ("forward" not in own or type(own["forward"]) is FusedForward)
-
-
-def _code_of(module: nn.Module, path: Path) -> _Code:
-    part = cast(nn.Module, at(module, path))
-    own, kind = attributes(part), type(part)
-    contents = {name: content(value) for name, value in own.items() if has_parts(value)}
-    of_class = {name: content(value) for name, value in class_attributes(kind).items()}
-    return _Code(path, kind, own, contents, of_class, tuple(part._modules))
-
-
-def _with_lists(module: nn.Module, paths: list[Path]) -> Iterator[Path]:
-    """The paths, and those of the lists of modules that such code goes through."""
-    for path in paths:
-        yield path
-        part = cast(nn.Module, at(module, path))
-        lists = [n for n, child in part._modules.items() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
-        yield from _with_lists(module, [(*path, name) for name in lists])
 
 
 def has_plain_forward(module: nn.Module) -> bool:

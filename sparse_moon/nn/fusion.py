@@ -27,11 +27,11 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     norms and activations get another ``forward`` of their own, which ``torch.fx`` makes of that of their class. It goes
     into copies and pickles (``copy.copy`` of such a module alone would run the original's). Modules are called by name,
     so that one put in the place of another is called. The class's own forward pass runs where a batch norm or an
-    activation in question has a hook or has become another type, where attributes of the module or its class have
-    changed, also within lists, dicts and plain objects, and under ``torch.compile``, which fuses by itself. Numbers
-    that a module reads from elsewhere, such as globals, stay what they were. Tracing runs the code of such modules a
-    few times, on placeholders: what it does beside computing, as printing, happens then, and not in the fused forward
-    pass.
+    activation in question has a hook or has become another type, where what the code has read of modules and their
+    classes has changed, attributes and methods, also within lists, dicts and plain objects, and under
+    ``torch.compile``, which fuses by itself. Numbers that a module reads from elsewhere, such as globals, stay what
+    they were. Tracing runs the code of such modules a few times, on placeholders: what it does beside computing, as
+    printing, happens then, and not in the fused forward pass.
 
     Args:
         model: any module. What cannot be traced stays as it is, with one warning that says why: code that looks at
@@ -128,28 +128,29 @@ class _Search:
             if child is not module and has_code(child) and is_plain(child, type(child)) and self._has_open(child)
         ]
         parts = inlined
-        graph = trace(module, parts)
-        if isinstance(graph, str) and inlined:
-            reason, parts = graph, []
-            graph = trace(module)
-            graph = reason if isinstance(graph, str) else graph
-        if isinstance(graph, str):
-            self.untraced[name] = graph
+        traced = trace(module, parts)
+        if isinstance(traced, str) and inlined:
+            reason, parts = traced, []
+            traced = trace(module)
+            traced = reason if isinstance(traced, str) else traced
+        if isinstance(traced, str):
+            self.untraced[name] = traced
             return
-        matches = Matches(graph, modules, self._recompute)
-        self._decide(graph, modules)
+        matches, reads = Matches(traced.graph, modules, self._recompute), traced.reads
+        self._decide(traced.graph, modules)
         if not matches.norms:
             return
         # once more with no more code than it takes, so that all else is called as before
         less = [modules[path] for path in matches.owners if path]
         if set(less) != set(parts):
-            graph = trace(module, less)
-            smaller = None if isinstance(graph, str) else Matches(graph, modules, self._recompute)
-            if smaller is not None and set(matches.norms) <= set(smaller.norms):
-                matches, parts = smaller, less
+            again = trace(module, less)
+            if not isinstance(again, str):
+                smaller = Matches(again.graph, modules, self._recompute)
+                if set(matches.norms) <= set(smaller.norms):
+                    matches, parts, reads = smaller, less, again.reads
         paths = [tuple(path.split(".")) for path in matches.skipped]
         owners = [tuple(path.split(".")) for path in modules if modules[path] in parts]
-        self.found.append(FusedForward(module, matches.graph, paths, owners, recompute=self._recompute))
+        self.found.append(FusedForward(module, matches.graph, paths, owners, reads, recompute=self._recompute))
 
     def _decide(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         """Close those whose output ends in this graph."""

@@ -61,8 +61,7 @@ class Matches:
         if user is None or activation is None or (residual is not None and NAMES.index(activation) > LAST_FLAT):
             return
         chain.append(user)
-        read = [node.args[0], *([] if residual is None else [residual])]
-        if _written(node, user, read, chain, modules):
+        if self._reads_of(node) or _written(node, user, chain, modules):
             return
         called = [modules[str(n.target)] for n in chain if n.op == "call_module"]
         if not all(is_plain(module, type(module)) for module in called):
@@ -79,6 +78,10 @@ class Matches:
             stack = old.meta.get("nn_module_stack") or {}
             self.owners += [path for path, _ in stack.values() if path not in (*self.owners, str(old.target))]
             self.graph.erase_node(old)
+
+    def _reads_of(self, norm: fx.Node) -> bool:
+        """Whether code reads a batch norm's own numbers, which the fused one writes later."""
+        return any(n.op == "get_attr" and str(n.target).startswith(f"{norm.target}.") for n in self.graph.nodes)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -115,27 +118,22 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | No
     return _FUNCTIONS.get(node.target)
 
 
-def _written(
-    first: fx.Node, last: fx.Node, read: list[Any], chain: list[fx.Node], modules: dict[str, nn.Module]
-) -> bool:
+def _written(first: fx.Node, last: fx.Node, chain: list[fx.Node], modules: dict[str, nn.Module]) -> bool:
     """Whether anything between two nodes may change what the first reads, which is to be read at the last instead."""
     node = first.next
     while node is not last:
-        if node not in chain and _writes(node, read, modules):
+        if node not in chain and _writes(node, modules):
             return True
         node = node.next
     return False
 
 
-def _writes(node: fx.Node, read: list[Any], modules: dict[str, nn.Module]) -> bool:
+def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        module = modules[str(node.target)]
-        if getattr(module, "inplace", False):
-            return True
-        return any(t in node.all_input_nodes for t in read) and any(
+        return any(  # into its input, which may share its memory with what is read
             getattr(part, "inplace", False)
             or not (type(part).__module__.startswith("torch.nn.") or isinstance(part, SparseLayer | Topology))
-            for part in module.modules()
+            for part in modules[str(node.target)].modules()
         )
     if node.op not in ("call_function", "call_method"):
         return False

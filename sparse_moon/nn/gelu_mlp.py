@@ -35,13 +35,13 @@ def fused_mlps(model: nn.Module, taken: set[nn.Module]) -> list[FusedForward]:
         layers = [child for child in module._modules.values() if _is_layer(child)]
         if len(layers) < 2 or module in taken or not (has_code(module) and _mentions_gelu(module)):
             continue
-        graph = trace(module)
-        if isinstance(graph, str):  # nothing of it was asked for by name
+        traced = trace(module)
+        if isinstance(traced, str):  # nothing of it was asked for by name
             continue
-        skipped = _rewrite(graph, dict(module.named_modules(remove_duplicate=False)))
+        skipped = _rewrite(traced.graph, dict(module.named_modules(remove_duplicate=False)))
         if skipped:
             paths = [tuple(path.split(".")) for path in skipped]
-            found.append(FusedForward(module, graph, paths, [], compiles=True))
+            found.append(FusedForward(module, traced.graph, paths, [], traced.reads, compiles=True))
     return found
 
 

@@ -7,14 +7,22 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dis import opname
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import fx, nn
 
-_SIMPLE = frozenset((bool, int, float, complex, str, bytes))
-_COLLECTIONS = frozenset((list, tuple, dict, set))
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward", "_replicate_for_data_parallel", "dense_because"}
+from sparse_moon.nn.reads import Reads, attributes, content, noted_reads, of_user, restorers
+
+_ASKS_FOR_TYPE = "its forward pass asks for the type of its input"
+
+
+class Traced(NamedTuple):
+    """The graph of a forward pass, and what its code read of modules."""
+
+    graph: fx.Graph
+    reads: Reads
 
 
 def add_(x: Any, y: Any) -> Any:
@@ -39,14 +47,39 @@ def _divide_(x: Any, y: Any) -> Any:
 
 
 class _Proxy(fx.Proxy):
-    """Records ``x += y`` as that (``fx.Proxy`` records ``x + y``, which is not the same where ``x`` is used again)."""
+    """Records ``x += y`` as that (``fx.Proxy`` records ``x + y``, which is not the same where ``x`` is used again).
+
+    What only a real input can answer is refused, for good: code may catch the error.
+    """
+
+    tracer: "_Tracer"
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         # isinstance() of a module's code: any answer would be written into the graph for all inputs
-        if not str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "sparse_moon.")):
-            raise ValueError("its forward pass asks for the type of its input")
+        if of_user(sys._getframe(1)):
+            self.tracer.refuse(_ASKS_FOR_TYPE)
         return type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        frame = sys._getframe(1)
+        if of_user(frame) and opname[frame.f_code.co_code[frame.f_lasti]] not in ("LOAD_ATTR", "LOAD_METHOD"):
+            self.tracer.refuse("its forward pass asks its input for attributes by name")  # hasattr() and getattr()
+        return super().__getattr__(name)
+
+    def _refuse_number(self, *_: Any) -> NoReturn:
+        self.tracer.refuse("its forward pass looks at numbers or sizes of its input")
+
+    __int__ = __float__ = __complex__ = __index__ = __contains__ = _refuse_number
+
+    def __len__(self) -> int:
+        self._refuse_number()
+
+    def _refuse_in_place(self, _: Any) -> NoReturn:
+        self.tracer.refuse("its forward pass has an operator in place that is not +=, -=, *= or /=")
+
+    __ipow__ = __ifloordiv__ = __imod__ = __imatmul__ = __iand__ = __ior__ = __ixor__ = _refuse_in_place
+    __ilshift__ = __irshift__ = _refuse_in_place
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", add_, (self, other), {})
@@ -78,9 +111,39 @@ class _Tracer(fx.Tracer):
     def __init__(self, inlined: Collection[nn.Module]) -> None:
         super().__init__()
         self._inlined, self._modes = frozenset(inlined), _modes()
+        self.refused = ""
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise ``ValueError``, and let it be known to whoever asked for the graph."""
+        self.refused = reason
+        raise ValueError(reason)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        with self._refusing():
+            return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        with self._refusing():
+            return super().iter(obj)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.refused = str(error)
+            raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self._inlined
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        bases = type(m).__mro__[: type(m).__mro__.index(nn.Module)]
+        if any("__call__" in vars(base) for base in bases):  # which calls this, and would be called by the graph, too
+            self.refuse(f"{type(m).__name__} has a __call__ of its own")
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -103,7 +166,7 @@ def _inputs(forward: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty]
 
 
-def trace(module: nn.Module, inlined: Collection[nn.Module] = ()) -> fx.Graph | str:
+def trace(module: nn.Module, inlined: Collection[nn.Module] = ()) -> Traced | str:
     """The forward pass of a module's class, with its required arguments; hooks of the module are not in it.
 
     Args:
@@ -111,8 +174,9 @@ def trace(module: nn.Module, inlined: Collection[nn.Module] = ()) -> fx.Graph | 
         inlined: modules in it whose own code is followed; calls of all others are nodes.
 
     Returns:
-        The graph; or why there is none: the code asks for what only a real input has; does another thing in training
-        than in evaluation, with gradients than without, or by chance; or writes to the module.
+        The graph, with what it depends on; or why there is none: the code asks for what only a real input has; does
+        another thing in training than in evaluation, with gradients than without, or by chance; or writes to the
+        module.
     """
     before = _modes()
     try:
@@ -124,18 +188,23 @@ def trace(module: nn.Module, inlined: Collection[nn.Module] = ()) -> fx.Graph | 
     return reason
 
 
-def _trace(module: nn.Module, inlined: Collection[nn.Module]) -> fx.Graph:
-    code = [module, *inlined]
+def _trace(module: nn.Module, inlined: Collection[nn.Module]) -> Traced:
+    parts = list(module.modules())
     graphs = []
-    with _unchanged(code):
+    with _unchanged(parts), noted_reads(module) as reads:
         for training in (False, True):
-            for part in code:
+            for part in parts:
                 part.training = training
             with torch.set_grad_enabled(training), _autocast(not training):
-                graphs.append(_Tracer(inlined).trace(module))
+                tracer = _Tracer(inlined)
+                graphs.append(tracer.trace(module))
+            if tracer.refused:
+                raise ValueError(tracer.refused)
     if str(graphs[0]) != str(graphs[1]):
         raise ValueError("its forward pass depends on self.training, on whether there are gradients or on autocast")
-    return graphs[1]
+    if "type" in reads.globals():
+        raise ValueError(_ASKS_FOR_TYPE)
+    return Traced(graphs[1], reads)
 
 
 @contextmanager
@@ -151,59 +220,12 @@ def _autocast(enabled: bool) -> Iterator[None]:
             torch.set_autocast_enabled(device, was)
 
 
-def attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module has beside parameters, buffers, modules and hooks: what its class set for its code to read."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-
-
-def class_attributes(kind: type[nn.Module]) -> dict[str, Any]:
-    """What a class of modules and its bases have for their code to read, in place of attributes of a module."""
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    own = {name for base in bases for name in vars(base) if not name.startswith("__")}
-    return {name: value for name in own if type(value := getattr(kind, name)) in _SIMPLE | _COLLECTIONS}
-
-
-class _Same:
-    """Equal to the same object only."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is _Same and other.value is self.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def has_parts(value: Any) -> bool:
-    """Whether somebody may write into a value without a trace elsewhere."""
-    return type(value) not in _SIMPLE and type(content(value)) is not _Same
-
-
-def content(value: Any, depth: int = 4) -> Any:
-    """What is equal as long as nobody writes to a value or into it: numbers and texts, in lists, dicts and objects.
-
-    Tensors, modules, functions, and what lies deeper are equal where they are the same.
-    """
-    kind = type(value)
-    if kind in _SIMPLE:
-        return kind, value
-    if depth == 0 or isinstance(value, torch.Tensor | nn.Module | type) or callable(value):
-        return _Same(value)
-    if isinstance(value, dict):
-        return kind, [(content(k, depth - 1), content(v, depth - 1)) for k, v in value.items()]
-    if isinstance(value, list | tuple):
-        return kind, [content(v, depth - 1) for v in value]
-    if isinstance(value, set | frozenset):
-        return kind, set(value)
-    return (kind, content(vars(value), depth - 1)) if hasattr(value, "__dict__") else _Same(value)
-
-
 @contextmanager
 def _unchanged(modules: list[nn.Module]) -> Iterator[None]:
     """Modes, attributes and random numbers are as before afterwards; ValueError where more than the modes changed."""
     modes = [module.training for module in modules]
     before = [(attributes(module), _contents(module)) for module in modules]
+    restore = [put_back for own, _ in before for put_back in restorers(own)]
     state, torch_state = random.getstate(), torch.get_rng_state()
     numpy = sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state(legacy=False)
@@ -226,6 +248,8 @@ def _unchanged(modules: list[nn.Module]) -> Iterator[None]:
                     del module.__dict__[name]
                 module.__dict__.update(own)
             written = written or _contents(module) != contents
+        for put_back in restore if written else ():
+            put_back()
     if written:
         raise ValueError("its forward pass writes to the module")
     if drawn:
