@@ -41,7 +41,8 @@ class RandomMask:
     Attributes:
         step: 0-d int64 tensor, how many masks were drawn.
         drawn: whether a mask hides weights now.
-        changes: how often this object has drawn or cleared.
+        draws: how often this object has drawn, and one more for each draw that found gradients of a pass that hid
+            nothing.
 
     Raises:
         ValueError: a keep probability outside its range, or a model without sparse layers.
@@ -56,7 +57,7 @@ class RandomMask:
             raise ValueError("a random mask needs a model with sparse layers; call sparsify(model, ...) first")
         self.keep, self.seed = keep, seed
         self._step = torch.zeros((), dtype=torch.int64, device=self.layers[0].values.device)
-        self.drawn, self.changes = False, 0
+        self.drawn, self.draws = False, 0
 
     @property
     def step(self) -> Tensor:
@@ -70,7 +71,8 @@ class RandomMask:
     def draw(self) -> None:
         """Hide other weights from now on."""
         self._step += 1
-        self.changes += 1
+        whole = not self.drawn and any(layer.values.grad is not None for layer in self.layers)
+        self.draws += 1 + whole
         self.drawn = True
         for stream, layer in enumerate(self.layers):
             hide = _Hide(self.mask(stream, layer))
@@ -79,7 +81,6 @@ class RandomMask:
 
     def clear(self) -> None:
         """Hide nothing from now on."""
-        self.changes += 1
         self.drawn = False
         for layers in self._tied.values():
             for layer in layers:

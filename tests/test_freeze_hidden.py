@@ -142,6 +142,23 @@ def test_gradients_of_earlier_draws_move_their_weights():
         assert layer.values.item() == pytest.approx(expected), shown
 
 
+def test_penalties_do_not_move_hidden_weights():
+    model = net()
+    mask, optimizer = sm.RandomMask(model, 0.5), torch.optim.SGD(model.parameters(), 0.1)
+    sm.freeze_hidden(mask, optimizer)
+    for step in range(4):
+        if step == 2:
+            mask.clear()  # as a topology update and the end of an epoch do
+        mask.draw()
+        before = [layer.values.detach().clone() for layer in mask.layers]
+        penalty = sum(layer.values.square().sum() for layer in mask.layers)
+        (model(torch.randn(32, 24)).square().sum() + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for stream, (layer, old) in enumerate(zip(mask.layers, before, strict=True)):
+            assert torch.equal(layer.values != old, mask.mask(stream, layer)), step
+
+
 def test_accumulated_draws_move_what_any_of_them_showed():
     model = net()
     mask, optimizer = sm.RandomMask(model, 0.5), torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)

@@ -80,7 +80,7 @@ def through_a_file(state):
     "change",
     [*({"method": m} for m in METHODS), {"method": "mest", "soft_memory_bound": True},
      {"method": "gmp", "reliability": "moon"}, {"method": "srigl", "reliability": "cigl"},
-     {"method": "top-kast", "reliability": "moon"}, *RELIABILITY],
+     {"method": "top-kast", "reliability": "moon"}, {"method": "top-kast", "reliability": "cigl"}, *RELIABILITY],
     ids=lambda change: "-".join(map(str, change.values())),
 )  # fmt: skip
 def test_a_resumed_run_ends_with_the_same_bits(digits, change):

@@ -20,8 +20,8 @@ def freeze_hidden(mask: RandomMask, optimizer: Optimizer) -> None:
     what it keeps for all of a parameter, such as Adam's count of steps, goes on. For the time of a step that takes a
     copy of the sparse weights and their state.
 
-    Where gradients of several draws are accumulated for a step, a hidden weight with a gradient, from a draw that
-    showed it, moves.
+    Where gradients of several draws are accumulated for a step, or of passes with and without a mask, a hidden weight
+    with a gradient, from a pass that showed it, moves.
 
     Args:
         mask: see :class:`sparse_moon.RandomMask`.
@@ -29,14 +29,14 @@ def freeze_hidden(mask: RandomMask, optimizer: Optimizer) -> None:
     """
     inner = inner_optimizers(optimizer)[-1]
     before: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []
-    changes = mask.changes
+    draws = mask.draws
 
     @torch.no_grad()
     def remember(*_: Any) -> None:
-        nonlocal changes
+        nonlocal draws
         before.clear()
         # with one draw a gradient of a hidden weight is none of the network's, but that of a penalty
-        several, changes = mask.changes - changes > 1, mask.changes
+        several, draws = mask.draws - draws > 1, mask.draws
         for stream, layer in enumerate(mask.layers if mask.drawn else ()):
             hidden = ~part_of(divided_like(mask.mask(stream, layer), layer.values))
             if several and layer.values.grad is not None:
