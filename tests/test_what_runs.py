@@ -24,6 +24,15 @@ def net(sparsity=0.9):
     return sm.sparsify(model, sparsity, "uniform", first_dense=False)
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = sm.SparseLinear(32, 32, sparsity=0.9)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
 def table_of(crossovers):
     """A table as one of a device on which patterns differ: crossovers by block and dtype, of a convolution."""
     return [
@@ -72,6 +81,13 @@ def test_a_convolution_whose_gradients_run_apart():
         choice.remember(Work(pass_, 4, 32, 32, 64, 9, 1, 1), 0.0)
     # by Winograd's, which computes one after the other
     assert sm.what_runs(model, batch)["3"] == {"forward": "dense", "input_grad": "dense", "values_grad": "dense"}
+
+
+def test_layers_that_are_called_with_keywords():
+    model = ByKeyword()
+    runs = sm.what_runs(model, torch.randn(4, 32))
+    assert runs == {"layer": sm.what_runs(model.layer, torch.randn(4, 32))[""]}
+    assert sm.tune(model, (32,), 4).keys() == {"layer"}
 
 
 def test_the_pattern_that_would_pay_where_none_does(measured):

@@ -41,10 +41,11 @@ def tune(
     layers = sparse_layers(model)
     found: dict[nn.Module, tuple[tuple[int, ...], torch.memory_format]] = {}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found[module] = tuple(inputs[0].shape), layout_of(inputs[0])
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        found[module] = tuple(x.shape), layout_of(x)
 
-    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers.values()]
     try:
         with evaluation_mode(model), torch.no_grad():
             example = next(model.parameters())

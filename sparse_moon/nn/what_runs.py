@@ -88,11 +88,11 @@ def _asked(model: nn.Module, batch: Batch) -> Iterator[tuple[str, _Layer]]:
     layers = sparse_layers(model)
     found: dict[nn.Module, tuple[torch.Size, torch.dtype, torch.memory_format, bool]] = {}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0]
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
         found.setdefault(module, (x.shape, x.dtype, memory_format(x), x.requires_grad))
 
-    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers.values()]
     try:
         with evaluation_mode(model), torch.enable_grad():
             if isinstance(batch, Mapping):
