@@ -277,11 +277,22 @@ def test_tune_really_measures():
     assert tuning.chosen_backends(layer, shape) == chosen
 
 
+def test_tune_draws_no_random_numbers_and_calls_hooks_in_its_pass_alone():
+    model = nn.Sequential(sm.SparseLinear(8, 16, sparsity=0.5), nn.Sigmoid(), sm.SparseLinear(16, 8, sparsity=0.5))
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    model[2].values.register_hook(lambda _: calls.append("gradient"))
+    state = torch.get_rng_state()
+    assert sm.tune(model, (8,), 4).keys() == {"0", "2"}
+    assert calls == ["hook"] and torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("make", [conv, lambda: (sm.SparseLinear(10, 20, sparsity=0.9), (5, 10))])
 def test_tune_measures_in_the_dtype_that_autocast_asks_for(make):
     layer, shape = make()
     dtypes = []
-    layer.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
+    forward = layer.forward
+    layer.forward = lambda x: (dtypes.append(x.dtype), forward(x))[1]
     with torch.autocast("cpu", torch.bfloat16):
         tuning.tune_layer(layer, shape)
     assert set(dtypes) == {torch.bfloat16} and layer.values.dtype == torch.float32

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def tune(
     """Let each sparse layer of a model use, from now on in this process, what is faster at its shape and density.
 
     Not needed in general where a stored table knows good choices. One forward pass finds the shapes of the layers'
-    inputs; then each layer's products are timed. The model is left as it was.
+    inputs; then each layer's products are timed, without its hooks. The model is left as it was, and so are torch's
+    random numbers.
 
     For training under autocast call this under autocast: on a GPU what was measured in float32 says nothing of products
     in 16 bits.
@@ -47,7 +49,7 @@ def tune(
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers.values()]
     try:
-        with evaluation_mode(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad(), _random_numbers_kept(layers.values()):
             example = next(model.parameters())
             batch = torch.zeros(batch_size, *input_size, dtype=example.dtype, device=example.device)
             model(batch.contiguous(memory_format=memory_format))
@@ -66,17 +68,35 @@ def tune_layer(
     """
     chosen: dict[Pass, Backend] = {}
     density = 1.0 - layer.sparsity
-    runs = products(layer, input_shape, memory_format)
-    device = layer.values.device
-    together = None if device.type == "cuda" else kernel_gain(_training_pass(layer, input_shape, memory_format), device)
-    for pass_, run in runs.items():
-        gain = kernel_gain(run, device) if together is None else together
-        chosen[pass_] = "kernel" if gain >= 1.0 else "dense"
-        with choice.use_backend("kernel"), choice.asked_for() as works:
-            run()
-        for work in works:
-            choice.remember(work, density if chosen[pass_] == "kernel" else 0.99 * density)
+    with _random_numbers_kept([layer]):
+        runs = products(layer, input_shape, memory_format)
+        device, together = layer.values.device, None
+        if device.type != "cuda":
+            together = kernel_gain(_training_pass(layer, input_shape, memory_format), device)
+        for pass_, run in runs.items():
+            gain = kernel_gain(run, device) if together is None else together
+            chosen[pass_] = "kernel" if gain >= 1.0 else "dense"
+            with choice.use_backend("kernel"), choice.asked_for() as works:
+                run()
+            for work in works:
+                choice.remember(work, density if chosen[pass_] == "kernel" else 0.99 * density)
     return chosen
+
+
+def _random_numbers_kept(layers: Iterable[SparseLayer]) -> AbstractContextManager[None]:
+    """Inside the block random numbers are drawn that nobody else misses."""
+    return torch.random.fork_rng({layer.values.device for layer in layers if layer.values.is_cuda})
+
+
+class _Bare(nn.Module):
+    """A layer that is called without its hooks."""
+
+    def __init__(self, layer: SparseLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer.forward(x)
 
 
 def _training_pass(
@@ -84,11 +104,11 @@ def _training_pass(
 ) -> Callable[[], Any]:
     """All products of a layer, which on the CPU are decided about together."""
     x, values = _input(layer, input_shape, memory_format).requires_grad_(), layer.values.detach().requires_grad_()
-    upstream: list[torch.Tensor] = []
+    bare, upstream = _Bare(layer), list[torch.Tensor]()
 
     def run() -> Any:
         with torch.enable_grad():
-            output = torch.func.functional_call(layer, {"values": values}, (x,))
+            output = torch.func.functional_call(bare, {"layer.values": values}, (x,))
         upstream[:] = upstream or [torch.randn_like(output)]
         return torch.autograd.grad(output, (x, values), upstream)
 
@@ -117,11 +137,11 @@ def products(
     Forward and either gradient, and on the CPU both gradients, which are one operation there.
     """
     values = layer.values.detach()
-    x = _input(layer, input_shape, memory_format)
+    bare, x = _Bare(layer), _input(layer, input_shape, memory_format)
 
     def forward() -> None:
         with torch.enable_grad():  # as in training, where every pass scatters a weight for a dense product
-            layer(x)
+            bare(x)
 
     def gradients(input: torch.Tensor, values: torch.Tensor) -> Callable[[], Any]:
         """Of those that require one."""
@@ -132,7 +152,7 @@ def products(
         backends: tuple[Backend, ...] = ("auto", "kernel", "dense")
         for backend in backends:
             with choice.use_backend(backend), torch.enable_grad():
-                graphs[backend] = torch.func.functional_call(layer, {"values": values}, (input,))
+                graphs[backend] = torch.func.functional_call(bare, {"layer.values": values}, (input,))
         upstream = torch.randn_like(graphs["auto"])
 
         def run() -> Any:
