@@ -61,6 +61,16 @@ def test_a_transform_is_part_of_the_layer(transform, way):
     torch.testing.assert_close(model[2].dense_weight(), model[2].weight.as_subclass(torch.Tensor))
 
 
+def test_layers_that_share_values_have_their_own_when_dense():
+    model, x = nn.Sequential(*(sm.SparseLinear(32, 32, sparsity=0.5) for _ in range(3))), torch.randn(4, 32)
+    for layer in model:
+        layer.values, layer.topology, layer.transform = model[0].values, model[0].topology, doubled
+    model[2].transform = None
+    expected = model(x)
+    torch.testing.assert_close(sm.densify(model)(x), expected)
+    assert model[0].weight is model[1].weight is not model[2].weight
+
+
 def test_the_module_s_parameters_train_and_are_saved():
     model = network(Scale())
     model(torch.randn(4, 32)).sum().backward()

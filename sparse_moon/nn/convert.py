@@ -196,7 +196,7 @@ def densify(model: nn.Module) -> nn.Module:
     called = [name for name, module in model.named_modules() if isinstance(module, BatchNormReLU2d)]
     if called:
         _say([f"BatchNormReLU2d stays, the model's own code calls it: {some(called)}"])
-    dense_weights: dict[nn.Parameter, nn.Parameter] = {}
+    dense_weights: dict[tuple[nn.Parameter, Any], nn.Parameter] = {}  # by values and transform
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         module.__dict__.pop("dense_because", None)
@@ -204,7 +204,8 @@ def densify(model: nn.Module) -> nn.Module:
             continue
         if module not in replaced:
             dense = module.to_dense()
-            dense.weight = dense_weights.setdefault(module.values, cast(nn.Parameter, dense.weight))
+            key = module.values, module.transform
+            dense.weight = dense_weights.setdefault(key, cast(nn.Parameter, dense.weight))
             dense.bias = module.bias
             _move_hooks(module, dense)
             replaced[module] = dense
