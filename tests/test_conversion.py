@@ -250,6 +250,51 @@ def test_hooks_stay():
     assert calls == []
 
 
+def test_hooks_for_state_dicts_stay():
+    model, calls = mlp(8, 8, 8), []
+    dense = model[1]
+    handles = [
+        dense.register_state_dict_pre_hook(lambda module, *_: calls.append(module)),
+        dense.register_state_dict_post_hook(lambda module, *_: calls.append(module)),
+        dense.register_load_state_dict_pre_hook(lambda module, *_: calls.append(module)),
+        dense.register_load_state_dict_post_hook(lambda module, _: calls.append(module)),
+    ]
+    del dense  # hooks know their layer by a weak reference
+    for convert in (lambda m: sm.sparsify(m, 0.5), sm.densify):
+        convert(model)
+        model.load_state_dict(model.state_dict())
+        assert calls == [model[1]] * 4
+        calls.clear()
+    for handle in handles:
+        handle.remove()
+    model.load_state_dict(model.state_dict())
+    assert calls == []
+
+
+def test_hooks_of_weights_are_said_to_be_lost():
+    model, kept = nn.Sequential(mlp(8, 8, 8), nn.MultiheadAttention(8, 2)), []
+    model[0][0].weight.register_hook(lambda grad: None)
+    model[0][1].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    model[0][1].bias.register_hook(kept.append)
+    model[1].in_proj_weight.register_hook(lambda grad: None)
+    where = "register their hooks with values of the sparse layers"
+    text = said(sm.sparsify, model, 0.5)[1]
+    assert text == f"these parameters were replaced, so {where}: 0.0.weight, 0.1.weight, 1.in_proj_weight"
+    model[0](torch.randn(2, 8)).sum().backward()
+    assert len(kept) == 1
+    sm.densify(model)
+    model[0][1].weight.register_hook(lambda grad: None)
+    masks = {"0.1": torch.eye(8, dtype=torch.bool)}
+    assert said(sm.from_masks, model, masks)[1].endswith(": 0.1.weight")
+
+
+def test_a_read_only_weight_takes_no_hooks():
+    layer = sm.SparseLinear(8, 8, sparsity=0.5)
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        with pytest.raises(RuntimeError, match=r"register them with layer\.values"):
+            getattr(layer.weight, register)(lambda grad: None)
+
+
 def test_token_models_are_ordered_by_use():
     class Model(nn.Module):
         def __init__(self):

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from sparse_moon.nn import fusion
 from sparse_moon.nn.attention import SparseMultiheadAttention
 from sparse_moon.nn.conv1d import TransposedLinear
-from sparse_moon.nn.convert import replace_layers, sparse_kind, without_weights
+from sparse_moon.nn.convert import hooked_parameters, lost_hooks, replace_layers, sparse_kind, without_weights
 from sparse_moon.nn.layers import Pattern, SparseLayer
 from sparse_moon.nn.plan import Dense, convertible, some, weight_of, wrapped
 from sparse_moon.nn.projections import as_linear_layers
@@ -67,7 +67,7 @@ def from_masks(
         raise ValueError(f"layout must be 'torch' or 'flax', got {layout!r}")
     if wrapped(model) is not None:
         raise ValueError(f"make the model sparse before {type(model).__name__} wraps it: its parameters become others")
-    block = block_shape(pattern)
+    block, hooked = block_shape(pattern), hooked_parameters(model)
     notes: list[str] = []
     with as_linear_layers(model):
         if masks is None:
@@ -96,7 +96,7 @@ def from_masks(
         model, done = replace_layers(model, places, make)
     if native is not None:
         fusion.install(model, recompute=False)
-    notes += without_weights(done)
+    notes += without_weights(done) + lost_hooks(hooked, model)
     if notes:
         warnings.warn("; ".join(notes), stacklevel=2)
     return model

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MethodType
 from typing import Any, Literal, cast, get_args
@@ -49,7 +50,8 @@ def sparsify(
     Layers to which the allocation gives density 1 stay dense modules, and so do layers that the block does not divide,
     subclasses of these classes (their code may read ``weight``), layers whose weight is computed from
     parameters (``torch.nn.utils.parametrize``, ``prune``), and weights shared with another kind of module. Two layers
-    that share a weight share ``values`` and topology afterwards. Forward and backward hooks move to the new layers.
+    that share a weight share ``values`` and topology afterwards. Hooks of a layer move to the new one, those for state
+    dicts too.
 
     Layers that are sparse already stay as they are and count: the others are given what is left to reach ``sparsity``.
     So the same call again changes nothing, and one that asks for what cannot be had so is an error; exclude the sparse
@@ -64,6 +66,7 @@ def sparsify(
       ``exclude=nn.Embedding`` says that they are meant to stay dense;
     - layers that the block does not divide;
     - layers that end without any weight, or of whose outputs at least 3 and 1 % have none;
+    - hooks of a weight itself, which do not move: register them with ``values``;
     - with ``fuse=True``, modules that cannot be traced.
 
     :func:`sparse_moon.summary` shows each layer.
@@ -108,7 +111,7 @@ def sparsify(
         raise ValueError("recompute needs fuse: it is the fused batch norm that computes its result again")
     if selection not in get_args(Selection):
         raise ValueError(f"selection must be one of {get_args(Selection)}, got {selection!r}")
-    block = block_shape(pattern)
+    block, hooked = block_shape(pattern), hooked_parameters(model)
     with as_linear_layers(model):
         plan = Plan.of(model, sparsity, allocation, block, exclude, first_dense, depthwise_dense, input_size)
         start = plan.densities
@@ -128,6 +131,7 @@ def sparsify(
         for layer, reason in plan.dense_because.items():
             layer.dense_because = reason  # type: ignore[assignment]  # for summary
         notes = plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + without_weights(done)
+    notes += lost_hooks(hooked, model)
     if fuse is True or (fuse == "auto" and (native is not None or has_triton())):
         untraced = fusion.install(model, recompute)
         notes += untraced if fuse is True else []
@@ -180,8 +184,8 @@ def densify(model: nn.Module) -> nn.Module:
     """Replace every sparse layer by its dense equivalent, in place; shared weights stay shared.
 
     What :func:`sparse_moon.fuse` did is undone as well: every module runs the forward pass of its class. Of a model
-    that is compiled or wrapped for several processes the model inside is meant. Forward and backward hooks move to the
-    new layers. Names in ``state_dict()`` change for the sparse layers' weights only.
+    that is compiled or wrapped for several processes the model inside is meant. Hooks of layers move to the new ones,
+    those of ``values`` do not. Names in ``state_dict()`` change for the sparse layers' weights only.
 
     Modules of this package without sparse weights stay as they are. That is said for a
     :class:`sparse_moon.BatchNormReLU2d` that the model's own code calls, as no module of torch could take its place;
@@ -253,6 +257,7 @@ def _say(notes: list[str]) -> None:
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 
 
@@ -260,6 +265,22 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Hooks of a layer go on at its replacement: the same containers, so that their handles still remove them."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):  # these know their module
+            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
+
+
+def hooked_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameters that have hooks of their own, with their names."""
+    return {p: name for name, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks}
+
+
+def lost_hooks(hooked: Mapping[nn.Parameter, str], model: nn.Module) -> list[str]:
+    """What to say where such parameters are the model's no more."""
+    left = set(model.parameters())
+    names = [name for parameter, name in hooked.items() if parameter not in left]
+    where = "values of the sparse layers"
+    return [f"these parameters were replaced, so register their hooks with {where}: {some(names)}"] if names else []
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

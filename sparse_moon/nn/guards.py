@@ -50,6 +50,11 @@ class ReadOnlyWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
+            raise RuntimeError(
+                "the weight of a sparse layer is another tensor each time it is read, so that its hooks are called for "
+                "none of the layer's products: register them with layer.values"
+            )
         if _writes(func, args, kwargs, cls):
             raise RuntimeError(
                 "the weight of a sparse layer is made of its values when it is read, writing to it changes nothing: "
