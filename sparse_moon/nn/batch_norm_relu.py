@@ -21,7 +21,7 @@ much time of an H200 from so many numbers on (expected, not measured)."""
 def normalise(
     norm: nn.BatchNorm2d,
     input: Tensor,
-    residual: Tensor | None,
+    residual: Tensor | float | None,
     activation: Activation,
     *,
     recompute: bool,
@@ -32,7 +32,7 @@ def normalise(
     Args:
         norm: its parameters, running statistics and mode are read, and the statistics updated in training.
         input: (N, C, H, W), contiguous or channels_last; the output follows.
-        residual: of the same shape; one that has to be broadcast, or has another dtype, is added by torch.
+        residual: of the same shape; one that has to be broadcast, has another dtype, or is a number, is added by torch.
         activation, recompute: as in :class:`BatchNormReLU2d`.
         add_in_place: the sum has the dtype of the batch norm's output, whatever that of the residual.
     """
@@ -48,8 +48,10 @@ def normalise(
     few = not torch.compiler.is_compiling() and input.numel() < (
         FEWEST * torch.get_num_threads() if input.is_cpu else FEWEST_ON_A_GPU
     )
-    alike = residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
-    if alike and not few:
+    if not few and (
+        residual is None
+        or (isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype)
+    ):
         return batch_norm_relu(
             input, mean, var, norm.weight, norm.bias, residual, training=training, momentum=momentum, eps=norm.eps,
             activation=activation, recompute=recompute,
