@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 
+import sparse_moon as sm
 from sparse_moon.nn import batch_norm_relu as nn_batch_norm_relu
 from sparse_moon.nn.batch_norm_relu import BatchNormReLU2d
 from sparse_moon.ops.activations import FUNCTIONS, LAST_FLAT, NAMES
@@ -322,6 +323,22 @@ def test_module_is_batch_norm_and_relu(options, with_residual, fewest, monkeypat
         torch.testing.assert_close(fused(x, residual), expected)
         torch.testing.assert_close(fused.state_dict(), plain.state_dict())
     assert fused.num_batches_tracked is None or fused.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_between_a_pass_in_evaluation_and_its_backward_pass(recompute, monkeypatch):
+    monkeypatch.setattr(nn_batch_norm_relu, "FEWEST", 0)
+    plain = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), sm.SparseConv2d(5, 4, 3, sparsity=0.5))
+    fused = nn.Sequential(
+        BatchNormReLU2d.from_batch_norm(copy.deepcopy(plain[0]), recompute=recompute), copy.deepcopy(plain[2])
+    )
+    x = torch.randn(4, 5, 6, 7)
+    plain.eval()(x).square().sum().backward()
+    loss = fused.eval()(x).square().sum()
+    fused.train()(3 * x + 1)
+    loss.backward()
+    for ours, expected in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
 
 
 @pytest.mark.parametrize("fewest", [0, 1 << 16])

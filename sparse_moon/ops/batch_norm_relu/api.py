@@ -139,6 +139,8 @@ def batch_norm_relu(
         return FUNCTIONS[number](output, inplace=in_place)
     number, after = (number, 0) if residual is None or number <= LAST_FLAT else (0, number)
     mean, var = (None, None) if training else (running_mean, running_var)
+    if mean is not None and var is not None and torch.is_grad_enabled():
+        mean, var = mean.clone(), var.clone()  # a pass in training may write to them before the backward pass
     output, batch_mean, batch_var = _batch_norm_relu(input, residual, weight, bias, mean, var, eps, number)
     if training:
         mean, var = batch_mean, batch_var
