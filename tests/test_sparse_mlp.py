@@ -103,6 +103,26 @@ def test_gradients_of_gradients(create_graph):
     assert torch.autograd.gradgradcheck(lambda *t: ours(first, second, t, "gelu"), operands, atol=1e-4)
 
 
+class Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_that_are_not_there_are_not_filled_with_zeros(create_graph):
+    first, second, operands = make((16, 16))
+    y = ours(first, second, operands, "gelu_tanh")
+    assert (
+        torch.autograd.grad(Dropped.apply(y).sum(), operands, create_graph=create_graph, allow_unused=True)
+        == (None,) * 5
+    )
+
+
 def test_transforms_and_the_reference():
     first, second, operands = make((8, 1))
     operands = [t.detach() for t in operands]

@@ -173,13 +173,19 @@ def sparse_mlp_reference(
     return sparse_linear_reference(hidden, values2, bias2, probe2, plan2), before, hidden
 
 
+_NO_GRADIENTS = (None,) * 10  # one for each argument of the operator
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     input, values1, bias1, values2, bias2, ctx.activation, probe1, probe2, *ctx.plans = inputs
     ctx.save_for_backward(input, *output[1:], values1, values2, bias1, bias2, probe1, probe2)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # which would be zeros as large as the hidden features for these
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return _NO_GRADIENTS
     for plan in ctx.plans:
         plan.check_unchanged()
     if any(ctx.needs_input_grad[6:8]):
@@ -202,7 +208,9 @@ def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_input, d_values1, bias_grad(d_before), d_values2, bias_grad(grad), None, *needed, None, None
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return _NO_GRADIENTS
     input, _, _, values1, values2, bias1, bias2, probe1, probe2 = ctx.saved_tensors
 
     def product(*given: Any) -> Tensor:
