@@ -1,6 +1,7 @@
 """Second derivatives and torch's other ways to differentiate: what a dense model of the same weights gives."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -185,3 +186,71 @@ def test_ensembles_share_a_topology():
     torch.testing.assert_close(torch.func.vmap(call)(parameters)[1], layer(x))
     with pytest.raises(ValueError, match="a topology cannot be batched by vmap, only values can"):
         torch.func.vmap(call)(parameters, buffers)
+
+
+NEEDS = [needs for needs in product((True, False), repeat=3) if any(needs)]
+
+
+def layer_and_input(kind):
+    """In float64, with a bias."""
+    if kind == "linear":
+        return sm.SparseLinear(6, 4, sparsity=0.5, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    layer = sm.SparseConv2d(4, 6, 3, padding=1, groups=2, sparsity=0.5, dtype=torch.float64)
+    return layer, torch.randn(2, 4, 5, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "dense"])
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_what_no_gradient_reads_may_be_written_to(kind, needs, backend):
+    """Of input, values and bias those are wanted that ``needs`` says."""
+    layer, x = layer_and_input(kind)
+    layer, x = layer.float(), x.float()
+    dense = layer.to_dense()
+    for model, weight in ((layer, layer.values), (dense, dense.weight)):
+        input = x.clone()
+        for operand, need in zip((input, weight, model.bias), needs, strict=True):
+            operand.requires_grad_(need)
+        with sm.ops.use_backend(backend):
+            y = model(input)
+        with torch.no_grad():  # torch's own convolutions keep both
+            if model is layer and not needs[0]:
+                weight.mul_(2)
+            if model is layer and not needs[1]:
+                input.mul_(2)
+        y.square().sum().backward()
+        if model is layer:
+            ours = input.grad
+    if needs[0]:
+        torch.testing.assert_close(ours, input.grad, rtol=1e-4, atol=1e-5)
+    if needs[1]:
+        flat = weight_to_matrix(dense.weight.grad, 1)
+        torch.testing.assert_close(layer.values.grad, layer.topology.gather(flat), rtol=1e-4, atol=1e-5)
+    if needs[2]:
+        torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_frozen_layer_keeps_no_input(kind):
+    layer, x = layer_and_input(kind)
+    layer.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        layer(x.requires_grad_())
+    assert layer.values.data_ptr() in kept and x.data_ptr() not in kept
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_second_derivatives_of_frozen_layers(kind, needs):
+    layer, x = layer_and_input(kind)
+    operands = [t.detach() for t in (x, layer.values, layer.bias)]
+
+    def run(*wanted):
+        given = iter(wanted)
+        x, values, bias = (next(given) if need else t for t, need in zip(operands, needs, strict=True))
+        return torch.func.functional_call(layer, {"values": values, "bias": bias}, (x,)).tanh()
+
+    wanted = [t.clone().requires_grad_() for t, need in zip(operands, needs, strict=True) if need]
+    assert torch.autograd.gradcheck(run, wanted, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, wanted)

@@ -136,7 +136,8 @@ class Passes(NamedTuple):
     forward: Product
     grads: Product
     """Kernels take one argument more, True, where the gradient of the bias is to be a third result."""
-    input_grad: Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
+    input_grad: Callable[[Tensor, Sequence[int], Tensor, Plan], Tensor]
+    """From the gradient of the output, shape of the input, values and plan."""
     values_grad: Product
     dense_grad: Callable[[Tensor, Tensor, Plan], Tensor]
     """From the gradient of the output, input and plan to the gradient of the dense weight."""
@@ -167,10 +168,14 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
         forget_weight(plan)
         output = run(input, values, bias, probe, plan)
         kept, make_input = keep(input) if recomputes else ((input,), itself)
-        if make_input is itself:
-            ctx.save_for_backward(values, probe, saved_weight(values, plan), input)
-        else:
-            ctx.save_for_backward(values, probe, saved_weight(values, plan), *kept)
+        weight, needs = saved_weight(values, plan), ctx.needs_input_grad
+        if needs[0] and needs[1] and make_input is itself:
+            ctx.save_for_backward(values, probe, weight, input)
+        else:  # of a frozen layer, or of one whose input has no gradient, not all; others may write to the rest
+            if not (needs[1] or needs[3]):
+                kept, make_input = (None,), itself
+            ctx.input_shape = input.shape
+            ctx.save_for_backward(values if needs[0] else None, probe, weight if needs[0] else None, *kept)
         ctx.made = plan, make_input, grads_kernel, choice.current_backend() if choice.open_blocks() else "auto"
         return output
 
@@ -200,7 +205,7 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
                 d_input, d_values = kernel(grad, input, values, plan)
         else:
             if needs_input:
-                d_input = input_grad(grad, input, values, plan)
+                d_input = input_grad(grad, ctx.input_shape if input is None else input.shape, values, plan)
             if needs_probe:  # a growth step: the dense gradient exists anyway, so the values' gradient is read from it
                 d_probe = dense_grad(grad, input, plan)
                 d_values = gather_values(d_probe, plan.block, *plan.index[:2]) if needs_values else None
@@ -218,6 +223,11 @@ def differentiable(passes: Passes, *, recomputes: bool = False) -> Callable[...,
         if make_input is not itself:
             raise RuntimeError("second derivatives need the input of a convolution, which recompute=True does not keep")
         (input,), needed = kept, ctx.needs_input_grad[:4]
+        # the gradient of an operand does not depend on its own numbers, and the others are kept
+        if input is None:
+            input = torch.zeros(ctx.input_shape, dtype=grad.dtype, device=grad.device)
+        if values is None:
+            values = torch.zeros(plan.values_shape, dtype=grad.dtype, device=grad.device)
         bias = input.new_zeros(plan.bias_shape) if needed[2] else None  # no gradient depends on it
         gradients = registry.differentiable_gradients(
             partial(reference, plan=plan), (input, values, bias, probe), needed, grad

@@ -127,7 +127,7 @@ _sparse_conv2d = differentiable(
     Passes(
         FORWARD,
         GRADS,
-        lambda grad, input, values, plan: INPUT_GRAD(grad, values, input.shape, plan),
+        lambda grad, shape, values, plan: INPUT_GRAD(grad, values, shape, plan),
         VALUES_GRAD,
         _dense_grad,
         bias_grad,

@@ -113,7 +113,7 @@ _sparse_linear = differentiable(
     Passes(
         FORWARD,
         GRADS,
-        lambda grad, input, values, plan: INPUT_GRAD(grad, values, plan),
+        lambda grad, shape, values, plan: INPUT_GRAD(grad, values, plan),
         VALUES_GRAD,
         lambda grad, input, plan: call("sparse_linear_dense_grad", grad, input),
         bias_grad,
