@@ -131,6 +131,18 @@ def test_rounding_is_at_most_twice_torch_s(need_weights):
     assert torch.tensor(worst).mean(0).max() < 2
 
 
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_under_autocast_have_torch_s_dtype(average):
+    module = sparse(nn.MultiheadAttention(E, HEADS, batch_first=True))
+    dense, x = sm.densify(copy.deepcopy(module)), torch.randn(3, LENGTH, E)
+    causal = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+    for mask in (None, causal, causal < 0):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = (m(x, x, x, attn_mask=mask, average_attn_weights=average) for m in (module, dense))
+        assert [t.dtype for t in found] == [t.dtype for t in expected] == [torch.bfloat16] * 2
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
 def test_one_example_evaluation_and_dropout_as_torch_s():
     module = sparse(attention(dropout=0.4))
     dense = sm.densify(copy.deepcopy(module))

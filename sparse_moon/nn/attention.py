@@ -123,7 +123,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         weights: Tensor | None = None
         if need_weights:
             scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            if mask is not None:
+                scores = scores + mask.to(scores.dtype)  # that of autocast
+            weights = F.dropout(scores.softmax(-1), dropout)
             attended = weights @ v
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
