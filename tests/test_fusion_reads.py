@@ -209,6 +209,17 @@ def test_tracing_leaves_nothing_in_the_module(code):
     model(torch.randn(2, 4, 8, 8))
 
 
+def test_a_relu6_that_clips_elsewhere():
+    model = make(lambda m, x: m.act(m.bn(x)))
+    model.act = nn.ReLU6()
+    plain = copy.deepcopy(model)
+    fuse(model)
+    assert fusions(model)["bn"] == "fused"
+    model.act.max_val = plain.act.max_val = 0.5
+    assert_same(model, plain)
+    assert fusions(fuse(model))["bn"] == "not fused: followed by ReLU6"
+
+
 def test_a_forward_pass_that_is_bound_once_more():
     # accelerate's unwrap_model binds what it takes for a function
     model = fuse(make(lambda m, x: m.body(x)))

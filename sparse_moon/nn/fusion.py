@@ -148,6 +148,9 @@ class _Search:
                 smaller = Matches(again.graph, modules, self._recompute)
                 if set(matches.norms) <= set(smaller.norms):
                     matches, parts, reads = smaller, less, again.reads
+        for skipped in (modules[path] for path in matches.skipped):
+            if isinstance(skipped, nn.ReLU6):
+                reads.names[skipped] |= {"min_val", "max_val"}  # by its own code, which was not traced
         paths = [tuple(path.split(".")) for path in matches.skipped]
         owners = [tuple(path.split(".")) for path in modules if modules[path] in parts]
         self.found.append(FusedForward(module, matches.graph, paths, owners, reads, recompute=self._recompute))

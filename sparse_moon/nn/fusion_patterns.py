@@ -112,7 +112,9 @@ def _residual(node: fx.Node) -> fx.Node | None:
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
     if node.op == "call_module":
-        return _MODULES.get(type(modules[str(node.target)]))
+        module = modules[str(node.target)]
+        clips = isinstance(module, nn.ReLU6) and (module.min_val, module.max_val) != (0.0, 6.0)
+        return None if clips else _MODULES.get(type(module))
     if node.op not in ("call_function", "call_method"):
         return None
     return _FUNCTIONS.get(node.target)
