@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparse_moon as sm
 from small_own import own_files, refused
 from sparse_moon.app import models, run_folder
 from sparse_moon.app.cli import main
@@ -67,6 +68,10 @@ def fixed_width(num_outputs: int, in_channels: int, image_size: int) -> nn.Modul
 
 def one_output_less(num_outputs: int, in_channels: int, image_size: int) -> nn.Module:
     return make_net(num_outputs - 1, in_channels, image_size)
+
+
+def log_probabilities(num_outputs: int, in_channels: int, image_size: int) -> nn.Module:
+    return nn.Sequential(make_net(num_outputs, in_channels, image_size), nn.LogSoftmax(1))
 
 
 def no_module(num_outputs: int, in_channels: int, image_size: int) -> None:
@@ -183,6 +188,15 @@ def test_compare_trains_and_evaluates_an_own_model(own, capsys):
     main(["compare", "--out", runs, "--model", OWN_MODEL, "--evaluate", "--score", OWN_DETECTOR, "--quiet"])
     (results,) = own.glob(f"runs/*/{run_folder.RESULTS}")
     assert {"msp", "negative-entropy"} <= json.loads(results.read_text())["ood"]["noise"].keys()
+
+
+@pytest.mark.parametrize("reliability", ["none", "moon"])
+def test_a_model_that_does_not_end_in_a_linear_layer_is_trained_to_its_results(own, reliability):
+    settings = {"model": "own_model.log_probabilities", "reliability": reliability, "ood": ["noise"], "epochs": 2}
+    with pytest.warns(UserWarning, match="scores left out, which this data or model does not allow: dice "):
+        results = sm.train(settings, method="static", batch_size=256, out=own / "run", progress=False)
+    assert results["left_out"].keys() == {"dice", "react", "vim", "ash", "scale", "gradnorm"}
+    assert {"msp", "energy", "odin", "knn"} <= results["ood"]["noise"].keys()
 
 
 def test_flops_of_an_own_model(capsys):

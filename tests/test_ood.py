@@ -249,6 +249,20 @@ def test_what_was_left_out_before_is_tried_again():
         assert ("knn" in left_out) == (size == 8)
 
 
+@pytest.mark.parametrize("k", [0, 1])
+def test_what_the_model_does_not_allow_is_left_out_with_its_reason(k):
+    net, left_out = nn.Sequential(Net(K + k), nn.LogSoftmax(1)), {}
+    detectors = [MSP(K), DICE(Energy(K)), ReAct(Energy(K)), ASH(Energy(K)), Unknown(K)]
+    data = {"train_batches": batches((7,)), "id_batches": batches(), "ood_batches": {"a": batches((3,))}}
+    found = evaluate(net, detectors, **data, left_out=left_out)
+    assert list(left_out) == ["dice", "react", "ash", *["unknown"] * (k == 0)]
+    assert all("a head: those of a model whose logits" in left_out[name] for name in ("dice", "react", "ash"))
+    kept = ["msp", *["unknown"] * k]
+    assert [list(found.metrics["a"]), *map(list, found.scores.values())] == [kept] * 3
+    with pytest.raises(ValueError, match="a head: those of a model whose logits"):
+        evaluate(net, detectors[:2], **data)
+
+
 def test_detectors_that_learn_share_none_that_learns():
     net, dice, react = Net(), DICE(Energy(K)), ReAct(Energy(K))
     data = {"id_batches": batches(), "ood_batches": {"a": batches()}, "left_out": {}}

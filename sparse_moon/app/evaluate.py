@@ -114,8 +114,8 @@ def evaluate_model(
     Args:
         scores: names or import paths of registered detectors, with options as
             :func:`sparse_moon.ood.make_detector` takes them; by default those of the settings that fit the model.
-            Those among these that cannot be computed for this data, such as KNN with fewer training images than
-            neighbours, are left out with a warning.
+            Those among these that cannot be computed for this data or model, such as KNN with fewer training images
+            than neighbours, or DICE where no linear layer returns the logits, are left out with a warning.
 
     Returns:
         The ``id``, ``ood`` and, with held-out images, ``calibration`` and ``dice`` parts of ``results.json``, with
@@ -147,7 +147,7 @@ def evaluate_model(
     )
     if left_out:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
-        warnings.warn(f"scores left out, which this data does not allow: {reasons}", stacklevel=2)
+        warnings.warn(f"scores left out, which this data or model does not allow: {reasons}", stacklevel=2)
     logits, labels = evaluation.id_outputs.logits, cast(Tensor, evaluation.id_outputs.labels)
     confidence, correct = predictions(logits, labels, dataset.num_classes)
     arrays = {"confidence": confidence.numpy(), "correct": correct.numpy()}

@@ -139,8 +139,8 @@ def evaluate(
             (``held_out``), else not read.
         device: where the model is and the detectors compute; the device of its first parameter by default.
         head: the module whose input is the features, or its name; found by what it returns by default, see `collect`.
-        left_out: as `fit_detectors`, and of those that do not score all of the data. They are missing in what is
-            returned.
+        left_out: as `fit_detectors`, and of those that do not fit the model or score all of the data. They are missing
+            in what is returned.
 
     Raises:
         ValueError: names that collide, no data for a detector to learn from, an iterator where one needs a second
@@ -175,7 +175,7 @@ def evaluate(
 
         def visit(outputs: Outputs) -> None:
             if not parts:
-                _try(detectors, outputs)
+                _try(detectors, outputs, left_out)
             parts.append(outputs.to("cpu"))
 
         each_batch(model, batches, visit, device=device, head=head)
@@ -197,8 +197,8 @@ def evaluate(
     # First, so that a detector that does not fit the model is found before the training data is read.
     id_outputs = clean_pass(id_batches)
     for _, given, some in learning:
-        if some:
-            fit_detectors(model, some, cast(Batches, given), device=device, head=head, left_out=left_out)
+        if fitted := [detector for detector in some if detector.name not in (left_out or ())]:
+            fit_detectors(model, fitted, cast(Batches, given), device=device, head=head, left_out=left_out)
     scores = {"id": score("id", id_outputs)}
     for name, batches in ood_batches.items():
         scores[name] = score(name, clean_pass(batches))
@@ -208,13 +208,16 @@ def evaluate(
     return Evaluation(metrics, scores, id_outputs)
 
 
-def _try(detectors: Sequence[Detector], outputs: Outputs) -> None:
+def _try(detectors: Sequence[Detector], outputs: Outputs, left_out: dict[str, str] | None) -> None:
     """Let each detector say what it lacks in the outputs of one batch."""
     for detector in detectors:
-        if detector.linear_head:
-            linear_head(outputs)
-        if not detector.fits:
-            detector.score(outputs)
+        if detector.name in (left_out or ()):
+            continue
+        with _leaving_out(detector, left_out):
+            if detector.linear_head:
+                linear_head(outputs)
+            if not detector.fits:
+                detector.score(outputs)
 
 
 def _checked(scores: Tensor, detector: str, name: str, count: int) -> Tensor:
