@@ -1,4 +1,4 @@
-"""Runs whose data has moved since: every command that needs it takes ``--data-root``."""
+"""Runs whose data has moved since, or whose device is not here: commands take ``--data-root`` and ``--device``."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from sparse_moon.app.cli import main
 from sparse_moon.app.datasets import load
 from sparse_moon.app.run_data import difference, identity
 from sparse_moon.app.trainer import Trainer
-from sparse_moon.files import read_json
+from sparse_moon.files import read_json, write_json
 
 OPTIONS = ["--dataset", "mnist", "--model", "mlp", "--width", "8", "--epochs", "2", "--interval", "5", "--score", "msp",
            "--ood", "noise", "--quiet"]  # fmt: skip
@@ -90,6 +90,38 @@ def test_a_comparison_goes_on_and_is_evaluated_again(moved, capsys):
     assert set(read_json(results)["ood"]) == {"noise", "letters"}
     assert "looked for old" in refused(capsys, "compare", "--out", "many", "--evaluate")
     main(["compare", "--out", "many", "--evaluate", "--data-root", moved])
+
+
+def made_on(device, run):
+    """The run as one of another machine."""
+    state, settings = run_folder.read_checkpoint(run), read_json(run / run_folder.CONFIG)
+    write_json(run / run_folder.CONFIG, {**settings, "device": device})
+    run_folder.write_checkpoint(run, {**state, "config": {**state["config"], "device": device}})
+
+
+def test_a_run_of_another_machine_is_tabled_evaluated_and_goes_on_here(moved, monkeypatch, capsys):
+    run = Path("many") / "run"
+    options = [*OPTIONS, "--data-root", "old", "--out", str(run), "--reliability", "none"]
+    interrupt(monkeypatch, *options[len(OPTIONS) :])
+    made_on("cuda:99", run)
+    capsys.readouterr()
+    for command in (["train", "--resume", "--out", str(run)], ["train", *options, "--device", "cuda:99"]):
+        assert "device 'cuda:99' cannot be used: " in refused(capsys, *command)
+    main(["train", "--resume", "--out", str(run), "--device", "cpu", "--quiet"])
+    assert read_json(run / run_folder.CONFIG)["device"] == "cpu"
+    made_on("cuda:99", run)
+    main(["compare", "--out", "many", "--table-only"])
+    (row,) = read_json(Path("many") / "table.json")["rows"]
+    assert row["runs"] == 1
+    (run / run_folder.SCORES).unlink()
+    main(["train", "--resume", "--out", str(run), "--device", "cpu"])
+    assert run_folder.read_scores(run)
+    main(["compare", "--out", "many", "--evaluate", "--score", "energy", "--device", "cpu"])
+    assert set(read_json(run / run_folder.RESULTS)["ood"]["noise"]) == {"msp", "energy"}
+    assert read_json(run / run_folder.CONFIG)["device"] == "cuda:99"
+    capsys.readouterr()
+    for command in (["eval", str(run)], ["compare", "--out", "many", "--evaluate"]):
+        assert "device 'cuda:99' cannot be used: " in refused(capsys, *command)
 
 
 def test_the_headline_of_a_table_is_the_one_that_is_asked_for(moved, capsys):

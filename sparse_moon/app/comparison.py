@@ -111,7 +111,7 @@ def _known_headline(headline: str | None, rows: Sequence[_Row]) -> str | None:
 def _read_runs(folder: Path) -> Iterator[_Run]:
     seen: dict[str, Path] = {}
     for path in finished_runs(folder):
-        config = TrainConfig.from_dict(files.read_json(path / run_folder.CONFIG))
+        config = TrainConfig.of_run(files.read_json(path / run_folder.CONFIG))
         key = run_key(config.to_dict())
         if key in seen:
             raise ValueError(f"{seen[key]} and {path} hold the same run: remove one of them")

@@ -211,6 +211,17 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         tuples = {name: content.get(name) or () for name in ("exclude", "without", "lr_milestones")}
         return cls(**{**content, **{k: tuple(v) if isinstance(v, list) else v for k, v in tuples.items()}})
 
+    @classmethod
+    def of_run(cls, content: Mapping[str, Any]) -> "TrainConfig":
+        """From the ``config.json`` of a run that is there, whose device need not be: it may be of another machine.
+
+        Raises:
+            ValueError: as :meth:`from_dict`.
+        """
+        config = cls.from_dict({**content, "device": cls.device})
+        object.__setattr__(config, "device", content.get("device", cls.device))
+        return config
+
 
 def config_of(settings: Mapping[str, Any]) -> TrainConfig:
     """The settings of a run by name, the options of methods of the user's own among them.

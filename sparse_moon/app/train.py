@@ -74,7 +74,7 @@ def _train(
         return _finished(config, folder, state, time_dense=time_dense, logs=logs)
     finished = state is not None and state["finished"]  # its results were removed
     if state is not None:
-        _check_settings(config, TrainConfig.from_dict(state["config"]))
+        _check_settings(config, TrainConfig.of_run(state["config"]))
     dataset = load_dataset(config)
     ood_sets = load_ood_sets(config, dataset)
     if config.headline not in scores_for(config):
@@ -119,7 +119,7 @@ def _finished(
     Without ``state``, as its checkpoint may be removed to save space, only the page can be added.
     """
     saved = files.read_json(folder / run_folder.CONFIG) if state is None else state["config"]
-    _check_settings(config, TrainConfig.from_dict(saved))
+    _check_settings(config, TrainConfig.of_run(saved))
     if rank() > 0:
         return {}
     lacks = [name for name in run_folder.FILES if not (folder / name).exists()]
