@@ -272,6 +272,28 @@ def test_a_row_counts_what_all_its_runs_have(tmp_path):
     assert row["ood"] == table["far"] == [] and not [name for name in row["figures"] if "/" in name]
 
 
+def test_ood_sets_of_one_name_from_different_files_do_not_count(tmp_path):
+    settings = [{"seed": 0}, {"seed": 1}, {"seed": 0, "sparsity": 0.5}, {"seed": 1, "sparsity": 0.5}]
+    files_of_b = ["easy.npz", "./easy.npz", "hard.npz", "hard.npz"]
+    for changes, file in zip(settings, files_of_b, strict=True):
+        config = replace(CONFIG, **changes, ood=["noise", "photos", f"b={file}"])
+        write_run(tmp_path, config, accuracy=0.8, near=0.7, far=(0.8, 0.9), seconds=[1.0], near_set="b")
+    table = comparison.write_table(tmp_path)
+    assert table["unlike_ood"] == {"b": ["b=hard.npz", "b=easy.npz"]}
+    assert table["ungrouped"] == [] and [row["ood"] for row in table["rows"]] == [["noise", "photos"]] * 2
+    (pair,) = table["paired"]
+    assert "auroc/far/msp" in pair["figures"] and "auroc/ungrouped/msp" not in pair["figures"]
+    note = "from different places, so they do not count:\n- b: b=hard.npz, b=easy.npz\n"
+    assert note in (tmp_path / comparison.MARKDOWN).read_text()
+
+    for path in tmp_path.glob("*0.5-*"):  # these got theirs later, from where the others have it
+        results = files.read_json(path / run_folder.RESULTS)
+        files.write_json(path / run_folder.RESULTS, {**results, "ood_specs": {"b": "b=easy.npz"}})
+    table = comparison.write_table(tmp_path)
+    assert table["unlike_ood"] == {} and table["ungrouped"] == ["b"]
+    assert "different places" not in (tmp_path / comparison.MARKDOWN).read_text()
+
+
 def test_runs_without_epochs_have_a_table(tmp_path):
     for method in ("rigl", "dense"):
         config = replace(CONFIG, method=method, epochs=0, weights="w.pt")

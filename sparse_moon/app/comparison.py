@@ -15,8 +15,9 @@ from sparse_moon.app import plots, run_folder
 from sparse_moon.app.comparison_text import format_markdown
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.experiment import NAMED, REFERENCE, experiment, row_label, run_key, varying_settings
-from sparse_moon.app.finished_runs import finished_runs
+from sparse_moon.app.finished_runs import finished_runs, kept_specs
 from sparse_moon.app.ood_groups import by_group
+from sparse_moon.app.ood_sets import same_source
 from sparse_moon.app.published import published_figures
 
 TABLE, MARKDOWN, PLOT = "table.json", "table.md", "plot.png"
@@ -29,6 +30,7 @@ class _Run:
     config: TrainConfig
     settings: dict[str, Any]  # those that make runs different experiments
     results: dict[str, Any]
+    specs: dict[str, str]  # by name where its OOD sets came from, as far as that is known
     epoch_s: float
 
 
@@ -75,13 +77,16 @@ def write_table(
         ``some_ood`` (those that only some have), ``figures`` ``{name: {"mean", "std"}}`` and ``published``, see
         :func:`sparse_moon.app.published.published_figures`; ``paired``, each with the ``axis`` that two rows differ on,
         ``label`` minus ``other``, their common ``seeds`` and ``figures`` ``{name: {"mean", "low", "high"}}``, the
-        latter the ends of the 95 % confidence interval. std is that of a sample, None for a single run. Shares are in
-        [0, 1].
+        latter the ends of the 95 % confidence interval; ``unlike_ood``, OOD sets of one name that runs have from
+        different places, which do not count, with those places. std is that of a sample, None for a single run. Shares
+        are in [0, 1].
 
     Raises:
         ValueError: no finished run, one that is there twice, or whose results are incomplete; a headline that none has.
     """
-    members = _rows(_read_runs(folder))
+    runs = list(_read_runs(folder))
+    unlike = _take_out_unlike(runs)
+    members = _rows(runs)
     varying = varying_settings(row.settings for row in members)
     axes = _axes(members, varying)
     members.sort(key=lambda row: _order(row, axes))
@@ -89,7 +94,7 @@ def write_table(
     rows = [_table_row(row, members, varying, relative_times) for row in members]
     table: dict[str, Any] = {
         **by_group(members[0].first.config.dataset, rows[0]["ood"]), "headline": headline, "axes": axes, "rows": rows,
-        "paired": list(_paired(members, varying)),
+        "paired": list(_paired(members, varying)), "unlike_ood": unlike,
     }  # fmt: skip
     files.write_json(folder / TABLE, table)
     files.write_text(folder / MARKDOWN, format_markdown(table))
@@ -120,11 +125,26 @@ def _read_runs(folder: Path) -> Iterator[_Run]:
         try:
             epochs = [row["time_s"] for row in run_folder.read_metrics(path, results.get("epochs"))]
             epoch_s = statistics.median(epochs) if epochs else math.nan  # with --epochs 0 there are none
-            run = _Run(config, experiment(config.to_dict()), results, epoch_s)
+            settings = config.to_dict()
+            run = _Run(config, experiment(settings), results, kept_specs(settings, results), epoch_s)
             _figures(run, _scored(run))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the results in {path} are incomplete: {error!r}") from None
         yield run
+
+
+def _take_out_unlike(runs: Iterable[_Run]) -> dict[str, list[str]]:
+    """Take OOD sets of one name that come from different places out of all results; returns these places by name."""
+    places: dict[str, list[str]] = {}
+    for run in runs:
+        for name in run.results["ood"].keys() & run.specs.keys():
+            found = places.setdefault(name, [])
+            if not any(same_source(run.specs[name], place) for place in found):
+                found.append(run.specs[name])
+    unlike = {name: found for name, found in sorted(places.items()) if len(found) > 1}
+    for run in runs:
+        run.results["ood"] = {name: scores for name, scores in run.results["ood"].items() if name not in unlike}
+    return unlike
 
 
 def _rows(runs: Iterable[_Run]) -> list[_Row]:

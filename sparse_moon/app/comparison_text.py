@@ -75,10 +75,12 @@ def _other_sets(table: _Table) -> list[str]:
         if {*row.get("ood", named)} != named
     ]
     some = [f"{row['label']}: {', '.join(row['some_ood'])}" for row in table["rows"] if row.get("some_ood")]
+    unlike = [f"{name}: {', '.join(places)}" for name, places in table.get("unlike_ood", {}).items()]
     lines = []
     for heading, rows in (
         ("These rows have other OOD sets, so their means are not comparable with the others':", found),
         ("Not all runs of these rows have these OOD sets, which do not count (`--evaluate --ood` adds them):", some),
+        ("Runs have these OOD sets from different places, so they do not count:", unlike),
     ):
         lines += ["", heading, *(f"- {line}" for line in rows)] if rows else []
     return lines

@@ -93,7 +93,7 @@ def add_ood_sets(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> N
 
 def _new_specs(settings: Mapping[str, Any], results: Mapping[str, Any], config: TrainConfig) -> dict[str, str]:
     """By name where the OOD sets of ``config`` come from; raise ``ValueError`` where a run has one from elsewhere."""
-    kept = _kept_specs(settings, results)
+    kept = kept_specs(settings, results)
     asked = _by_name(config.dataset, config.ood)
     for name, spec in asked.items():
         if not same_source(spec, kept.get(name, spec)):
@@ -101,7 +101,7 @@ def _new_specs(settings: Mapping[str, Any], results: Mapping[str, Any], config: 
     return asked
 
 
-def _kept_specs(settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
+def kept_specs(settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
     """By name where a run's OOD sets came from, as far as its settings and results say it."""
     dataset, specs = settings.get("dataset", TrainConfig.dataset), settings.get("ood")
     return _by_name(dataset, specs) | results.get(SPECS, {})
@@ -140,7 +140,7 @@ def restore_scores(path: Path, where: Mapping[str, Any]) -> None:
         ValueError: results that do not say where an OOD set came from.
     """
     run, results = load_run(path, **where), files.read_json(path / run_folder.RESULTS)
-    kept = _kept_specs(run.config.to_dict(), results)
+    kept = kept_specs(run.config.to_dict(), results)
     if unknown := [name for name in results["ood"] if name not in kept]:
         raise ValueError(
             f"{path / run_folder.SCORES} is gone, and {run_folder.RESULTS} does not say where {', '.join(unknown)} "
