@@ -104,6 +104,17 @@ def test_scores_are_added_to_the_ood_sets_that_are_asked_for(run, capsys):
     assert "evaluated" not in capsys.readouterr().out
 
 
+def test_a_headline_that_a_finished_run_lacks_is_added(run, capsys):
+    asked = ["compare", *OPTIONS, "--ood", "noise", "--headline", "energy"]
+    place = asked.index("--score")
+    command = [*asked[:place], *asked[place + 2 :]]  # no scores, which are all for a new run
+    main(command)
+    assert {*ood(run)["noise"]} == {"msp", "energy"}
+    assert "AUROC % far, energy" in capsys.readouterr().out
+    main(command)
+    assert "evaluated" not in capsys.readouterr().out
+
+
 def test_what_held_out_images_chose_stays(trained, run):
     shutil.rmtree(run)
     run = shutil.copytree(trained / "held", run)
