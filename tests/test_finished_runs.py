@@ -113,6 +113,10 @@ def test_a_headline_that_a_finished_run_lacks_is_added(run, capsys):
     assert "AUROC % far, energy" in capsys.readouterr().out
     main(command)
     assert "evaluated" not in capsys.readouterr().out
+    evaluate("--score", "knn: k=7", "--headline", "knn: k=7")
+    assert "AUROC % far, knn:k=7" in capsys.readouterr().out
+    main([*command[:-1], "knn:k = 7"])
+    assert "evaluated" not in capsys.readouterr().out
 
 
 def test_what_held_out_images_chose_stays(trained, run):

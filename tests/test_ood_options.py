@@ -124,6 +124,13 @@ def test_the_headline_may_have_options():
             TrainConfig(headline=headline)
 
 
+def test_settings_have_scores_as_their_detectors_are_called():
+    config = TrainConfig(headline="knn: k=7", score=["dice:p=0.7, score = msp", "energy"])
+    assert (config.headline, config.score) == ("knn:k=7", ["dice:p=0.7,score=msp", "energy"])
+    assert [make_detector(text, K).name for text in ("knn: k = 7", *config.score)] == [config.headline, *config.score]
+    assert TrainConfig(score=None).score is None
+
+
 def test_on_the_command_line(tmp_path, capsys):
     """Options of scores, and bins of the calibration errors."""
     run, file = tmp_path / "run", tmp_path / "knn.pt"

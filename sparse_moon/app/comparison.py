@@ -19,6 +19,7 @@ from sparse_moon.app.finished_runs import finished_runs, kept_specs
 from sparse_moon.app.ood_groups import by_group
 from sparse_moon.app.ood_sets import same_source
 from sparse_moon.app.published import published_figures
+from sparse_moon.ood import score_name
 
 TABLE, MARKDOWN, PLOT = "table.json", "table.md", "plot.png"
 _CONFIDENCE = 0.95
@@ -104,13 +105,15 @@ def write_table(
 
 
 def _known_headline(headline: str | None, rows: Sequence[_Row]) -> str | None:
-    """The same; raise ``ValueError`` where no run has such a score."""
+    """What results call this score; raise ``ValueError`` where no run has it."""
     scores = {
         score: None for row in rows for run in row.runs.values() for s in run.results["ood"].values() for score in s
     }
-    if headline is not None and headline not in scores:
+    if headline is None:
+        return None
+    if (name := score_name(headline)) not in scores:
         raise ValueError(f"headline must be a score that some of the runs have, {list(scores)}, got {headline!r}")
-    return headline
+    return name
 
 
 def _read_runs(folder: Path) -> Iterator[_Run]:

@@ -127,7 +127,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for anything that can be known to be wrong before the data is read."""
-        from sparse_moon.ood import check_score
+        from sparse_moon.ood import check_score, score_name
         from sparse_moon.topology import block_shape
 
         check_settings(self)
@@ -138,6 +138,9 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
             if is_import_path(score.partition(":")[0]):
                 raise ValueError(f"score must be one of the package's, got {score}: eval takes those of your own")
             check_score(score)
+        object.__setattr__(self, "headline", score_name(self.headline))
+        if self.score is not None:
+            object.__setattr__(self, "score", [score_name(score) for score in self.score])
         check_sparsity(self.sparsity)
         block_shape(self.pattern)
         if not (self.lr > 0 and 0 <= self.momentum < 1 and self.weight_decay >= 0):

@@ -15,7 +15,7 @@ from sparse_moon.ood.dice import DICE, choose_p
 from sparse_moon.ood.evaluation import Evaluation, evaluate, fit_detectors
 from sparse_moon.ood.features import KNN, GeneralizedODIN, GradNorm, Mahalanobis, ViM
 from sparse_moon.ood.logits import GEN, KLM, MSP, ODIN, Energy, MaxLogit, TemperatureScaling, Unknown
-from sparse_moon.ood.options import check_score, make_detector, parse_score
+from sparse_moon.ood.options import check_score, make_detector, parse_score, score_name
 from sparse_moon.ood.outputs import Head, Outputs
 from sparse_moon.ood.passes import Batches, Perturb, classifier_head, collect
 from sparse_moon.ood.registry import DETECTORS, SCORES, detector_class
@@ -61,5 +61,6 @@ __all__ = [
     "make_detector",
     "parse_score",
     "save_detector",
+    "score_name",
     "threshold",
 ]

@@ -3,7 +3,7 @@
 Options are the arguments of the constructor, by their names; the detector that a `Shaping` goes before is ``score``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -30,6 +30,20 @@ def parse_score(text: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"the score {text!r} has the option {option!r} twice")
         options[option] = value
     return name, options
+
+
+def score_name(text: str) -> str:
+    """What the detector of a text is called: the same text without spaces.
+
+    Raises:
+        ValueError: as `parse_score`.
+    """
+    return _with_options(*parse_score(text))
+
+
+def _with_options(name: str, options: Mapping[str, str]) -> str:
+    given = ",".join(f"{option}={value}" for option, value in options.items())
+    return f"{name}:{given}" if given else name
 
 
 def check_score(text: str) -> None:
@@ -70,7 +84,7 @@ def make_detector(text: str, num_classes: int, *, std: Sequence[float] | None = 
     except ValueError as error:
         raise ValueError(f"the score {text!r}: {error}") from None
     if options:
-        detector.name = f"{kind.name}:{','.join(f'{option}={value}' for option, value in options.items())}"
+        detector.name = _with_options(kind.name, options)
     return detector
 
 
