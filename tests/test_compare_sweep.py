@@ -208,6 +208,24 @@ def test_tables_by_axis(tmp_path):
     assert table["rows"][1]["figures"]["relative_epoch_time"]["mean"] == 1.0
 
 
+def test_a_table_names_the_groups_of_each_data_set(tmp_path):
+    for dataset in ("digits", "d.npz"):
+        config = replace(CONFIG, dataset=dataset)
+        write_run(tmp_path, config, accuracy=0.8, near=0.7, far=(0.8, 1.0), seconds=[1.0], name=dataset)
+    table = comparison.write_table(tmp_path)
+    assert table["groups"] == {
+        "d.npz": {"near": [], "far": [], "ungrouped": ["noise", "photos", "letters"]},
+        "digits": {"near": ["letters"], "far": ["noise", "photos"], "ungrouped": []},
+    }
+    text = "OOD sets of d.npz, near: none; far: none; ungrouped: noise, photos, letters. OOD sets of digits, near: lett"
+    assert f"\n{text}ers; far: noise, photos; ungrouped: none. AUROC and" in format_markdown(table)
+
+    same = replace(CONFIG, dataset="other/digits.npz")
+    files.write_json(tmp_path / "d.npz" / run_folder.CONFIG, same.to_dict())
+    text = "OOD sets, near: letters; far: noise, photos; ungrouped: none. AUROC and"
+    assert f"\n{text}" in format_markdown(comparison.write_table(tmp_path))
+
+
 def test_paired_differences_by_hand(tmp_path):
     moon = replace(CONFIG, reliability="moon")
     accuracy = {"none": [0.90, 0.80, 0.70, 0.5], "moon": [0.92, 0.81, 0.75], "moon:-voting": [0.5]}

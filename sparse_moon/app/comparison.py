@@ -71,16 +71,16 @@ def write_table(
         headline: the score of the first table, which runs must have; default that of the first run's settings.
 
     Returns:
-        What ``table.json`` holds: ``near``, ``far`` and ``ungrouped``, the names of the OOD sets by group;
-        ``headline``, the score of the first table; ``axes``, the settings besides method and reliability in
-        which rows differ, with their values in order; ``rows``, each with ``label``, ``sparse`` (whether its networks
-        are), ``settings``, ``runs``, ``ood`` (names of the sets that all its runs have, which alone count),
-        ``some_ood`` (those that only some have), ``figures`` ``{name: {"mean", "std"}}`` and ``published``, see
-        :func:`sparse_moon.app.published.published_figures`; ``paired``, each with the ``axis`` that two rows differ on,
-        ``label`` minus ``other``, their common ``seeds`` and ``figures`` ``{name: {"mean", "low", "high"}}``, the
-        latter the ends of the 95 % confidence interval; ``unlike_ood``, OOD sets of one name that runs have from
-        different places, which do not count, with those places. std is that of a sample, None for a single run. Shares
-        are in [0, 1].
+        What ``table.json`` holds: ``near``, ``far`` and ``ungrouped``, the names of the first row's OOD sets by group;
+        ``groups``, the same by data set of the first row that has it; ``headline``, the score of the first table;
+        ``axes``, the settings besides method and reliability in which rows differ, with their values in order;
+        ``rows``, each with ``label``, ``sparse`` (whether its networks are), ``settings``, ``runs``, ``ood`` (names of
+        the sets that all its runs have, which alone count), ``some_ood`` (those that only some have), ``figures``
+        ``{name: {"mean", "std"}}`` and ``published``, see :func:`sparse_moon.app.published.published_figures`;
+        ``paired``, each with the ``axis`` that two rows differ on, ``label`` minus ``other``, their common ``seeds``
+        and ``figures`` ``{name: {"mean", "low", "high"}}``, the latter the ends of the 95 % confidence interval;
+        ``unlike_ood``, OOD sets of one name that runs have from different places, which do not count, with those
+        places. std is that of a sample, None for a single run. Shares are in [0, 1].
 
     Raises:
         ValueError: no finished run, one that is there twice, or whose results are incomplete; a headline that none has.
@@ -93,8 +93,12 @@ def write_table(
     members.sort(key=lambda row: _order(row, axes))
     headline = _known_headline(headline, members) or members[0].first.config.headline
     rows = [_table_row(row, members, varying, relative_times) for row in members]
+    groups: dict[str, dict[str, list[str]]] = {}
+    for member, row in zip(members, rows, strict=True):
+        dataset = member.first.config.dataset
+        groups.setdefault(dataset, by_group(dataset, row["ood"]))
     table: dict[str, Any] = {
-        **by_group(members[0].first.config.dataset, rows[0]["ood"]), "headline": headline, "axes": axes, "rows": rows,
+        **next(iter(groups.values())), "groups": groups, "headline": headline, "axes": axes, "rows": rows,
         "paired": list(_paired(members, varying)), "unlike_ood": unlike,
     }  # fmt: skip
     files.write_json(folder / TABLE, table)

@@ -35,14 +35,24 @@ def format_summary(table: _Table) -> str:
     lines += _markdown(["run", "seeds", *(column.heading for column in columns)], [
         [row["label"], str(row["runs"]), *(_cell(row, column) for column in columns)] for row in rows
     ])  # fmt: skip
-    sets = "; ".join(f"{group}: {', '.join(table.get(group, ())) or 'none'}" for group in GROUPS)
     lines += [
         "",
-        f"OOD sets, {sets}. AUROC and FPR95 (ID positive) in %, means over the sets of a group.",
+        f"{_groups(table)} AUROC and FPR95 (ID positive) in %, means over the sets of a group.",
         f"The score of the first table, {_headline(table)}, is the settings' `headline`, not the best here.",
     ]
     lines += _other_sets(table)
     return "\n".join([*lines, "", *_published(table), *_paired(table)])
+
+
+def _groups(table: _Table) -> str:
+    """The OOD sets by group, for each data set where they differ."""
+    texts = {
+        dataset: "; ".join(f"{group}: {', '.join(groups.get(group, ())) or 'none'}" for group in GROUPS)
+        for dataset, groups in table.get("groups", {"": table}).items()
+    }
+    if len({*texts.values()}) == 1:
+        return f"OOD sets, {next(iter(texts.values()))}."
+    return " ".join(f"OOD sets of {dataset}, {text}." for dataset, text in texts.items())
 
 
 def _headline(table: _Table) -> str:
