@@ -122,7 +122,7 @@ def test_any_setting_that_differs_makes_another_run():
     assert experiment(config.to_dict()).keys() == tried - {"seed"}
     known = {run_key(config.to_dict()), run_name(config)}
     for name, value in OTHER.items():
-        needed = {"lr_milestones": (0.4,)} if name == "lr_warmup" else {}
+        needed = {"lr_milestones": (0.4,)} if name in ("lr_warmup", "lr_gamma") else {}
         other = replace(config, **needed, **{name: value})
         assert run_key(other.to_dict()) not in known, name
         known.add(run_key(other.to_dict()))

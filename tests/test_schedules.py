@@ -109,6 +109,8 @@ def test_steps_of_a_run(milestones):
         ({"lr_milestones": (0.5,), "lr_warmup": 0.6}, "lr_warmup must be at most 0.5, the first milestone, got 0.6"),
         ({"lr_milestones": (0.5,), "lr_end": 0.1}, "lr_end is for the cosine: with lr_milestones lr_gamma says it"),
         ({"lr_warmup": 0.1}, "lr_warmup is for lr_milestones, the cosine has none, got 0.1"),
+        ({"lr_gamma": 0.5}, "lr_gamma is for lr_milestones, the cosine has no steps, got 0.5"),
+        ({"lr_milestones": (0.5,), "lr_until": 0.3}, "lr_until is for the cosine: lr_milestones say when steps end"),
         ({"lr_milestones": (0.5,), "lr_gamma": 0.0}, "lr_gamma must be positive, got 0.0"),
     ],
 )

@@ -168,8 +168,12 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
             raise ValueError(f"lr_warmup must be at most {shares[0]}, the first milestone, got {self.lr_warmup}")
         if shares and self.lr_end is not None:
             raise ValueError(f"lr_end is for the cosine: with lr_milestones lr_gamma says it, got {self.lr_end}")
+        if shares and self.lr_until != TrainConfig.lr_until:
+            raise ValueError(f"lr_until is for the cosine: lr_milestones say when steps end, got {self.lr_until}")
         if self.lr_warmup and not shares:
             raise ValueError(f"lr_warmup is for lr_milestones, the cosine has none, got {self.lr_warmup}")
+        if self.lr_gamma != TrainConfig.lr_gamma and not shares:
+            raise ValueError(f"lr_gamma is for lr_milestones, the cosine has no steps, got {self.lr_gamma}")
 
     @property
     def method_class(self) -> "type[Method]":
