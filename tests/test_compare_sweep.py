@@ -141,6 +141,22 @@ def test_settings_that_a_run_does_not_have_make_no_difference():
     moon = TrainConfig(reliability="moon", without=("loss",))
     assert run_key(replace(moon, final_weight=2.0, warmup_epochs=1).to_dict()) == run_key(moon.to_dict())
     assert run_key(replace(moon, vote_from=0.9).to_dict()) != run_key(moon.to_dict())
+    for method in ("dense", "static"):
+        fixed = replace(none, method=method)
+        assert run_key(replace(fixed, interval=9, drop_fraction=0.1).to_dict()) == run_key(fixed.to_dict())
+    gmp = replace(none, method="gmp")
+    assert run_key(replace(gmp, drop_fraction=0.1).to_dict()) == run_key(gmp.to_dict())
+    assert run_key(replace(gmp, interval=9).to_dict()) != run_key(gmp.to_dict())
+    for name, part, option in (
+        ("moon", "tuning", {"warmup_epochs": 1}),
+        ("cigl", "averaging", {"rescale": True}),
+        ("cigl", "mask", {"rescale": True}),
+    ):
+        one = TrainConfig(reliability=name, without=(part,))
+        assert run_key(replace(one, **option).to_dict()) == run_key(one.to_dict())
+        assert run_key(replace(one, **option, without=()).to_dict()) != run_key(replace(one, without=()).to_dict())
+    two = replace(moon, without=("loss", "voting"))
+    assert run_key(replace(two, without=("voting", "loss")).to_dict()) == run_key(two.to_dict())
     older = {key: value for key, value in none.to_dict().items() if key != "holdout"}
     assert run_key(older) == run_key(none.to_dict()) == run_key({**older, "lr_until": 0.8, "seed": 0})
     assert run_key({**older, "interval": 50.0}) == run_key(older)

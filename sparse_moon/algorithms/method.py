@@ -71,6 +71,8 @@ class Method:
     """Whether the number of a layer's blocks changes during training."""
     weight_decay_matters = True
     """Whether sparse weights are to have the weight decay that dense ones have; else the run gives them none."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Settings of a run, such as ``interval``, that make no difference to it: ``compare`` trains once for all."""
     attached = False
     """Whether the optimizer's step is the method's."""
     own_step: Callable[..., Any] | None = None
@@ -335,6 +337,7 @@ class Dense(Method):
 
     name = "dense"
     sparse = False
+    unread = ("interval", "drop_fraction")
 
     @classmethod
     def training_flops(cls, flops: TrainingFlops) -> float:
@@ -350,6 +353,7 @@ class Static(Method):
     """A random sparse network that keeps its topology."""
 
     name = "static"
+    unread = ("interval", "drop_fraction")
 
 
 def plain_names(names: Iterable[str]) -> list[str]:

@@ -130,6 +130,7 @@ class GMP(_Pruning):
     """
 
     name = "gmp"
+    unread = ("drop_fraction",)
     replaces_step = False
     exchanges = False
 

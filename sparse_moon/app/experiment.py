@@ -34,7 +34,7 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make a run what it is, but for its seed.
 
     Options of other methods than the run's, or of parts that it leaves out, make no difference, nor do those of sparse
-    layers to a dense network.
+    layers to a dense network, nor settings of updates to a method that has none, nor the order of ``without``.
 
     Args:
         settings: as ``config.json`` has them; those that it lacks have their defaults.
@@ -45,6 +45,7 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
     content = {**_DEFAULTS, **settings}
     if content["amp"] == "auto":
         content["amp"] = "bfloat16" if str(content["device"]).startswith("cuda") else "none"
+    content["without"] = sorted(content["without"])
     own = content.pop("own", None) or {}
     method = _find(ALGORITHMS, content["method"])
     reliability = _find(RELIABILITY, content["reliability"])
@@ -54,7 +55,9 @@ def experiment(settings: Mapping[str, Any]) -> dict[str, Any]:
         content |= {name: option.default for name, option in options.items() if name not in content}
         unread = {option for part in content["without"] for option in reliability.options_of_parts.get(part, ())}
         content = {name: value for name, value in content.items() if name not in unread}
-    left_out = {"seed", *PLACE, *(_OF_SPARSE if method is not None and not method.sparse else ())}
+    left_out = {"seed", *PLACE}
+    if method is not None:
+        left_out |= {*method.unread, *(() if method.sparse else _OF_SPARSE)}
     return {name: plain(value) for name, value in {**content, **own}.items() if name not in left_out}
 
 

@@ -40,7 +40,9 @@ class MOON(_Abstaining, Voting):
     Options = MOONOptions
     options: MOONOptions
     parts = ("loss", "tuning", "voting")
-    options_of_parts = MappingProxyType({"loss": ("final_weight", "warmup_epochs"), "voting": ("vote_from",)})
+    options_of_parts = MappingProxyType(
+        {"loss": ("final_weight", "warmup_epochs"), "tuning": ("warmup_epochs",), "voting": ("vote_from",)}
+    )
 
     @property
     def unknown_output(self) -> bool:

@@ -25,7 +25,7 @@ class CigL(Voting):
     Options = CigLOptions
     options: CigLOptions
     parts = ("mask", "averaging", "freezing")
-    options_of_parts = MappingProxyType({"mask": ("keep",)})
+    options_of_parts = MappingProxyType({"mask": ("keep", "rescale"), "averaging": ("rescale",)})
 
     @property
     def masks(self) -> bool:
