@@ -97,6 +97,8 @@ def test_every_run_that_is_trained_is_finished(tmp_path, reliability, change):
         ({"ood": ["noise", "noise"]}, "two OOD sets are called 'noise'"),
         ({"ood": ["noise", "noise=one.npz"]}, "two OOD sets are called 'noise'"),
         ({"headline": "unknown", "reliability": "none"}, "headline must be a score that fits this run"),
+        ({"headline": "knn"}, "the headline 'knn' needs 50 training images or more, got 30"),
+        ({"headline": "knn:k=28", "holdout": 0.1}, "'knn:k=28' needs 28 training images or more, got 27"),
         ({"headline": "vim", "reliability": "mc-dropout"}, r"must be a score that fits this run, \['msp', .*got 'vim'"),
         (
             {"headline": "energy", "reliability": "mc-dropout", "score": ["dice"]},

@@ -32,7 +32,7 @@ from sparse_moon.distributed import rank, world_size
 from sparse_moon.nn import layer_sparsities, live_outputs, overall_sparsity, sparse_layers
 from sparse_moon.nn.inspect import fan_ins
 from sparse_moon.nn.what_runs import what_runs, what_would_pay
-from sparse_moon.ood import make_detector
+from sparse_moon.ood import KNN, make_detector
 
 
 def train(
@@ -80,8 +80,10 @@ def _train(
     if config.headline not in scores_for(config):
         fitting = scores_for(replace(config, score=None))
         raise ValueError(f"headline must be a score that fits this run, {fitting}, got {config.headline!r}")
-    for score in (config.headline, *(config.score or ())):
-        make_detector(score, dataset.num_classes)  # so that what is wrong with its options is said now
+    # all, so that what is wrong with their options is said now
+    headline, *_ = [make_detector(score, dataset.num_classes) for score in (config.headline, *(config.score or ()))]
+    if isinstance(headline, KNN) and headline.k > (count := len(dataset.train)):
+        raise ValueError(f"the headline {headline.name!r} needs {headline.k} training images or more, got {count}")
     if others := [score for score in config.score or () if score not in scores_for(config)]:
         warnings.warn(f"scores left out, which do not fit this run: {', '.join(others)}", stacklevel=2)
     trainer = Trainer(config, dataset, ood_sets)
