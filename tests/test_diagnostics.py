@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -154,6 +155,17 @@ def test_in_a_run(tmp_path, capsys):
         assert title in page and title not in (tmp_path / "plain" / "report.html").read_text()
     states = [run_folder.read_checkpoint(tmp_path / name)["model"] for name in ("plain", "told")]
     assert all(states[0][key].equal(states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(9, "10 test images or more, got 9"), (12, "two classes or more, got one")]
+)
+def test_test_images_without_regions_are_refused_before_training(tmp_path, count, message):
+    x, y = np.random.default_rng(0).integers(0, 255, (60, 8, 8), np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x[::3][:count], y_test=y[::3][:count])
+    config = replace(SMALL, dataset=str(tmp_path / "d.npz"), ood=[], interval=1)
+    with pytest.raises(ValueError, match=f"diagnostics need .*{message}"):
+        Trainer(config, load_dataset(config))
 
 
 def test_resumed_and_dense_runs_and_cosine_heads():

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from itertools import islice
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from sparse_moon.app import datasets
 from sparse_moon.app.build import Run, autocast
@@ -26,7 +27,8 @@ class Diagnostics:
         ood_sets: by name.
 
     Raises:
-        ValueError: a network without features, of which the regions are made, or too few test images for them.
+        ValueError: a network without features, of which the regions are made, or too few test images for them, or test
+            images of one class.
     """
 
     def __init__(self, run: Run, ood_sets: Mapping[str, datasets.Images]) -> None:
@@ -34,6 +36,8 @@ class Diagnostics:
         self.exploration = Exploration(run.model) if run.config.method_class.sparse else None
         if len(run.data.test) < REGIONS:
             raise ValueError(f"diagnostics need {REGIONS} test images or more, got {len(run.data.test)}")
+        if len(cast(Tensor, run.data.test.labels).unique()) < 2:
+            raise ValueError("diagnostics need test images of two classes or more, got one")
         with autocast(run.config):
             features_of(collect(run.model, islice(plain_batches(run.data.test, run.data, run.config), 1)))
 
