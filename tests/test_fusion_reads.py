@@ -93,6 +93,10 @@ CHANGES = {
         lambda m, x: m.body(x) if m.shift is None else m.body(x) + m.shift,
         lambda m: setattr(m, "shift", nn.Parameter(torch.ones(8))),
     ),
+    "a parameter that nobody knew of": (
+        lambda m, x: m.body(x) + getattr(m, "offset", 0.0),
+        lambda m: m.register_parameter("offset", nn.Parameter(torch.ones(8))),
+    ),
     "the type of a module": (
         lambda m, x: m.body(x) if isinstance(m.pool, nn.Identity) else 3 * m.body(x),
         lambda m: setattr(m, "pool", nn.Tanh()),

@@ -118,6 +118,8 @@ def of_user(frame: FrameType) -> bool:
 def noted_reads(module: nn.Module) -> Iterator[Reads]:
     """What user code reads of the module and of those in it, in the block, through torch's containers, too."""
     reads = Reads({part: set() for part in module.modules()})
+    others = vars(nn.Module).get("__getattribute__")
+    read = nn.Module.__getattribute__
 
     def noting(self: nn.Module, name: str) -> Any:
         if (names := reads.names.get(self)) is not None:
@@ -127,13 +129,16 @@ def noted_reads(module: nn.Module) -> Iterator[Reads]:
             if frame is not None and of_user(frame):
                 names.add(name)
                 reads.code.add(frame.f_code)
-        return object.__getattribute__(self, name)
+        return read(self, name)
 
     nn.Module.__getattribute__ = noting  # type: ignore[method-assign,assignment]
     try:
         yield reads
     finally:
-        del nn.Module.__getattribute__
+        if others is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = others  # type: ignore[method-assign]
 
 
 class Read(NamedTuple):
@@ -149,8 +154,8 @@ class Read(NamedTuple):
     """Of those that somebody may write into."""
     of_class: frozenset[str]
     """Attributes that the module does not have itself."""
-    without: tuple[str, ...]
-    """Parameters and buffers that are None."""
+    tensors: tuple[tuple[str, bool], ...]
+    """Parameters and buffers, and whether there is one."""
     children: tuple[str, ...]
     types: tuple[Any, ...]
     """Of the children; only whether there is one where no code asks for types."""
@@ -167,7 +172,7 @@ class Read(NamedTuple):
         of_class = frozenset(others - _OF_EVERY_MODULE - {"__dict__", "__class__"} | {"forward"})
         types = _types(module, typed)
         children = tuple(module._modules)
-        return cls(path, type(module), values, whole, contents, of_class, _without(module), children, types)
+        return cls(path, type(module), values, whole, contents, of_class, _tensors(module), children, types)
 
     def holds(self, module: nn.Module | None, typed: bool, of_class: "list[OfClass]") -> bool:
         """Whether they still have it; asked in every call."""
@@ -189,7 +194,7 @@ class Read(NamedTuple):
                 return False
             if before is not None and content(now) != before:
                 return False
-        return _without(module) == self.without and _types(module, typed) == self.types
+        return _tensors(module) == self.tensors and _types(module, typed) == self.types
 
     def class_values(self) -> "list[OfClass]":
         """What the class has of these names now."""
@@ -206,11 +211,11 @@ def _types(module: nn.Module, typed: bool) -> tuple[Any, ...]:
     return tuple(map(type, children)) if typed else tuple([child is None for child in children])
 
 
-def _without(module: nn.Module) -> tuple[str, ...]:
+def _tensors(module: nn.Module) -> tuple[tuple[str, bool], ...]:
     if not (module._parameters or module._buffers):
         return ()
     tensors = {**module._parameters, **module._buffers}
-    return tuple([name for name, tensor in tensors.items() if tensor is None])
+    return tuple([(name, tensor is not None) for name, tensor in tensors.items()])
 
 
 def _of_class(kind: type, name: str) -> Any:
