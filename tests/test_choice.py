@@ -367,10 +367,10 @@ def test_a_backward_pass_uses_the_backend_of_its_forward_pass():
 def test_a_new_shape_costs_little():
     shapes = [Work("forward", 32 + i, 64, 64, 256, 9, 1, 1) for i in range(200)]
     choice.crossover(shapes[0])
-    start = time.perf_counter()
+    start = time.process_time()  # whatever else the machine does
     for work in shapes[1:]:
         choice.crossover(work)
-    assert (time.perf_counter() - start) / 199 < 5e-4  # 1 ms before, 40 us now
+    assert (time.process_time() - start) / 199 < 5e-4  # 1 ms before, 40 us now
     assert choice.nearest.cache_info().maxsize == 4096
 
 

@@ -114,7 +114,8 @@ def _by_name(dataset: str, specs: Sequence[str] | None) -> dict[str, str]:
 def add_scores(path: Path, config: TrainConfig, where: Mapping[str, Any]) -> None:
     """Evaluate a finished run on OOD sets of ``config`` with the scores that it lacks, of those asked for by name."""
     results = files.read_json(path / run_folder.RESULTS)
-    sets = [results["ood"][name] for name in _by_name(config.dataset, config.ood) if name in results["ood"]]
+    ood = results.get("ood", {})
+    sets = [ood[name] for name in _by_name(config.dataset, config.ood) if name in ood]
     left_out = results.get("left_out", {})
     by_name = replace(config, score=config.score or [])  # the headline is always among them
     asked = [score for score in scores_for(by_name) if score not in left_out]
