@@ -15,7 +15,6 @@ from torch import nn
 Path = tuple[str, ...]
 
 _SIMPLE = frozenset((bool, int, float, complex, str, bytes))
-_COLLECTIONS = frozenset((list, tuple, dict, set))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward", "_replicate_for_data_parallel", "dense_because"}
 _ASK_FOR_TYPES = frozenset(("type", "isinstance", "issubclass"))
 
