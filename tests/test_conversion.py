@@ -277,7 +277,7 @@ def test_hooks_of_weights_are_said_to_be_lost():
     model[0][1].weight.register_post_accumulate_grad_hook(lambda parameter: None)
     model[0][1].bias.register_hook(kept.append)
     model[1].in_proj_weight.register_hook(lambda grad: None)
-    where = "register their hooks with values of the sparse layers"
+    where = "register their hooks with values of the sparse layers, where they are still needed"
     text = said(sm.sparsify, model, 0.5)[1]
     assert text == f"these parameters were replaced, so {where}: 0.0.weight, 0.1.weight, 1.in_proj_weight"
     model[0](torch.randn(2, 8)).sum().backward()

@@ -279,8 +279,10 @@ def lost_hooks(hooked: Mapping[nn.Parameter, str], model: nn.Module) -> list[str
     """What to say where such parameters are the model's no more."""
     left = set(model.parameters())
     names = [name for parameter, name in hooked.items() if parameter not in left]
-    where = "values of the sparse layers"
-    return [f"these parameters were replaced, so register their hooks with {where}: {some(names)}"] if names else []
+    if not names:
+        return []
+    where = "values of the sparse layers, where they are still needed"  # ones that mask gradients are not
+    return [f"these parameters were replaced, so register their hooks with {where}: {some(names)}"]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
