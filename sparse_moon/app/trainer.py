@@ -176,6 +176,9 @@ class Trainer:
     def finish(self) -> nn.Module:
         """Turn the model into what the run ends with, its batch norm refreshed where the weights are others now.
 
+        That pass sees training images as an epoch after the last would: shuffled and augmented. Networks that are
+        trained on crops have other statistics on whole images.
+
         Returns:
             What to predict with, :meth:`predictor`.
         """
@@ -183,7 +186,7 @@ class Trainer:
             warnings.warn(reason, stacklevel=3)
         if self.reliability.finish(self.model):
             with autocast(self.config):
-                refresh_batch_norm(self.model, plain_batches(self.dataset.train, self.dataset, self.config))
+                refresh_batch_norm(self.model, self.batches.epoch(self.config.epochs))
         return self.predictor()
 
     def predictor(self) -> nn.Module:
