@@ -5,8 +5,8 @@
 
 Reads benchmarks/results/cuda_layers_*.json, forward passes and forward + backward passes that kernels and dense layers
 took on an H200 as CUDA graphs. The crossover of a pass is the largest density measured at which the kernels took at
-least 5 % less time; that of both gradients is what the backward passes took together. Nothing is said of higher
-densities, and ops/choice.py takes nothing of it for smaller products.
+least 5 % less time, as it was asked for, before rounding to whole blocks; that of both gradients is what the backward
+passes took together. Nothing is said of higher densities, and ops/choice.py takes nothing of it for smaller products.
 """
 
 import argparse

@@ -160,7 +160,7 @@ class _Steps:
         if captured and self.device.type == "cuda" and step.reason is not None:
             raise RuntimeError(f"the step was not captured: {step.reason}")
         density = 1.0 - self.sparsity
-        kernels = Counter("kernel" if density <= choice.crossover(work) else "dense" for work in works)
+        kernels = Counter("kernel" if choice.pays(work, density) else "dense" for work in works)
         return Step(lambda: step(*self.batch), model, method, self._memory(used), dict(kernels))
 
     def _start_counting(self) -> int:

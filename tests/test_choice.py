@@ -208,15 +208,85 @@ def conv2d(pass_="forward", channels=256, block=64, dtype="bfloat16", **changes)
     return work._replace(**changes)
 
 
+# Percent of sparsity from which on the kernels took at least 5 % less time, forward and gradients, of the linear layer
+# and of both convolutions; docs/speed.md has the table. None where they never did.
+PAID_FROM = {
+    ("block32", "bfloat16"): ((90, 90), (90, 90)),
+    ("block64", "bfloat16"): ((90, 90), (90, 90)),
+    ("block128", "bfloat16"): ((90, 90), (90, 90)),
+    ("vector16", "bfloat16"): ((90, None), (None, 95)),
+    ("unstructured", "float32"): ((90, 90), (None, 99)),
+}
+DENSE = {
+    "linear 4096": lambda: nn.Linear(4096, 4096, bias=False),
+    "3x3 256": lambda: nn.Conv2d(256, 256, 3, padding=1, bias=False),
+    "3x3 512": lambda: nn.Conv2d(512, 512, 3, padding=1, bias=False),
+}
+
+
+def on_hopper(dense, percent, pattern, dtype):
+    """A layer as sparsify makes it, which asks as on a GPU, where its products are no matter of minutes.
+
+    And what ran for each pass.
+    """
+    model = sm.sparsify(nn.Sequential(DENSE[dense]()), percent / 100, "uniform", first_dense=False, pattern=pattern)
+    layer, ran = model[0], {}
+    work = linear if dense == "linear 4096" else conv2d
+    dtype = "tf32" if (work, dtype) == (conv2d, "float32") else dtype
+    size, block = layer.topology.shape[0], layer.topology.block
+    works = [work(pass_, size, dtype=dtype)._replace(block=block) for pass_ in LINEAR_PASSES]
+    kind = "cuda" if block == (1, 1) else "triton"
+    plan = layer.topology.plan()
+    assert {work.blocks for work in works} == {plan.grid[0] * plan.grid[1]}
+
+    def forward(x):
+        ran.update({w.pass_: "kernel" if choice.kernel_pays(w, plan.density, kind) else "dense" for w in works})
+        return x * layer.values.sum()
+
+    layer.forward = forward
+    return model, ran
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.filterwarnings("ignore:.*outputs have no weight", "ignore:a sparsity of .* was asked for")
+@pytest.mark.parametrize(("pattern", "dtype"), PAID_FROM)
+@pytest.mark.parametrize("dense", DENSE)
+def test_kernels_that_paid_on_a_hopper_gpu_run_there_by_default(dense, pattern, dtype, monkeypatch):
+    forward, gradients = PAID_FROM[pattern, dtype][dense != "linear 4096"]
+    rows, x = choice.table("cuda"), torch.zeros(1, requires_grad=True)
+    for percent in (80, 90, 95, 99):
+        model, ran = on_hopper(dense, percent, pattern, dtype)
+        model(x)
+        expected = {
+            pass_: "kernel" if least is not None and percent >= least else "dense"
+            for pass_, least in zip(LINEAR_PASSES, (forward, gradients, gradients), strict=True)
+        }
+        assert ran == expected, f"{percent} %"
+        with monkeypatch.context() as patch:
+            patch.setattr(choice, "table", lambda device: rows)  # of the CPU, too, where the layer lies
+            assert sm.what_runs(model, x) == {"0": expected}
+            said = sm.what_would_pay(model, x)
+        if "kernel" in expected.values():
+            assert said is None
+        else:
+            assert said.startswith(f"no sparse kernel is known to pay on this device for {pattern} weights")
+            assert ("block64 in 16 bits pays in 1 of them" in said or "block64 pays in 1 of them" in said) == (
+                percent >= 90
+            )
+
+
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("pass_", LINEAR_PASSES)
-def test_kernels_that_paid_on_a_hopper_gpu_run_there_by_default(pass_):
-    for density in (0.1, 0.05):
-        for block in (32, 64, 128):
-            assert choice.kernel_pays(linear(pass_, block=block), density, "triton")
-            assert choice.kernel_pays(conv2d(pass_, block=block), density, "triton")
-            assert choice.kernel_pays(conv2d(pass_, 512, block=block), density, "triton")
-        assert choice.kernel_pays(linear(pass_, block=1, dtype="float32"), density, "cuda")
+def test_as_many_blocks_as_were_measured_count_as_measured_and_one_more_does_not(pass_):
+    for work, most in (
+        (linear(pass_), 410), (linear(pass_, size=8192), 1638), (linear(pass_, block=1, dtype="float32"), 1677722),
+        (conv2d(pass_, block=32), 58), (conv2d(pass_, block=128), 4), (conv2d(pass_, 512), 58),
+        (conv2d(pass_, 512, block=128), 14), (conv2d(pass_, 1024, block=128), 58),
+        (conv2d(pass_, inputs=640, block=128), 9),
+    ):  # fmt: skip
+        kind = "cuda" if work.block == (1, 1) else "triton"
+        assert choice.kernel_pays(work, most / work.blocks, kind)
+        assert not choice.kernel_pays(work, (most + 1) / work.blocks, kind)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -268,6 +338,22 @@ def test_tune_takes_what_is_faster(monkeypatch):
         *[Work(p, 5, 3, 8, 36, 9, 1, 1) for p in PASSES],
         *[Work(p, 5, 8 * 36, 32, 1, 1, 1, 1) for p in LINEAR_PASSES],
     }
+
+
+@pytest.mark.parametrize(("gain", "backend"), [(2.0, "kernel"), (0.6, "dense")])
+def test_what_tune_has_found_runs_at_every_density(gain, backend, monkeypatch):
+    monkeypatch.setattr(tuning, "kernel_gain", lambda run, device: gain)
+    for kept in range(1, 200, 3):
+        layer = sm.SparseLinear(10, 20, sparsity=1 - kept / 200)
+        tuning.tune_layer(layer, (3, 10))
+        plan = layer.topology.plan()
+        assert plan.index[1].numel() == kept
+        for work in choice.remembered():
+            assert choice.kernel_pays(work, plan.density) == (backend == "kernel"), kept
+            assert not choice.kernel_pays(work, (kept + 1) / 200)  # which was not measured
+        assert set(tuning.chosen_backends(layer, (3, 10)).values()) == {backend}
+        model = nn.Sequential(layer)
+        assert set(sm.what_runs(model, torch.zeros(3, 10))["0"].values()) == {backend}
 
 
 def test_tune_really_measures():

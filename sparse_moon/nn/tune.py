@@ -79,7 +79,8 @@ def tune_layer(
             with choice.use_backend("kernel"), choice.asked_for() as works:
                 run()
             for work in works:
-                choice.remember(work, density if chosen[pass_] == "kernel" else 0.99 * density)
+                less = max(0.01 * density, 1.0 / max(work.blocks, 1))  # less than a block would not count
+                choice.remember(work, density if chosen[pass_] == "kernel" else density - less)
     return chosen
 
 
@@ -124,7 +125,7 @@ def chosen_backends(
     for pass_, run in products(layer, input_shape, memory_format).items():
         with choice.use_backend("kernel"), choice.asked_for() as works:
             run()
-        kernel = works and all(density <= choice.crossover(work) for work in works)
+        kernel = works and all(choice.pays(work, density) for work in works)
         chosen[pass_] = "kernel" if kernel else "dense"
     return chosen
 

@@ -129,7 +129,7 @@ def _ask(
 
 def _backends(layer: _Layer) -> dict[Pass, Backend]:
     chosen: dict[Pass, Backend] = {
-        work.pass_: "kernel" if layer.density <= choice.crossover(work) else "dense" for work in layer.works
+        work.pass_: "kernel" if choice.pays(work, layer.density) else "dense" for work in layer.works
     }
     if "input_grad" in chosen:  # it was asked for both gradients at once, and then for each
         chosen.pop("grads", None)
@@ -150,7 +150,7 @@ def _advice(layers: Sequence[_Layer], works: Sequence[Work], device: str) -> str
                 continue
             own = {work.dtype for work in layer.works}
             others = [work._replace(block=block, dtype=dtype) for work in layer.works]
-            if dtype in {*own, "bfloat16"} and all(layer.density <= choice.crossover(work) for work in others):
+            if dtype in {*own, "bfloat16"} and all(choice.pays(work, layer.density) for work in others):
                 pays[pattern_name(block) + (f" in {_DTYPES.get(dtype, dtype)}" if dtype not in own else "")] += 1
     if not pays:
         return "no pattern was measured to pay at these sizes and densities"

@@ -53,6 +53,11 @@ class Work(NamedTuple):
     channels_last: bool = False
     """Layout of a convolution's activations; always False on a GPU, where kernels take one only."""
 
+    @property
+    def blocks(self) -> int:
+        """How many of them the weight would have if it were dense; on the CPU its entries."""
+        return self.outputs * self.inputs * self.taps // (self.block[0] * self.block[1])
+
 
 # Where dense convolutions by Winograd's products are faster than torch's: 1.1 to 3 times on Zen 4, but 0.7 to 1.2 times
 # with half as many channels, or tiles of 2 x 2 outputs in the batch.
@@ -124,8 +129,19 @@ def kernel_pays(work: Work, density: float, kind: Literal["cpu", "triton", "cuda
         _asked.append(work)
     backend = current_backend()
     if backend == "auto":
-        return density <= crossover(work)
+        return pays(work, density)
     return backend in ("kernel", kind)
+
+
+def pays(work: Work, density: float) -> bool:
+    """Whether the sparse kernel is known to be faster at this density.
+
+    A crossover is a density that was asked for, and a layer has the nearest whole number of blocks: of the 36 blocks of
+    128 x 128 of a 3 x 3 convolution of 256 channels, 4 stand for 0.1. So as many blocks as the crossover rounds to
+    still count as measured, and one more does not.
+    """
+    limit = crossover(work)
+    return density <= limit or 0 < round(density * work.blocks) <= limit * work.blocks + 0.5
 
 
 def cuda_or(reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
