@@ -4,10 +4,12 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_moon.ops import Geometry, cpu, use_backend
+from sparse_moon import SparseConv2d, SparseLinear, what_runs
+from sparse_moon.nn import tune as tuning
+from sparse_moon.ops import Geometry, choice, cpu, use_backend
 from sparse_moon.ops.cpu import matrix
 from sparse_moon.ops.layout import memory_format
 from sparse_moon.ops.native import native
@@ -166,6 +168,41 @@ def test_dense_products_that_torch_only_emulates_are_computed_in_float32(monkeyp
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs products of bfloat16")
 def test_products_that_torch_has_are_not_emulated():
     assert not cpu.emulated(torch.bfloat16) and not cpu.emulated(torch.float32)
+
+
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize(("gain", "backend"), [(2.0, "kernel"), (0.6, "dense")])
+@pytest.mark.parametrize("speed", [0.6, 4.0])  # of torch's dense products, over float32's
+@pytest.mark.parametrize("layer", [SparseLinear(40, 24, sparsity=0.9), SparseConv2d(40, 24, 3, sparsity=0.9)])
+def test_what_tune_has_found_under_autocast_runs_there(layer, speed, gain, backend, monkeypatch):
+    for module in (cpu, linear, conv2d):
+        monkeypatch.setattr(module, "emulated", lambda dtype: False)
+    monkeypatch.setattr(choice, "bfloat16_speed", lambda: speed)
+    monkeypatch.setattr(tuning, "kernel_gain", lambda run, device: gain)
+    ran, real = [], choice.kernel_pays
+    monkeypatch.setattr(cpu, "kernel_pays", lambda *inputs: (ran.append(real(*inputs)), ran[-1])[1])
+    x = torch.randn((5, 40) if isinstance(layer, SparseLinear) else (5, 40, 6, 7), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        tuning.tune_layer(layer, tuple(x.shape))
+        ran.clear()
+        layer(x).float().sum().backward()
+        assert len(ran) >= 2 and set(ran) == {backend == "kernel"}
+        assert set(tuning.chosen_backends(layer, tuple(x.shape)).values()) == {backend}
+        assert set(what_runs(nn.Sequential(layer), x)["0"].values()) == {backend}
+    assert {work.dtype for work in choice.remembered()} == {"bfloat16"}  # of float32 nothing was found
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_kernels_pay_at_densities_that_are_lower_by_the_speed_of_dense_products(monkeypatch):
+    monkeypatch.setattr(choice, "bfloat16_speed", lambda: 4.0)
+    for work, slower in (
+        (choice.Work("forward", 8, 40, 24, 1, 1, 1, 1), 4.0),
+        (choice.Work("forward", 8, 40, 24, 64, 9, 1, 1), 2.0),  # those of float32 are Winograd's
+    ):
+        for pass_ in choice.PASSES:
+            choice.remember(work._replace(pass_=pass_), 0.4)
+        half = work._replace(dtype="bfloat16")
+        assert choice.crossover(work) == pytest.approx(0.4) and choice.crossover(half) == pytest.approx(0.4 / slower)
 
 
 def test_rounding_to_bfloat16(kernels):

@@ -25,8 +25,7 @@ def what_runs(model: nn.Module, batch: Batch) -> dict[str, dict[Pass, Backend]]:
 
     One forward pass finds the layers' inputs; then each layer does a forward and a backward pass by itself, on zeros,
     so that all takes about as long as a training step. No weight, gradient or statistic changes. It is asked outside of
-    :func:`sparse_moon.ops.use_backend` blocks. Under autocast to bfloat16 on the CPU, where dense products have
-    another speed, ``"kernel"`` is said of layers up to the density at which it pays in float32.
+    :func:`sparse_moon.ops.use_backend` blocks.
 
     Args:
         model: with sparse layers, which may be compiled or wrapped.

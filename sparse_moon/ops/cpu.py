@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_moon.ops.choice import Work, kernel_pays, winograd_pays
+from sparse_moon.ops.choice import Work, kernel_pays
 from sparse_moon.ops.index import check_entries
 from sparse_moon.ops.native import native
 from sparse_moon.ops.plan import Plan
-
-# By how much torch's convolutions in float32 are slower than Winograd's, which are not there in bfloat16.
-_WINOGRAD_SPEED = 2.0
 
 # What new_empty takes dtype and device from, in less time than from arguments.
 _LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -89,23 +86,9 @@ def kernel_takes(work: Work, plan: Plan, *operands: Tensor | None) -> bool:
     assert first is not None
     if not one_type(first, *operands):
         return False
-    density = plan.density
     if first.dtype is torch.bfloat16 and not emulated(first.dtype):
-        density *= bfloat16_speed() / (_WINOGRAD_SPEED if winograd_pays(work) else 1)
-    return kernel_pays(work, density)
-
-
-@cache
-def bfloat16_speed() -> float:
-    """How many times as fast torch's dense products are in bfloat16 as in float32 on this processor.
-
-    The kernel pays at densities as much lower. Convolutions and linear layers were 1.8 to 2.2 times as fast on Zen 4,
-    and 0.5 to 0.7 times on Emerald Rapids without its matrix unit, which is said to make them several times as fast.
-    """
-    has = torch.cpu.get_capabilities()
-    if has.get("amx_bf16"):
-        return 4.0
-    return 2.0 if has.get("avx512_bf16") and native is not None and native.vendor() == "amd" else 0.6
+        work = work._replace(dtype="bfloat16")
+    return kernel_pays(work, plan.density)
 
 
 @cache
