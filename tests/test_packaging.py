@@ -1,6 +1,7 @@
 import ast
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,36 @@ def test_one_build_runs_on_every_processor_of_its_architecture():
     chosen = re.compile(r"\bavx512::|\bavx2::|\bfill_avx512\(|\bfill_avx2\(")
     assert found, "the kernels for AVX-512 and AVX2 are missing"
     assert not [function for function in found if not chosen.search(function)]
+
+
+def setup_on(machine, monkeypatch):
+    """The names of ``setup.py``, and the CPU extension that it builds, on a machine of another kind."""
+    pytest.importorskip("pybind11")
+    made = []
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: made.extend(arguments["ext_modules"]))
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path("setup.py"), made[0]
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64", "ARM64"])
+def test_on_arm_generic_vectors_alone_are_compiled(machine, monkeypatch):
+    names, extension = setup_on(machine, monkeypatch)
+    sources = {Path(path).name for path in extension.sources}
+    everything = {path.name for path in (ROOT / "csrc/cpu").glob("*.cpp")} | {"register_cpu.cpp"}
+    assert sources == everything - {"kernels_avx2.cpp", "kernels_avx512.cpp"} and "kernels_generic.cpp" in sources
+    assert not names["ISA_FLAGS"] and not [flag for flag in extension.extra_compile_args if flag.startswith("-m")]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "AMD64"])
+def test_on_x86_each_file_has_the_flags_of_its_vectors_alone(machine, monkeypatch):
+    names, extension = setup_on(machine, monkeypatch)
+    sources = {Path(path).name for path in extension.sources}
+    assert {"kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_generic.cpp"} <= sources
+    assert {source for source in sources if source.endswith(tuple(names["ISA_FLAGS"]))} == {
+        "kernels_avx2.cpp", "kernels_avx512.cpp"
+    }  # fmt: skip
+    assert not [flag for flag in extension.extra_compile_args if flag.startswith("-m")]
 
 
 def test_the_changelog_begins_with_this_version():
