@@ -16,12 +16,16 @@ cifar10 a ResNet-18 of width 32, 25 to 30 minutes a run on two idle cores, and M
 
     python benchmarks/compare.py cifar10 DATA --grid sparsity --seed 0 1 2     # benchmarks/results/cifar10-sparsity
 
-Whether sparsity hurts there, in the small network: dense, and RigL at 80 to 99 %, 10 to 20 minutes a run.
+Whether sparsity hurts there, in the small network: dense, and RigL at 80 to 99 %, 20 to 90 minutes a run.
 
     python benchmarks/compare.py mnist DATA --grid calibration --seed 0 1 2 3 4 5 6 7     # mnist-calibration
 
 CigL with three shares of weights kept, without one of its parts, and beside other calibration, at 95 %. A tenth of the
 training images is held out for the temperature.
+
+    python benchmarks/compare.py mnist DATA --grid diagnostics --seed 0 1 2     # mnist-diagnostics
+
+What the papers' theory speaks of, after each epoch: RigL alone, with MOON and with CigL, SET and static, at 95 %.
 
     python benchmarks/compare.py mnist DATA --times     # on an idle machine: times.json, the times of a training step
 
@@ -91,7 +95,7 @@ METHODS = [
 ]
 
 
-GRIDS = ("methods", "moon", "sparsity", "calibration")
+GRIDS = ("methods", "moon", "sparsity", "calibration", "diagnostics")
 
 
 def grids(name: str, dataset: str) -> list[dict[str, Any]]:
@@ -108,6 +112,12 @@ def grids(name: str, dataset: str) -> list[dict[str, Any]]:
             {**common, "reliability": ["none", "moon:-loss", *(["gamblers"] if cheap else [])]},
             {**common, "reliability": ["moon"], "sweep": f"final_weight={'0.01,1,4' if cheap else '1'}"},
             *([{**common, **beside_dense}] if cheap else []),
+        ]
+    if name == "diagnostics":
+        common |= {"diagnostics": True, "final_weight": FINAL_WEIGHTS[dataset]}
+        return [
+            {**common, "reliability": ["none", "moon", "cigl"]},
+            {**common, "method": ["set", "static"], "reliability": ["none"]},
         ]
     common["holdout"] = 0.1
     others = ["weight-dropout", "mc-dropout", "mixup", "label-smoothing"]

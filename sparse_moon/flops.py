@@ -19,8 +19,8 @@ from sparse_moon.layer_costs import LayerCost, layer_costs
 from sparse_moon.nn import Exclude, Pattern, layer_densities, sparse_layers
 from sparse_moon.nn.inspect import Inputs, weight_layers, weights
 from sparse_moon.nn.projections import as_linear_layers
+from sparse_moon.options import Refresh
 from sparse_moon.reliability import RELIABILITY, RunCost
-from sparse_moon.reliability.costs import Refresh
 from sparse_moon.text_table import text_table
 from sparse_moon.topology import block_grid, block_shape, blocks_of, matrix_shape
 

@@ -16,6 +16,9 @@ ReliabilityMethod = Literal[
     "generalized-odin", "sup-tickets", "gamblers",
 ]  # fmt: skip
 
+Refresh = Literal["final", "epoch"]
+"""When batch norm is estimated anew: at the end of the training, or after each epoch that takes part in an average."""
+
 
 @dataclass(frozen=True)
 class PruningOptions:

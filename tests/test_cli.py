@@ -259,6 +259,20 @@ def test_flops_of_resnet50(capsys):
     assert "--input" in refused(capsys, "flops", "--input", "3,224")
 
 
+def test_flops_of_batch_norm_in_each_epoch(capsys):
+    """MOON's Appendix F: 2.4e15 a pass at 80 %, uniform, and twenty passes nearly all of its 6.8 %."""
+    command = ["flops", "--sparsity", "0.8", "--allocation", "uniform", "--json", "--method"]
+    for method, options, passes, share in [
+        ("static", [], 1, 1 / 300),
+        ("static", ["--refresh", "epoch"], 20, 20 / 300),
+        ("rigl", ["--refresh", "epoch"], 20, 0.0661),  # of a training that its dense gradients make longer
+    ]:
+        main([*command, method, *options])
+        moon = json.loads(capsys.readouterr().out)["overhead"]["moon"]
+        assert moon["batch_norm"] == pytest.approx(passes * 2.34e15, rel=0.002)
+        assert moon["ratio"] == pytest.approx(share, rel=0.001)
+
+
 def test_module_entry_point_and_two_processes(tmp_path):
     """``torchrun`` with two processes ends in one run folder, also where the number of weights changes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

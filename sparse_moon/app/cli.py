@@ -31,7 +31,7 @@ from sparse_moon.app.names import Log, ModelName, Score
 from sparse_moon.app.own import NAMES, import_modules, typed_paths
 from sparse_moon.app.presets import presets
 from sparse_moon.app.sweep import parse_sweeps
-from sparse_moon.options import MethodOptions, ReliabilityOptions, TrainingMethod
+from sparse_moon.options import MethodOptions, Refresh, ReliabilityOptions, TrainingMethod
 from sparse_moon.settings import OR_IMPORT_PATH, ImportPath, LibraryModel, helps, is_import_path
 
 # Headings of train's options in its help; the fields of TrainConfig below each.
@@ -328,6 +328,7 @@ def _flops_parser(description: str, own: Mapping[str, type]) -> _Parser:
     training.add_argument("--examples", type=int, default=1_281_167, help="size of the training set")
     training.add_argument("--epochs", type=int, default=100, help="passes over it")
     training.add_argument("--batch-size", type=int, default=32, help="images a batch")
+    training.add_argument("--refresh", type=Refresh, default="final", help="when batch norm is estimated anew")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-Refresh = Literal["final", "epoch"]
+from sparse_moon.options import Refresh
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def run(arguments: Namespace) -> None:
         model, (channels, height, width), sparsity=arguments.sparsity, allocation=arguments.allocation,
         **choice, method=arguments.method, interval=arguments.interval, update_fraction=arguments.stop,
         built_sparsity=built, growth=method.growth(options, arguments.drop_fraction, arguments.stop),
-        num_classes=arguments.classes,
-        examples=arguments.examples, epochs=arguments.epochs, batch_size=arguments.batch_size,
+        num_classes=arguments.classes, examples=arguments.examples, epochs=arguments.epochs,
+        batch_size=arguments.batch_size, refresh=arguments.refresh,
     )  # fmt: skip
     print(json.dumps(report, indent=2) if arguments.json else flops.format_report(report))
