@@ -15,6 +15,7 @@ from sparse_moon.app import comparison, run_folder
 from sparse_moon.app.cli import main, presets
 from sparse_moon.app.comparison_text import format_markdown
 from sparse_moon.app.config import TrainConfig
+from sparse_moon.app.evaluate import scores_for
 from sparse_moon.app.experiment import experiment, run_key, run_name, unlike_name, varying_settings
 from sparse_moon.app.published import published_figures
 from sparse_moon.app.sweep import parse_sweeps
@@ -337,6 +338,55 @@ def test_published_figures_stand_beside_measured_ones(tmp_path):
     assert "printed as 87.66, but its columns average 86.66" in text
 
 
+def _printed():
+    """Paper, table, preset, what differs from it, and the numbers, apart from where the package has them."""
+    moon, by_group = "MOON (arXiv 2403.20047)", ("auroc/near/msp", "auroc/far/msp")
+    for sparsity, rigl, ours, knn in [
+        (0.8, (0.8817, 0.9088), (0.9053, 0.9286), (0.9114, 0.9396)),
+        (0.9, (0.8845, 0.9003), (0.8963, 0.9237), (0.9036, 0.9343)),
+        (0.95, (0.8667, 0.8819), (0.8871, 0.9162), (0.8935, 0.9301)),
+        (0.99, (0.8184, 0.8449), (0.8443, 0.8770), (0.8388, 0.9111)),
+    ]:
+        figures = dict(zip((*by_group, "auroc/near/knn", "auroc/far/knn"), (*ours, *knn), strict=True))
+        yield moon, None, "moon-cifar10", {"sparsity": sparsity}, figures
+        changes = {"reliability": "none", "sparsity": sparsity}
+        yield moon, None, "moon-cifar10", changes, dict(zip(by_group, rigl, strict=True))
+    at_95 = {"sparsity": 0.95}
+    changes = {"method": "set", **at_95}
+    yield moon, 4, "moon-cifar10", {**changes, "reliability": "none"}, {"ece": 0.035, "accuracy": 0.9256}
+    yield moon, 4, "moon-cifar10", changes, {"ece": 0.020, "accuracy": 0.9359}
+    for table, name, values in [
+        (12, "final_weight", {0.1: 0.8441, 0.5: 0.8666, 2: 0.8711, 4: 0.8531}),
+        (None, "warmup_epochs", {1: 0.8517, 2: 0.8533, 3: 0.8581}),
+        (None, "vote_from", {0.98: 0.8477, 0.95: 0.8532, 0.9: 0.8584}),
+    ]:
+        for value, near in values.items():
+            yield moon, table, "moon-cifar10", {**at_95, name: value}, {"auroc/near/msp": near}
+    yield moon, 10, "moon-mnist", {"reliability": "none"}, dict(zip(by_group, (0.9145, 0.9851), strict=True))
+    yield moon, 10, "moon-mnist", {}, dict(zip(by_group, (0.9731, 0.9905), strict=True))
+    for sparsity, rigl, ours in [(0.8, 0.0423, 0.0356), (0.9, 0.0441, 0.0361), (0.95, 0.0504, 0.0385),
+                                 (0.99, 0.0571, 0.0298)]:  # fmt: skip
+        changes = {"reliability": "none", "sparsity": sparsity}
+        yield "CigL (ICLR 2023)", None, "cigl-cifar10", changes, {"ece": rigl}
+        yield "CigL (ICLR 2023)", None, "cigl-cifar10", {"sparsity": sparsity}, {"ece": ours}
+    for preset, energy, dice in [("dice-cifar10", 0.2655, 0.2083), ("dice-cifar100", 0.6845, 0.4972)]:
+        yield "DICE (arXiv 2111.09805)", None, preset, {}, {"fpr95/far/energy": energy, "fpr95/far/dice": dice}
+
+
+def test_published_figures_are_those_of_the_papers():
+    content = yaml.safe_load((resources("sparse_moon.app") / "published.yaml").read_text(encoding="utf-8"))
+    ours = [
+        (group["paper"], group["table"], group["preset"], row["changes"], row["figures"])
+        for group in content
+        for row in group["rows"]
+    ]
+
+    def by_text(rows):
+        return sorted(json.dumps(row, sort_keys=True) for row in rows)
+
+    assert by_text(ours) == by_text(_printed())
+
+
 def test_published_figures_fit_presets_and_are_shares():
     content = yaml.safe_load((resources("sparse_moon.app") / "published.yaml").read_text(encoding="utf-8"))
     found = 0
@@ -348,5 +398,7 @@ def test_published_figures_fit_presets_and_are_shares():
             ours = [one for one in published_figures(experiment(config.to_dict()), ood) if not one["other"]]
             assert {(one["figure"], one["value"]) for one in ours} == set(row["figures"].items())
             assert all(0 < value < 1 for value in row["figures"].values())
+            scores = {name.rpartition("/")[2] for name in row["figures"] if "/" in name}
+            assert scores <= set(scores_for(config))  # in the text that tables have them under
             found += len(ours)
     assert found > 40

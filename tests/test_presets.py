@@ -13,7 +13,7 @@ from sparse_moon.app.cli import main, presets
 from sparse_moon.app.ood_groups import ood_group
 
 # Only what makes networks and images small, and the training short; the depths are the papers'.
-SMALL = ["--epochs", "1", "--batch-size", "8", "--interval", "2", "--quiet"]
+SMALL = ["--batch-size", "8", "--interval", "2", "--quiet"]
 WIDTHS = {"resnet18": "4", "resnet50": "4", "wrn-22-2": "4", "densenet101": "2"}
 
 
@@ -60,11 +60,19 @@ PAPERS = {
     "dice-cifar100": DICE,
     "dice-imagenet": {"model": "resnet50", "epochs": 0, "batch_size": 64},
 }
+# Scores whose options in the papers are not our defaults.
+SCORES = {
+    "moon-cifar100": {"knn:k=200"},
+    "moon-imagenet": {"knn:k=1000"},
+    "dice-cifar10": {"dice", "odin:eps=0.004"},
+    "dice-cifar100": {"dice", "odin:eps=0.004"},
+    "dice-imagenet": {"dice:p=0.7", "odin:eps=0"},
+}
 
 
 def test_the_values_are_the_papers() -> None:
     assert presets().keys() == PAPERS.keys()
-    other = {"dataset", "method", "reliability", "ood", "headline", "image_size", "resize", "crops", "weights"}
+    other = {"dataset", "method", "reliability", "ood", "headline", "score", "image_size", "resize", "crops", "weights"}
     for name, path in presets().items():
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         expected = {key: value for key, value in PAPERS[name].items() if value is not None}
@@ -74,6 +82,11 @@ def test_the_values_are_the_papers() -> None:
         assert settings["method"] == ("dense" if paper == "dice" else "rigl")
         trained = {"rigl-imagenet": "label-smoothing", "moon": "moon", "cigl": "cigl"}
         assert settings["reliability"] == trained.get(name, trained.get(paper, "none"))
+        scores = {settings.get("headline", "msp"), *settings.get("score", ())}
+        assert scores >= SCORES.get(name, set()), name
+        # and not the defaults besides
+        assert not scores & {score.partition(":")[0] for score in SCORES.get(name, ()) if ":" in score}, name
+        assert ("score" in settings) == (name in SCORES), name
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +102,28 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_preset_trains(name: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "write_report", lambda *_: None)  # most of the time, and the same for all
     settings = presets()[name].read_text()
-    options = ["--width", next(width for model, width in WIDTHS.items() if model in settings)]
-    if "image_size" in settings:
+    epochs = int(yaml.safe_load(settings)["epochs"] > 0)
+    # What is not trained is of its own size.
+    options = ["--width", next(width for model, width in WIDTHS.items() if model in settings)] if epochs else []
+    if epochs and "image_size" in settings:
         options += ["--image-size", "32", "--resize", "36"]
     if "ood:" not in settings:
         options += ["--ood", "textures"]  # those that are always at hand are large
     if "warmup_epochs" in settings:
         options += ["--warmup-epochs", "0"]
+    if epochs:
+        options += ["--epochs", "1"]
     if "weights:" in settings:
-        network = models.build("resnet50", 1000, in_channels=3, image_size=32, width=4)  # as many as in ImageNet's file
+        network = models.build("resnet50", 1000, in_channels=3, image_size=224)  # as many as in ImageNet's file
         torch.save(network.state_dict(), tmp_path / "w.pt")
         options += ["--weights", str(tmp_path / "w.pt")]
     out = tmp_path / "run"
     main(["train", "--config", name, "--data-root", str(data_root), *SMALL, *options, "--out", str(out)])
     config = json.loads((out / run_folder.CONFIG).read_text())
     results = json.loads((out / run_folder.RESULTS).read_text())
-    assert config["epochs"] == results["epochs"] == 1
+    assert config["epochs"] == results["epochs"] == epochs
+    computed = next(iter(results["ood"].values())).keys() | results.get("left_out", {}).keys()
+    assert computed >= SCORES.get(name, set())
     if config["ood"] is not None:
         assert list(results["ood"]) == config["ood"]
         assert {ood_group(config["dataset"], ood) for ood in results["ood"]} <= {"near", "far"}

@@ -62,8 +62,8 @@ NEAR_OOD: dict[str, tuple[str, ...]] = {
 }
 """By ID set the names of the OOD sets close to it in content, as OpenOOD 1.0 and MOON group them.
 
-Those of MNIST beyond notMNIST and Fashion-MNIST are grouped here. OpenOOD 1.5 counts iNaturalist and OpenImage-O as
-far from ImageNet.
+Those of MNIST beyond notMNIST and Fashion-MNIST are grouped here. Of ImageNet's SSB-hard and NINCO are OpenOOD 1.5's,
+which counts iNaturalist and OpenImage-O as far.
 """
 
 FAR_OOD: dict[str, tuple[str, ...]] = {
