@@ -7,6 +7,10 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536
 
+# mallopt makes the largest size of it. With the largest int the system got back what lay free at the end of the heap
+# from 2 GB on: half of the processes with steps of 2.4 GB had all their page faults again, 1.9 s of two steps.
+_NEVER = -1
+
 decided = False
 """Whether :func:`keep_freed_memory` has been called in this process."""
 _kept = False
@@ -39,7 +43,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
     if mallopt is None:
         return False
     if keep:
-        _kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+        _kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
     else:
         mallopt(_M_MMAP_MAX, _MMAP_MAX)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -34,8 +35,30 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def run(way):
-    out = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout
+LARGE_STEPS = """
+import ctypes, resource, sys
+from sparse_moon.memory import keep_freed_memory
+kept = sys.argv[1] == "keep" and keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+SIZE = 40 * 10**6
+def step():
+    blocks = [libc.malloc(ctypes.c_size_t(SIZE)) for _ in range(int(sys.argv[2]))]
+    for block in blocks:
+        pages = memoryview((ctypes.c_char * SIZE).from_address(block)).cast("B")[::65536]
+        pages[:] = bytes(len(pages))
+    for block in blocks:
+        libc.free(ctypes.c_void_p(block))
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(way, *arguments, script=FAULTS):
+    command = [sys.executable, "-c", script, way, *map(str, arguments)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [int(word) for word in out.split()]
 
 
@@ -53,6 +76,19 @@ def test_freed_memory_comes_back_without_page_faults():
     for way, decided in (("refused, layer", 1), ("layer, evaluated", 0), ("layer, then back", 1)):
         found = run(way)
         assert found[0] == decided and found[1] > 0.5 * returned, way
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
+def test_steps_of_more_than_2_gb_come_back_without_page_faults():
+    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 6e9:
+        pytest.skip("huge pages would take 2.8 GB")
+    returned = run("return", 60, script=LARGE_STEPS)[1]
+    assert returned > 500
+    for blocks in (60, 65, 70):  # of 40 MB
+        kept, faults = run("keep", blocks, script=LARGE_STEPS)
+        if not kept:
+            pytest.skip("the C library is not glibc")
+        assert faults < returned / 10, blocks
 
 
 def test_other_systems_are_left_alone(monkeypatch):
