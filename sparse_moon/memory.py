@@ -1,6 +1,7 @@
 """What the C library does with freed memory."""
 
 import ctypes
+import os
 import sys
 
 # of glibc's malloc.h, and what it starts with
@@ -11,8 +12,8 @@ _TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536
 # from 2 GB on: half of the processes with steps of 2.4 GB had all their page faults again, 1.9 s of two steps.
 _NEVER = -1
 
-decided = False
-"""Whether :func:`keep_freed_memory` has been called in this process."""
+decided = os.environ.get("SPARSE_MOON_KEEP_MEMORY") == "0"
+"""Whether :func:`keep_freed_memory` has been called in this process, or the environment says no."""
 _kept = False
 
 
@@ -23,9 +24,10 @@ def keep_freed_memory(keep: bool = True) -> bool:
     come as fresh pages in every step, and the system clears each page when it is first touched. This asks glibc not to.
     The process then stays at its peak size.
 
-    The first forward pass with gradients of a sparse layer on the CPU does it by itself, unless this was called before:
-    ``keep_freed_memory(False)`` at the start of a program leaves everything as it is. Models on a GPU, and evaluation
-    under ``torch.no_grad()``, never do it.
+    The first forward pass with gradients of a sparse layer on the CPU does it by itself, and so does
+    :func:`sparse_moon.train` on the CPU, unless this was called before: ``keep_freed_memory(False)`` at the start of a
+    program, or ``SPARSE_MOON_KEEP_MEMORY=0`` in its environment, leaves everything as it is. Models on a GPU, and
+    evaluation under ``torch.no_grad()``, never do it.
 
     Args:
         keep: False not to do it, or to go back to what glibc starts with; what was kept is then given back.
@@ -50,3 +52,17 @@ def keep_freed_memory(keep: bool = True) -> bool:
         library.malloc_trim(0)
         _kept = False
     return _kept
+
+
+def keep_for_training() -> bool:
+    """:func:`keep_freed_memory`, unless that has been decided already: what training on the CPU calls.
+
+    Returns:
+        Whether freed memory is kept from now on.
+    """
+    return _kept if decided else keep_freed_memory()
+
+
+# A compiler calls it while it traces a training pass, and neither traces it nor asks again whether that was decided.
+# What torch.compiler.assume_constant_result does after importing torch._dynamo, which takes as long as half of torch.
+keep_for_training._dynamo_marked_constant = True  # type: ignore[attr-defined]

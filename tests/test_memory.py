@@ -3,7 +3,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import sparse_moon as sm
 from sparse_moon import memory
 from sparse_moon.memory import keep_freed_memory
 
@@ -23,6 +27,12 @@ if "layer" in way:
     with torch.set_grad_enabled("evaluated" not in way):
         layer(torch.ones(4, 64))
     kept = memory.decided
+if "train" in way:
+    from sparse_moon.app import start
+    start.train_in = lambda *args, **options: {}
+    if "refused" in way:
+        memory.keep_freed_memory(False)
+    sm.train(out="nowhere")
 def step():
     for _ in range(3):
         torch.ones(10**7)  # 40 MB: glibc maps and unmaps blocks above 32 MB one by one
@@ -56,9 +66,9 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def run(way, *arguments, script=FAULTS):
-    command = [sys.executable, "-c", script, way, *map(str, arguments)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def run(way, *arguments, script=FAULTS, **variables):
+    command, environment = [sys.executable, "-c", script, way, *map(str, arguments)], {**os.environ, **variables}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     return [int(word) for word in out.split()]
 
 
@@ -76,6 +86,10 @@ def test_freed_memory_comes_back_without_page_faults():
     for way, decided in (("refused, layer", 1), ("layer, evaluated", 0), ("layer, then back", 1)):
         found = run(way)
         assert found[0] == decided and found[1] > 0.5 * returned, way
+    # and so does a run
+    assert run("train")[1] < returned / 10
+    assert run("refused, train")[1] > 0.5 * returned
+    assert run("layer, train", SPARSE_MOON_KEEP_MEMORY="0")[1] > 0.5 * returned
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
@@ -89,6 +103,33 @@ def test_steps_of_more_than_2_gb_come_back_without_page_faults():
         if not kept:
             pytest.skip("the C library is not glibc")
         assert faults < returned / 10, blocks
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_compiled_training_keeps_memory_too(adapted, monkeypatch):
+    asked = []
+
+    def keep():
+        asked.append(True)
+        memory.decided = True
+        return True
+
+    monkeypatch.setattr(memory, "decided", False)
+    monkeypatch.setattr(memory, "keep_freed_memory", keep)
+    model = nn.Sequential(sm.SparseLinear(16, 8, sparsity=0.5), nn.ReLU(), sm.SparseLinear(8, 4, sparsity=0.5))
+    x = torch.ones(4, 16)
+    if adapted:  # values that do not train, and factors that do
+        sm.lora(model, rank=1)
+    torch.export.export(model, (x,), strict=False)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        compiled(x)
+    assert not asked and counter.frame_count == 1
+    for _ in range(3):
+        compiled(x).sum().backward()
+    assert asked == [True] and counter.frame_count == 2
 
 
 def test_other_systems_are_left_alone(monkeypatch):

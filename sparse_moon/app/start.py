@@ -19,7 +19,7 @@ from sparse_moon.app.experiment import WHERE, plain, run_name
 from sparse_moon.app.own import NAMES, import_modules
 from sparse_moon.app.presets import presets
 from sparse_moon.app.train import train as train_in
-from sparse_moon.memory import keep_freed_memory
+from sparse_moon.memory import keep_for_training
 from sparse_moon.settings import is_import_path
 
 # The others wait while the first process evaluates, for which NCCL's 10 minutes, or gloo's 30, may be too few.
@@ -96,7 +96,7 @@ def start(
     if joins:
         config = _join_processes(config)
     if config.device == "cpu":
-        keep_freed_memory()
+        keep_for_training()
     results = train_in(config, folder, resume=resume, progress=progress, time_dense=time_dense, log=log)
     if joins:
         dist.barrier()  # none leaves while another still needs it

@@ -143,7 +143,11 @@ class SparseLayer(nn.Module):
     def operands(self) -> tuple[Tensor, Tensor | None, Plan]:
         """Values, bias and plan of a product; the plan is kept as long as the index stays as it is."""
         if torch.compiler.is_compiling():
-            return self._transformed(), self.bias, self.topology.plan(self._geometry)
+            values = self._transformed()
+            trains = values.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            if trains and values.device.type == "cpu":
+                memory.keep_for_training()
+            return values, self.bias, self.topology.plan(self._geometry)
         own = self.__dict__  # attributes of a module take ten times as long
         modules, plan, watch = own["_modules"], own.get("_plan"), own.get("_watch")
         topology = modules["topology"]
@@ -164,7 +168,7 @@ class SparseLayer(nn.Module):
         if transform is not None:
             values = transform(values)
         if not memory.decided and values.requires_grad and torch.is_grad_enabled() and values.device.type == "cpu":
-            memory.keep_freed_memory()
+            memory.keep_for_training()
         return values if hide is None else hide(values), bias, plan
 
     def _check_values(self) -> None:
