@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sparse_moon as sm
 from sparse_moon.ops import dense_weight
@@ -61,6 +62,23 @@ def test_one_scatter_a_step(layer_and_input, scatters):
         optimizer.step()
         assert len(scatters) == step + 1
     check(layer, x.detach())
+
+
+def test_each_forward_pass_with_gradients_has_a_weight_of_its_own(layer_and_input, scatters):
+    """What docs/speed.md says of scatters and memory: values may be written through ``.data`` between two passes."""
+    layer, x = layer_and_input
+    x.requires_grad_()
+    for _ in range(4):  # batches whose gradients are added up
+        layer(x).sum().backward()
+    assert len(scatters) == 4 and all(weight() is None for weight in scatters)
+    scatters.clear()
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert len(scatters) == 2 and all(weight() is None for weight in scatters)
+    scatters.clear()
+    loss = sum(layer(x).sum() for _ in range(5))
+    assert len(scatters) == 5 and all(weight() is not None for weight in scatters)
+    loss.backward()
+    assert len(scatters) == 5 and all(weight() is None for weight in scatters)
 
 
 def test_no_scatter_in_evaluation_but_the_first_two(layer_and_input, scatters):
