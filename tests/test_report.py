@@ -274,7 +274,7 @@ def test_times_of_steps_and_what_ran(run: Path) -> None:
     assert page.row("fc")[1:] == ["0.4000", "dense", "dense", "kernel"]
     for words in (
         "12.35 ms",
-        "1 of 2 sparse layers ran sparse kernels, 1 in part",
+        "1 of 2 sparse layers ran sparse kernels, 1 in part: fc",
         "2.50 \u00d7",
         "30.00 ms (channels_last)",
     ):

@@ -132,7 +132,12 @@ def test_kernels_in_a_line():
     whole, none = {"forward": "kernel", "grads": "kernel"}, {"forward": "dense", "grads": "dense"}
     part = {"forward": "kernel", "values_grad": "dense"}
     assert kernels_line({"a": whole, "b": whole}) == "2 of 2 sparse layers ran sparse kernels"
-    assert kernels_line({"a": whole, "b": part, "c": none}) == "1 of 3 sparse layers ran sparse kernels, 1 in part"
+    found = {"a": whole, "b": part, "c": none}
+    assert kernels_line(found) == "1 of 3 sparse layers ran sparse kernels, 1 in part: b; dense: c"
+    found = {"a": whole} | dict.fromkeys("bcdefg", none)
+    assert kernels_line(found) == "1 of 7 sparse layers ran sparse kernels; dense: b, c, d, e and 2 more"
+    assert kernels_line({"a": whole, "b": part}) == "1 of 2 sparse layers ran sparse kernels, 1 in part: b"
+    assert kernels_line({"a": none, "b": none}) == "0 of 2 sparse layers ran sparse kernels"
 
 
 @pytest.mark.skipif(native is None, reason="needs the compiled CPU kernels")

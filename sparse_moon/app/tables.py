@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.ood_groups import by_group
+from sparse_moon.nn.plan import some
 from sparse_moon.text_table import text_table
 
 _COLUMNS = {"auroc": "AUROC", "fpr95": "FPR95", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out", "oscr": "OSCR"}
@@ -59,12 +60,17 @@ def _steps(steps: Mapping[str, Any]) -> list[str]:
 
 
 def kernels_line(kernels: Mapping[str, Mapping[str, str]]) -> str:
-    """How many sparse layers ran on sparse kernels, of what :func:`sparse_moon.what_runs` returns."""
-    ran = [set(passes.values()) for passes in kernels.values()]
-    whole = ran.count({"kernel"})
-    part = sum("kernel" in backends for backends in ran) - whole
-    in_part = f", {part} in part" * bool(part)
-    return f"{whole} of {len(ran)} sparse layers ran sparse kernels{in_part}"
+    """How many sparse layers ran on sparse kernels, of what :func:`sparse_moon.what_runs` returns, and which did not.
+
+    Names are left out where all layers ran dense.
+    """
+    ran = {name: set(passes.values()) for name, passes in kernels.items()}
+    dense = [name for name, backends in ran.items() if "kernel" not in backends]
+    part = [name for name, backends in ran.items() if len(backends) > 1]
+    line = f"{len(ran) - len(dense) - len(part)} of {len(ran)} sparse layers ran sparse kernels"
+    if len(dense) == len(ran):
+        return line
+    return line + f", {len(part)} in part: {some(part)}" * bool(part) + f"; dense: {some(dense)}" * bool(dense)
 
 
 def kernel_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
