@@ -18,7 +18,7 @@ from sparse_moon.capture import step as capture_step
 
 SMALL = TrainConfig(
     model="mlp", width=16, epochs=2, batch_size=64, interval=5, sparsity=0.8, ood=[], lr=0.2, vote_from=0.5, stop=0.5,
-    reliability="none", capture=True,
+    reliability="none",
 )  # fmt: skip
 RUNS = [
     {"reliability": "moon"}, {"reliability": "cigl"}, {"reliability": "mixup"}, {"reliability": "logitnorm"},
@@ -37,13 +37,13 @@ def digits():
 def _on_host(monkeypatch):
     monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
     monkeypatch.setattr(build, "captures_steps", lambda config: True)  # the optimizer, of both runs
-    monkeypatch.setattr(trainer, "captures_steps", lambda config: config.capture)
+    monkeypatch.setattr(trainer, "captures_steps", lambda config: config.capture is not False)
 
 
 def run(config, digits, epochs=2):
     made = Trainer(config, digits)
     for _ in range(epochs):
-        with nullcontext() if config.capture else Dispatched():
+        with Dispatched() if config.capture is False else nullcontext():
             made.run_epoch(tqdm(disable=True))
     return made
 
@@ -91,11 +91,21 @@ def test_runs_that_cannot_be_captured_say_why(options, reason, digits):
     assert made.captured is None or made.captured.reason is not None
 
 
-def test_without_a_gpu_nothing_changes(digits, monkeypatch):
+def test_one_process_of_several_says_why(digits, monkeypatch):
+    for where in (trainer, capture_step):
+        monkeypatch.setattr(where, "rank", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"reliability": "vos"}, {"method": "gmp"}):
+            Trainer(replace(SMALL, **options), digits)
+
+
+@pytest.mark.parametrize("capture", [None, True, False])
+def test_without_a_gpu_nothing_changes(capture, digits, monkeypatch):
     monkeypatch.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made = Trainer(SMALL, digits)
+        made = Trainer(replace(SMALL, capture=capture), digits)
     assert made.captured is None
     assert made.optimizer.param_groups[0]["lr"] == SMALL.lr
     assert made.optimizer.param_groups[0]["fused"] is None

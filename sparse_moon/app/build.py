@@ -152,8 +152,8 @@ def fuse_network(model: nn.Module, config: TrainConfig) -> None:
 
 
 def captures_steps(config: TrainConfig) -> bool:
-    """Whether training steps are to be CUDA graphs."""
-    return config.capture and torch.device(config.device).type == "cuda"
+    """Whether training steps are to be CUDA graphs: on a GPU, unless the settings say no."""
+    return config.capture is not False and torch.device(config.device).type == "cuda"
 
 
 def amp(config: TrainConfig) -> str:

@@ -393,8 +393,9 @@ def _add_options(group: Any, settings: type, names: Collection[str]) -> None:
         if name in _LISTS:
             kind = float if name == "lr_milestones" else str
             group.add_argument(flag, type=kind, nargs="+", help=text[name])
-        elif hints[name] is bool:
-            on = getattr(settings, name)  # by default, so that there is --no-NAME
-            group.add_argument(flag, action=BooleanOptionalAction if on else "store_true", default=on, help=text[name])
+        elif hints[name] in (bool, bool | None):
+            on = getattr(settings, name)  # if it is not plainly off, there is --no-NAME
+            action = "store_true" if on is False else BooleanOptionalAction
+            group.add_argument(flag, action=action, default=on, help=text[name])
         else:
             group.add_argument(flag, type=hints[name], default=getattr(settings, name), help=text[name])

@@ -212,9 +212,11 @@ def _start(folder: Path, options: Sequence[str], variables: Mapping[str, str]) -
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """A setting as ``sparse-moon train`` takes it, which has no option for None and for what is not wanted."""
-    flag = f"--{name.replace('_', '-')}"
-    return [] if value is None or value is False else [flag] if value is True else [flag, str(value)]
+    """A setting as ``sparse-moon train`` takes it: it has no option for None, and none for no where that is usual."""
+    word = name.replace("_", "-")
+    if value is None or (value is False and getattr(TrainConfig, name) is False):
+        return []
+    return [f"--{word}" if value else f"--no-{word}"] if isinstance(value, bool) else [f"--{word}", str(value)]
 
 
 def _summary(results: Mapping[str, Any]) -> str:

@@ -74,7 +74,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
         memory_format: layout of images and network, contiguous or channels_last; auto is channels_last on a GPU only.
         seed: of initial weights, topology, data order and augmentation.
         device: cpu, cuda, cuda:1 ...
-        capture: on a GPU make a training step one CUDA graph, see docs/gpu.md; a line says where it cannot be.
+        capture: on a GPU a training step is one CUDA graph, see docs/gpu.md; a line says where it cannot be.
         holdout: share of the training images kept out of training, for the temperature and for DICE's p.
         own: options of a method of your own by name, where they are not its defaults.
     """
@@ -121,7 +121,7 @@ class TrainConfig(MethodOptions, ReliabilityOptions):
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     seed: Annotated[int, AT_LEAST_0] = 0
     device: str = "cpu"
-    capture: bool = False
+    capture: bool | None = None
     holdout: Annotated[float, SHARE_BELOW_ONE] = 0.0
     own: Mapping[str, Any] = field(default_factory=dict, hash=False)
 

@@ -18,7 +18,7 @@ from sparse_moon.algorithms import Method
 from sparse_moon.algorithms.optimizers import inner_optimizers
 from sparse_moon.capture.frame import Frame, parameters
 from sparse_moon.capture.graph import Outputs, StepGraph
-from sparse_moon.distributed import world_size
+from sparse_moon.distributed import rank, world_size
 
 REHEARSALS = 3
 """Eager steps before a capture: they make the optimizer's state, compile kernels, and show what waits for the host."""
@@ -172,7 +172,8 @@ class CapturedStep:
 
     def _give_up(self, reason: str, stacklevel: int = 4) -> None:
         self.reason = reason
-        warnings.warn(f"training steps are not captured in a CUDA graph: {reason}", stacklevel=stacklevel)
+        if rank() == 0:  # processes have the same reason
+            warnings.warn(f"training steps are not captured in a CUDA graph: {reason}", stacklevel=stacklevel)
 
 
 def _unfit(method: Method, modules: tuple[nn.Module, ...]) -> str | None:
