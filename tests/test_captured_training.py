@@ -13,6 +13,7 @@ from tqdm import tqdm
 from sparse_moon.app import build, trainer
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import load_dataset
+from sparse_moon.app.train import train
 from sparse_moon.app.trainer import Trainer
 from sparse_moon.capture import step as capture_step
 
@@ -89,6 +90,20 @@ def test_runs_that_cannot_be_captured_say_why(options, reason, digits):
     with pytest.warns(UserWarning, match=f"not captured in a CUDA graph: .*{reason}"):
         made = Trainer(replace(SMALL, **options), digits)
     assert made.captured is None or made.captured.reason is not None
+
+
+def test_times_beside_a_dense_network_are_of_captured_steps(tmp_path, monkeypatch):
+    replays = {}
+
+    class Counted(HostGraph):
+        def replay(self):
+            replays[id(self)] = replays.get(id(self), 0) + 1
+            super().replay()
+
+    monkeypatch.setattr(capture_step, "StepGraph", Counted)
+    steps = train(replace(SMALL, epochs=1), tmp_path, progress=False, time_dense=True)["steps"]
+    assert steps["beside_dense"]["dense_ms"] > 0
+    assert len(replays) == 4 and min(replays.values()) > 5  # the run, its copy, and a dense network in two layouts
 
 
 def test_one_process_of_several_says_why(digits, monkeypatch):

@@ -2,15 +2,19 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_moon.algorithms import Method
 from sparse_moon.app.build import autocast, fuse_network, load_network
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import RunData
+from sparse_moon.capture import CapturedStep
+from sparse_moon.capture.step import REHEARSALS
 from sparse_moon.nn import densify
 from sparse_moon.step_clock import StepClock
 
@@ -19,7 +23,7 @@ _LEAST, _MOST, _SECONDS = 5, 50, 2.0  # rounds of a comparison, and about how lo
 
 
 def beside_dense(
-    model: nn.Module, config: TrainConfig, data: RunData, batch: tuple[Tensor, Tensor]
+    model: nn.Module, config: TrainConfig, data: RunData, batch: tuple[Tensor, Tensor], *, captured: bool = False
 ) -> dict[str, float | str]:
     """Times of a training step of a run's network, and of the same network made dense, on copies.
 
@@ -30,6 +34,7 @@ def beside_dense(
     Args:
         model: sparse, of the run of this ``config`` and ``data``.
         batch: images and labels as training has them.
+        captured: whether the run's steps are CUDA graphs; then those of all networks are.
 
     Returns:
         Medians in milliseconds, ``sparse_ms`` and ``dense_ms``, and the ``dense_layout``.
@@ -39,8 +44,9 @@ def beside_dense(
         steps = {}
         for name, network in copies(model, config, data).items():
             layout = _LAYOUTS.get(name, torch.contiguous_format)
-            steps[name] = _step(network, config, images.contiguous(memory_format=layout), labels)
-        times = _interleaved(steps, images.device)
+            step = _captured_step(network, config) if captured else _step(network, config)
+            steps[name] = partial(step, images.contiguous(memory_format=layout), labels)
+        times = _interleaved(steps, images.device, skip=REHEARSALS + 1 if captured else 1)
     faster = min(_LAYOUTS, key=times.__getitem__)
     return {"sparse_ms": times["sparse"], "dense_ms": times[faster], "dense_layout": faster}
 
@@ -60,10 +66,10 @@ def copies(model: nn.Module, config: TrainConfig, data: RunData) -> dict[str, nn
     return networks
 
 
-def _step(model: nn.Module, config: TrainConfig, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def _step(model: nn.Module, config: TrainConfig) -> Callable[[Tensor, Tensor], None]:
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, nesterov=config.momentum > 0)
 
-    def run() -> None:
+    def run(images: Tensor, labels: Tensor) -> None:
         with autocast(config):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
@@ -73,11 +79,27 @@ def _step(model: nn.Module, config: TrainConfig, images: Tensor, labels: Tensor)
     return run
 
 
-def _interleaved(steps: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """The median time of each."""
-    clocks = {name: StepClock(device, skip=1) for name in steps}
+def _captured_step(model: nn.Module, config: TrainConfig) -> Callable[[Tensor, Tensor], object]:
+    optimizer = torch.optim.SGD(
+        model.parameters(), torch.tensor(config.lr, device=config.device), config.momentum,
+        nesterov=config.momentum > 0, fused=True,
+    )  # fmt: skip
+    method = Method(model, optimizer)
+
+    def run(images: Tensor, labels: Tensor) -> None:
+        with autocast(config):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        method.step()
+
+    return CapturedStep(run, method, model)
+
+
+def _interleaved(steps: Mapping[str, Callable[[], object]], device: torch.device, skip: int) -> dict[str, float]:
+    """The median time of each, without its first ``skip`` steps."""
+    clocks = {name: StepClock(device, skip) for name in steps}
     begin, rounds = time.perf_counter(), 0
-    while rounds <= _LEAST or (rounds < _MOST and time.perf_counter() - begin < _SECONDS):
+    while rounds < skip + _LEAST or (rounds < _MOST and time.perf_counter() - begin < _SECONDS):
         for name, run in steps.items():
             with clocks[name].step():
                 run()

@@ -205,7 +205,8 @@ def _steps(trainer: Trainer, time_dense: bool) -> dict[str, Any]:
     steps["median_ms"] = median(medians) if medians else math.nan
     if time_dense:
         batch = next(trainer.batches.epoch(0))
-        steps["beside_dense"] = beside_dense(trainer.model, trainer.config, trainer.dataset, batch)
+        captured = trainer.captured is not None and trainer.captured.reason is None
+        steps["beside_dense"] = beside_dense(trainer.model, trainer.config, trainer.dataset, batch, captured=captured)
     return steps
 
 
