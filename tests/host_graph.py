@@ -2,8 +2,9 @@
 
 A capture notes every operator with the tensors that it reads and writes, and leaves all as it was. A replay calls the
 operators again, on those tensors. So a step that has put other tensors in their place since goes on with the old ones,
-as on a GPU. What capturing forbids is an error: to look at numbers on the device, shapes that depend on them, tensors
-that are made of Python's numbers.
+as on a GPU. What capturing forbids is an error: to look at numbers on the device, also where an operator of a GPU does
+so inside, shapes that depend on them, memory of another size, another device, tensors that are made of Python's
+numbers. Which tensors would be on the host cannot be seen here, where all are: to read one is no error.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,14 @@ from sparse_moon.ops import registry
 _LOOKS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "nonzero",
           "equal", "is_nonzero", "allclose", "unique", "masked_select"}  # fmt: skip
 _COPIES = {"tensor", "as_tensor", "from_numpy", "new_tensor"}
+_MOVES = {"cuda", "pin_memory"}
 _FROM_PYTHON = torch.ops.aten.lift_fresh.default
+_CHECKS = {  # numbers on the device, inside of what a GPU runs
+    "multinomial", "normal.Tensor_Tensor", "normal.float_Tensor", "_linalg_check_errors", "_linalg_eigh",
+    "linalg_eig", "_linalg_svd", "linalg_lstsq",
+}  # fmt: skip
+_SIZES = {"resize_", "resize_as_", "resize", "set_"}
+_INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
 _WRITES_UNSAID = {torch.ops.aten.native_batch_norm.default: (3, 4)}
 
 
@@ -40,7 +48,14 @@ class _Calls(TorchFunctionMode):
                 self.refuse(f"{name} waits for the device")
             elif name in _COPIES:
                 self.refuse(f"{name} copies from the host")
+            elif name in _MOVES or (name == "to" and _names_a_device((*args[1:], *(kwargs or {}).values()))):
+                self.refuse(f"{name} goes to another device")
         return func(*args, **(kwargs or {}))
+
+
+def _names_a_device(arguments):
+    """As a text; a device that is an object may be the tensors' own."""
+    return any(isinstance(argument, str) for argument in arguments)
 
 
 class Dispatched(TorchDispatchMode):
@@ -63,7 +78,13 @@ class _Operators(TorchDispatchMode):
             self.refuse(f"{func} depends on numbers on the device")
         if func is _FROM_PYTHON:
             self.refuse(f"{func} copies from the host")
-        if func is torch.ops.aten.index.Tensor and any(t is not None and t.dtype == torch.bool for t in args[1]):
+        packet = str(func._overloadpacket).removeprefix("aten.")
+        if not {packet, f"{packet}.{func._overloadname}"}.isdisjoint(_CHECKS):
+            self.refuse(f"{func} checks numbers on the device")
+        if packet in _SIZES:
+            self.refuse(f"{func} gives a tensor other memory")
+        one = len(args) > 2 and func in _INDEXED and args[2].numel() == 1  # it is filled in, wherever the mask is
+        if func in _INDEXED and not one and any(t is not None and t.dtype == torch.bool for t in args[1]):
             self.refuse("a mask as an index has a shape that depends on numbers on the device")
         for tensor in _written(func, args, kwargs):
             storage = tensor.untyped_storage()
@@ -124,6 +145,17 @@ def looks():
         yield found
 
 
+@contextmanager
+def _storages_stay(refuse):
+    """Their sizes are changed past the dispatcher."""
+    resize = torch.UntypedStorage.resize_
+    torch.UntypedStorage.resize_ = lambda *_: refuse("a storage gets another size")
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize
+
+
 class HostGraph:
     """In the place of :class:`sparse_moon.capture.graph.StepGraph`."""
 
@@ -150,6 +182,7 @@ class HostGraph:
         random = torch.get_rng_state()
         operators, calls = _Operators(refuse), _Calls(refuse)
         with ExitStack() as stack:
+            stack.enter_context(_storages_stay(refuse))
             stack.enter_context(calls)
             stack.enter_context(operators)
             outputs = step()
