@@ -75,7 +75,7 @@ class Variant(NamedTuple):
     name: str
     launch: Launch
     matrix_unit: bool
-    """Whether its products must be on the matrix units (mma on sm_80, wgmma or mma on sm_90)."""
+    """Whether its products must be on the matrix units (mma.sync on sm_80, wgmma on sm_90, tcgen05 on sm_100)."""
 
 
 Variants = Iterator[Variant]
