@@ -11,24 +11,50 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
-
-from jsonargparse.typing import restricted_string_type
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 _LIBRARY_MODEL = r"^(timm|torchvision):[\w.-]+$"
 _PATH = r"^[^\W\d]\w*(\.[^\W\d]\w*)+$"
 
-if TYPE_CHECKING:
-    ImportPath = str
-else:
-    ImportPath = restricted_string_type("ImportPath", _PATH)
-    """Where something of the user's own is: ``package.module.name``."""
+
+class Text(str):
+    """A text of a certain form, which is a regular expression; any other is a ``ValueError``."""
+
+    form: ClassVar[str]
+
+    def __new__(cls, text: str) -> "Text":
+        """Check the text."""
+        if not re.match(cls.form, text):
+            raise ValueError(f"{text} does not match regular expression {cls.form}")
+        return super().__new__(cls, text)
+
 
 if TYPE_CHECKING:
+    ImportPath = str
     LibraryModel = str
 else:
-    LibraryModel = restricted_string_type("LibraryModel", _LIBRARY_MODEL)
-    """A network of timm or torchvision: ``timm:NAME``, ``torchvision:NAME``."""
+
+    class ImportPath(Text):
+        """Where something of the user's own is: ``package.module.name``."""
+
+        form = _PATH
+
+    class LibraryModel(Text):
+        """A network of timm or torchvision: ``timm:NAME``, ``torchvision:NAME``."""
+
+        form = _LIBRARY_MODEL
+
 
 OR_LIBRARY = ", timm:NAME, torchvision:NAME"
 """What messages add to a list of names that a `LibraryModel` may take the place of."""

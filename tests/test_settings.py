@@ -1,5 +1,7 @@
 """Types, bounds and help of settings, and options of one class among them."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args
 
@@ -109,3 +111,9 @@ def test_every_class_of_ours_is_exported():
         classes = {kind.__name__ for kind in registry.values() if kind.__module__.startswith("sparse_moon.")}
         assert classes <= set(package.__all__), f"export it in {package.__name__}"
     assert {kind.__name__ for kind in ALGORITHMS.values()} <= set(sparse_moon.__all__), "export it in __init__.pyi"
+
+
+def test_a_run_can_be_made_and_trained_where_options_cannot_be_parsed():
+    """Benchmarks on a bare machine have torch, and may not have jsonargparse."""
+    code = "import sys; sys.modules['jsonargparse'] = None; import sparse_moon.app.models, sparse_moon.app.start"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
 
 import sparse_moon
 from sparse_moon.allocation import Allocation
@@ -29,6 +28,7 @@ from sparse_moon.app.config import TrainConfig, own_options
 from sparse_moon.app.messages import error_message, listing, one_line, parse_message, suggestion
 from sparse_moon.app.names import Log, ModelName, Score
 from sparse_moon.app.own import NAMES, import_modules, typed_paths
+from sparse_moon.app.parsers import ArgumentParser
 from sparse_moon.app.presets import presets
 from sparse_moon.app.sweep import parse_sweeps
 from sparse_moon.options import MethodOptions, Refresh, ReliabilityOptions, TrainingMethod
@@ -391,8 +391,7 @@ def _add_options(group: Any, settings: type, names: Collection[str]) -> None:
     for name in names:
         flag = "--" + name.replace("_", "-")
         if name in _LISTS:
-            kind = float if name == "lr_milestones" else str
-            group.add_argument(flag, type=kind, nargs="+", help=text[name])
+            group.add_argument(flag, type=float if name == "lr_milestones" else str, nargs="+", help=text[name])
         elif hints[name] in (bool, bool | None):
             on = getattr(settings, name)  # if it is not plainly off, there is --no-NAME
             action = "store_true" if on is False else BooleanOptionalAction

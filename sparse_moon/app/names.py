@@ -5,7 +5,7 @@ Those of training methods and reliability methods are in :mod:`sparse_moon.optio
 
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import restricted_string_type
+from sparse_moon.settings import Text
 
 ModelName = Literal["mlp", "small-resnet", "resnet18", "resnet50", "resnet101", "wrn-22-2", "densenet101"]
 
@@ -17,7 +17,11 @@ Score = Literal[
 if TYPE_CHECKING:
     ScoreWithOptions = str
 else:
-    ScoreWithOptions = restricted_string_type("ScoreWithOptions", rf"^({'|'.join(Score.__args__)}):.+$")
-    """One of `Score` with options, ``knn:k=200``; see :func:`sparse_moon.ood.make_detector`."""
+
+    class ScoreWithOptions(Text):
+        """One of `Score` with options, ``knn:k=200``; see :func:`sparse_moon.ood.make_detector`."""
+
+        form = rf"^({'|'.join(Score.__args__)}):.+$"
+
 
 Log = Literal["csv", "tensorboard"]

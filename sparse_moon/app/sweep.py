@@ -3,11 +3,10 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.experiment import PLACE
 from sparse_moon.app.messages import parse_message, suggestion
+from sparse_moon.app.parsers import ArgumentError, ArgumentParser
 
 _ELSEWHERE = {"without": "reliability (moon:-tuning)", **{name: name for name in ("method", "sparsity", "seed")}}
 _ELSEWHERE["reliability"] = "reliability"

@@ -5,8 +5,6 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from jsonargparse import Namespace
-
 from sparse_moon.app import compare, comparison
 from sparse_moon.app.commands import settings
 from sparse_moon.app.comparison_text import format_summary
@@ -14,6 +12,7 @@ from sparse_moon.app.config import TrainConfig, parse_label
 from sparse_moon.app.experiment import WHERE
 from sparse_moon.app.finished_runs import evaluate_again
 from sparse_moon.app.own import NAMES
+from sparse_moon.app.parsers import Namespace
 from sparse_moon.settings import is_import_path
 
 

@@ -6,9 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 
 from sparse_moon.app.environment import environment
+from sparse_moon.app.parsers import Namespace
 from sparse_moon.ops import choice
 from sparse_moon.ops.native import has_triton, native, native_cuda, require_cuda
 from sparse_moon.source_tree import PACKAGE

@@ -5,10 +5,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse import Namespace
-
 from sparse_moon.app.commands import check_own
 from sparse_moon.app.evaluate import FinishedRun, evaluate_model, fit_detector, load_run
+from sparse_moon.app.parsers import Namespace
 from sparse_moon.app.run_data import load_ood_sets
 from sparse_moon.app.tables import format_results
 from sparse_moon.ood import save_detector

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 
 from sparse_moon import files
 from sparse_moon.app.commands import check_own
 from sparse_moon.app.evaluate import FinishedRun, load_run
+from sparse_moon.app.parsers import Namespace
 from sparse_moon.formats.saving import save
 from sparse_moon.nn import densify
 

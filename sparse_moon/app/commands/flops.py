@@ -4,11 +4,11 @@ import json
 from dataclasses import fields
 
 import torch
-from jsonargparse import Namespace
 
 from sparse_moon import flops
 from sparse_moon.algorithms import ALGORITHMS
 from sparse_moon.app import models
+from sparse_moon.app.parsers import Namespace
 from sparse_moon.nn import layer_densities
 from sparse_moon.options import MethodOptions
 from sparse_moon.settings import options_of

@@ -1,9 +1,8 @@
 """``sparse-moon train``."""
 
-from jsonargparse import Namespace
-
 from sparse_moon.app import run_folder
 from sparse_moon.app.commands import settings
+from sparse_moon.app.parsers import Namespace
 from sparse_moon.app.start import start
 from sparse_moon.app.tables import format_kernels, format_results
 
