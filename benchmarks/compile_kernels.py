@@ -8,27 +8,28 @@ one version of Triton and for one architecture of GPUs; TRITON_CACHE_DIR says wh
 """
 
 import argparse
+import math
 import multiprocessing
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
-from gpu_networks import NETWORKS, GpuNetwork
-from torch import Tensor
+from gpu_networks import NETWORKS, GpuNetwork, has_blocks
+from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from tune import DENSITIES
 
-import sparse_moon as sm
 from sparse_moon.kernels import batch_norm_relu as norm
 from sparse_moon.kernels.launch import Launch
-from sparse_moon.nn import SparseLayer, sparse_layers
-from sparse_moon.ops.plan import Geometry
+from sparse_moon.ops.index import block_grid, block_shape
+from sparse_moon.ops.plan import Geometry, Plan
 from sparse_moon.ops.sparse_conv2d import triton as conv2d
 from sparse_moon.ops.sparse_linear import triton as linear
+from sparse_moon.topology import blocks_of
 
 _launches: list[Launch] = []
 
@@ -66,21 +67,30 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
-def launches(layer: SparseLayer, shape: torch.Size, gelu: str | None = None) -> list[Launch]:
+def plan_of(layer: nn.Module, density: float, pattern: str) -> Plan:
+    """Of a dense layer that is made sparse, without its index: which kernel runs depends on sizes alone."""
+    (outputs, channels, *plane), block = layer.weight.shape, block_shape(pattern)
+    grid = block_grid((outputs, channels * math.prod(plane)), block)
+    entries, rows, columns = blocks_of(density, grid), grid[0] + 1, grid[1] + 1
+    geometry = None
+    if isinstance(layer, nn.Conv2d):
+        sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        geometry = Geometry.of(layer.weight.shape, *sizes)
+    sizes = rows, entries, columns, entries, entries
+    return Plan(tuple(empty(size, dtype=torch.int32) for size in sizes), block, geometry)
+
+
+def launches(layer: nn.Module, shape: torch.Size, plan: Plan, gelu: str | None = None) -> list[Launch]:
     """Of the forward pass and both gradients in bfloat16; behind or in front of GELU, where that is its name."""
-    x, values = empty(*shape), torch.empty_like(layer.values, dtype=torch.bfloat16, device="meta")
+    x, values = empty(*shape), empty(*plan.values_shape)
     bias = None if layer.bias is None else empty(*layer.bias.shape)
     with recorded() as found:
-        if isinstance(layer, sm.SparseConv2d):
-            weight_shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-            sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
-            plan = layer.topology.plan(Geometry.of(weight_shape, *sizes))
+        if isinstance(layer, nn.Conv2d):
             y = conv2d.forward(x, values, bias, plan)
             if conv2d.takes("input_grad", plan, torch.bfloat16):
                 conv2d.input_grad(y, values, shape, plan)
             conv2d.values_grad(y, x, plan)
         else:
-            plan = layer.topology.plan(None)
             y = linear.forward(x, values, bias, None, plan)
             linear.input_grad(y, values, plan)
             linear.values_grad(y, x, plan)
@@ -105,20 +115,16 @@ def norm_launches(shape: torch.Size) -> list[Launch]:
     return found
 
 
-def launches_of(network: GpuNetwork, pattern: str, sparsity: float) -> Iterator[Launch]:
-    """Of a network's sparse layers and fused batch norms."""
+def launches_of(network: GpuNetwork, pattern: str, sparsities: list[float]) -> Iterator[Launch]:
+    """Of a network's sparse layers at these sparsities and where tune.py looks for crossovers, and of batch norms."""
     for shape in dict.fromkeys(network.norms()):
         yield from norm_launches(shape)
-    shapes = {name: shape for name, _, shape in network.layers()}
-    model = network.build(network.classes + 1, torch.device("cpu"), min(network.depth, 1))
-    network.sparsify(model, sparsity, pattern)
     gelu = "gelu_tanh" if len(network.shape) == 2 else "gelu"
-    seen: set[Any] = set()
-    for name, layer in sparse_layers(model).items():
-        key = shapes[name], layer.topology.shape, layer.topology.num_blocks
-        if key not in seen:
-            seen.add(key)
-            yield from launches(layer, shapes[name], gelu if name.endswith(("fc1", "fc2")) else None)
+    for name, layer, shape in network.layers():
+        for density in (*(1 - sparsity for sparsity in sparsities), *DENSITIES):
+            if has_blocks(layer, 1 - density, pattern):
+                plan = plan_of(layer, density, pattern)
+                yield from launches(layer, shape, plan, gelu if name.endswith(("fc1", "fc2")) else None)
 
 
 def key(launch: Launch) -> tuple[Any, ...]:
@@ -157,23 +163,25 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # of outputs without weights
-    found: dict[tuple[Any, ...], Launch] = {}
     problems: list[str] = []
-    for network in NETWORKS:
+    known: set[tuple[Any, ...]] = set()
+    driver.set_active(_Target(arguments.capability))
+    for network in NETWORKS:  # whose kernels are there before those of the next one are begun
+        found: dict[tuple[Any, ...], Launch] = {}
         named = any(part in network.name for part in arguments.case)
         for pattern in arguments.pattern if named else ():
-            for sparsity in arguments.sparsity:
-                try:
-                    found |= {key(launch): launch for launch in launches_of(network, pattern, sparsity)}
-                except Exception as error:  # a network that cannot be built leaves the others to be compiled
-                    problems.append(f"{network.name} {pattern} {sparsity}: {type(error).__name__}: {error}")
-    _launches.extend(found.values())
-    driver.set_active(_Target(arguments.capability))
-    # forked, because a launch's kernel cannot be sent to another process
-    with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
-        problems += [problem for problem in pool.map(compile_one, range(len(_launches)), chunksize=1) if problem]
-    print(f"{len(_launches)} kernels, {len(problems)} problems, triton {triton.__version__}", *problems, sep="\n")
+            try:
+                found |= {key(launch): launch for launch in launches_of(network, pattern, arguments.sparsity)}
+            except Exception as error:  # a network that cannot be built leaves the others to be compiled
+                problems.append(f"{network.name} {pattern}: {type(error).__name__}: {error}")
+        _launches[:] = [launch for described, launch in found.items() if described not in known]
+        known |= found.keys()
+        if _launches:  # forked, because a launch's kernel cannot be sent to another process
+            with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
+                compiled = pool.map(compile_one, range(len(_launches)), chunksize=1)
+            problems += [problem for problem in compiled if problem]
+            print(f"{network.name}: {len(_launches)} kernels more", flush=True)
+    print(f"{len(known)} kernels, {len(problems)} problems, triton {triton.__version__}", *problems, sep="\n")
     raise SystemExit(bool(problems))
 
 

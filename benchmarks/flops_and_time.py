@@ -197,8 +197,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, main cases only")
     parser.add_argument("--dense", nargs="+", choices=gpu_steps.DENSE, default=list(gpu_steps.DENSE), help="on CUDA "
                         "of 'step': the dense steps")  # fmt: skip
-    parser.add_argument("--compile-sparse", action="store_true", help="on CUDA of 'step': the sparse step of the "
-                        "first sparsity and pattern compiled, too")  # fmt: skip
+    parser.add_argument("--compile-sparse", nargs="+", choices=gpu_steps.DENSE[1:], default=[], help="on CUDA of "
+                        "'step': ways of compiling the sparse step of the first sparsity and pattern, too")  # fmt: skip
+    parser.add_argument("--compile-only", action="store_true", help="on CUDA of 'step': fill the compiler's cache, "
+                        "and time nothing")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="of 'step' and 'batch_norm': what CUDA would "
                         "run, of tiny networks")  # fmt: skip
     parser.add_argument("--case-seconds", type=float, default=math.inf, help="on CUDA of 'step': the most for a case")

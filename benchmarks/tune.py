@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_networks import NETWORKS
+from gpu_networks import NETWORKS, has_blocks
 from timing import environment, write_results
 from torch import nn
 
@@ -60,12 +60,16 @@ def cuda_cases() -> Iterator[Case]:
 
 
 def network_cases(names: list[str], patterns: list[str]) -> Iterator[Case]:
-    """The layers of the networks whose steps are timed, once each, network by network: what decides their speed."""
+    """The layers that become sparse in the networks whose steps are timed, once each: what decides their speed.
+
+    One pattern after the other: where the time ends, the first ones are whole. For larger layers than those that were
+    measured a choice can be made, for smaller ones not.
+    """
     seen: set[str] = set()
     for network in NETWORKS:
         if any(part in network.name for part in names):
-            for (_, layer, shape), pattern in itertools.product(network.layers(), patterns):
-                if (described := f"{layer} {tuple(shape)} {pattern}") not in seen:
+            for pattern, (_, layer, shape) in itertools.product(patterns, network.layers()):
+                if (described := f"{layer} {tuple(shape)} {pattern}") not in seen and has_blocks(layer, 0.8, pattern):
                     seen.add(described)
                     real = copy.deepcopy(layer).to_empty(device="cpu")
                     real._forward_pre_hooks.clear()
@@ -250,18 +254,26 @@ def main() -> None:
     if device.type == "cuda" and not arguments.case:  # compile_kernels.py has compiled those of networks
         with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
             pool.map(compile_kernels, [(copy.deepcopy(dense).to("meta"), *rest) for dense, *rest in cases], chunksize=1)
+    torch.backends.cudnn.benchmark = True  # as the dense layers of training steps have it
     rows: list[dict[str, Any]] = []
+    failed = 0
     end = time.monotonic() + arguments.seconds
     for done, (dense, shape, pattern, dtype) in enumerate(cases):
         if time.monotonic() > end:
             print(f"no time for {len(cases) - done} of {len(cases)} layers", flush=True)
             break
         for layout in layouts(dense, device):
-            rows += measure(dense.to(device, dtype), shape, pattern, layout, known)
+            try:
+                rows += measure(dense.to(device, dtype), shape, pattern, layout, known)
+            except Exception as error:  # a layer that cannot be measured leaves the others
+                failed += 1
+                print(f"{dense} {shape} {pattern} failed: {type(error).__name__}: {error}", flush=True)
         if rows:
             works = {choice.as_work(row["work"]) for row in rows}
             others = [row for row in kept["rows"] if choice.as_work(row["work"]) not in works]
             write_results(path, {**machine, **kept, "rows": others + rows})
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
