@@ -24,6 +24,7 @@ from gpu_networks import NETWORKS, GpuNetwork
 from torch import nn
 
 from sparse_moon.nn.batch_norm_relu import FEWEST_ON_A_GPU
+from sparse_moon.topology import blocks_of
 
 STREAM, DENSE_STREAM = 3.3e12, 3.0e12
 L2_LINEAR, L2_CONV, L2_CONV_GRAD = 12e12, 8.5e12, 4.3e12
@@ -66,9 +67,18 @@ class Layer:
         matrix = 600e12 if min(self.inputs * self.taps, self.outputs) < 1024 else 750e12
         return max(2.0 * self.m * self.weights / matrix, self.bytes_ / DENSE_STREAM) + NODE
 
-    def sparse(self, block: int, density: float) -> float:
-        """Forward and both gradients; 0 block rows of a pattern are those of a layer that the block does not divide."""
+    def kept(self, block: int | None, density: float) -> float:
+        """Density after rounding to whole blocks; 1 of a layer that stays dense, see ``gpu_networks.has_blocks``."""
+        if block is None:
+            return density
         if self.inputs % block or self.outputs % block:
+            return 1.0
+        blocks = blocks_of(density, grid := (self.outputs // block, self.inputs * self.taps // block))
+        return blocks / math.prod(grid) if blocks >= 2 else 1.0
+
+    def sparse(self, block: int, density: float) -> float:
+        """Forward and both gradients, of a density that was rounded."""
+        if density == 1.0:
             return 3 * self.dense()
         l2 = 2.0 * density * self.weights / block * self.m * (1 + block / 128)
         rates = (L2_CONV, L2_CONV_GRAD, L2_CONV_GRAD) if self.gathers else (L2_LINEAR,) * 3
@@ -134,12 +144,14 @@ def main() -> None:
         for sparsity in (0.8, 0.9, 0.95):
             cells = []
             for block in (32, 64, 128, None):
-                own = products if block is None else sum(layer.sparse(block, 1 - sparsity) for layer in layers)
+                kept = [(layer, layer.kept(block, 1 - sparsity)) for layer in layers]
+                own = products if block is None else sum(layer.sparse(block, density) for layer, density in kept)
+                left = sum(layer.weights * density for layer, density in kept)
                 if block is None:  # the dense product on a weight that is scattered three times
                     own += 3 * weights * 2 / STREAM
                 texts = []
                 for kind in ("eager", "compiled"):
-                    step = own + others(network, layers, kind, weights * (1 - sparsity), block is not None)
+                    step = own + others(network, layers, kind, left, block is not None)
                     text = f"{1e3 * (step + rest):.1f}, {(dense_blocks + rest) / (step + rest):.2f}x"
                     if network.whole_depth is not None:
                         times = network.whole_depth / network.depth
