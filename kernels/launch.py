@@ -1,6 +1,6 @@
 """A kernel launch as a value: what the GPU runs, what the interpreter tests, and what the compile gate compiles."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import JITFunction
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 _TYPES = {
     torch.float64: "fp64",
@@ -20,6 +21,9 @@ _TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
 }
+
+_compiled: dict[Hashable, CompiledKernel] = {}
+"""What was launched, by what it serves; nothing of the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,33 @@ class Launch:
             return
         tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            key = self._served(tensor.device) if isinstance(self.kernel, JITFunction) else None
+            if (compiled := _compiled.get(key)) is not None:
+                arguments = [self.arguments[name] for name in self.kernel.arg_names]
+                compiled[(*self.grid, 1, 1)[:3]](*arguments)
+                return
+            compiled = self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            if key is not None:
+                _compiled[key] = compiled
+
+    def _served(self, device: torch.device) -> Hashable:
+        """What one compiled kernel serves: all that Triton tells apart, and a little more.
+
+        Its own look-up takes several times as long: it compares each global constant that a kernel reads with what it
+        was when the kernel was compiled.
+        """
+        described: list[Hashable] = [self.kernel.fn, device, self.num_warps, self.num_stages]
+        for parameter in self.kernel.params:
+            value = self.arguments[parameter.name]
+            if isinstance(value, Tensor):
+                described.append((value.dtype, value.data_ptr() % 16))
+            elif parameter.is_constexpr or value is None:
+                described.append(value)
+            elif isinstance(value, int):
+                described.append((value % 16 == 0, value == 1, -(2**31) <= value < 2**31))
+            else:
+                described.append(type(value))
+        return tuple(described)
 
     def compile(self, capability: int) -> Any:
         """Compile as the launch would for a compute capability (80, 90), without a GPU; ``.asm`` has ptx and cubin."""
