@@ -18,6 +18,10 @@ cifar10 a ResNet-18 of width 32, 25 to 30 minutes a run on two idle cores, and M
 
 Whether sparsity hurts there, in the small network: dense, and RigL at 80 to 99 %, 20 to 90 minutes a run.
 
+    python benchmarks/compare.py cifar10 DATA --grid patterns --seed 0 1     # benchmarks/results/cifar10-patterns
+
+What blocks and vectors of weights cost in accuracy: RigL with six patterns at 90 and 95 %, eight epochs.
+
     python benchmarks/compare.py mnist DATA --grid calibration --seed 0 1 2 3 4 5 6 7     # mnist-calibration
 
 CigL with three shares of weights kept, without one of its parts, and beside other calibration, at 95 %. A tenth of the
@@ -95,7 +99,8 @@ METHODS = [
 ]
 
 
-GRIDS = ("methods", "moon", "sparsity", "calibration", "diagnostics")
+GRIDS = ("methods", "moon", "sparsity", "patterns", "calibration", "diagnostics")
+PATTERNS = "unstructured,vector8,vector16,block16,block32,block64"
 
 
 def grids(name: str, dataset: str) -> list[dict[str, Any]]:
@@ -105,6 +110,10 @@ def grids(name: str, dataset: str) -> list[dict[str, Any]]:
     beside_dense = {"method": ["dense", "rigl"], "reliability": ["none"], "sparsity": ["0.8", "0.9", "0.95", "0.99"]}
     if name == "sparsity":
         return [{**RESNET, **beside_dense}]
+    if name == "patterns":  # twice as wide, so that blocks of 64 divide most weights, and half as long
+        wide = {**RESNET, "width": 32, "epochs": 8, "score": ["msp", "energy", "knn"]}
+        grid = {"method": ["rigl"], "reliability": ["none"], "sparsity": ["0.9", "0.95"]}
+        return [{**wide, **grid, "sweep": f"pattern={PATTERNS}"}]
     common = {**CLAIMS[dataset], "method": ["rigl"], "sparsity": ["0.95"]}
     if name == "moon":
         cheap = dataset == "mnist"
