@@ -254,7 +254,8 @@ def main() -> None:
     if device.type == "cuda" and not arguments.case:  # compile_kernels.py has compiled those of networks
         with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
             pool.map(compile_kernels, [(copy.deepcopy(dense).to("meta"), *rest) for dense, *rest in cases], chunksize=1)
-    torch.backends.cudnn.benchmark = True  # as the dense layers of training steps have it
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as the dense layers of training steps have it
     rows: list[dict[str, Any]] = []
     failed = 0
     end = time.monotonic() + arguments.seconds
