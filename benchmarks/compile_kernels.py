@@ -8,7 +8,6 @@ one version of Triton and for one architecture of GPUs; TRITON_CACHE_DIR says wh
 """
 
 import argparse
-import math
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -25,11 +24,10 @@ from tune import DENSITIES
 
 from sparse_moon.kernels import batch_norm_relu as norm
 from sparse_moon.kernels.launch import Launch
-from sparse_moon.ops.index import block_grid, block_shape
 from sparse_moon.ops.plan import Geometry, Plan
 from sparse_moon.ops.sparse_conv2d import triton as conv2d
 from sparse_moon.ops.sparse_linear import triton as linear
-from sparse_moon.topology import blocks_of
+from sparse_moon.topology import block_grid, block_shape, blocks_of, matrix_shape
 
 _launches: list[Launch] = []
 
@@ -69,8 +67,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def plan_of(layer: nn.Module, density: float, pattern: str) -> Plan:
     """Of a dense layer that is made sparse, without its index: which kernel runs depends on sizes alone."""
-    (outputs, channels, *plane), block = layer.weight.shape, block_shape(pattern)
-    grid = block_grid((outputs, channels * math.prod(plane)), block)
+    block = block_shape(pattern)
+    grid = block_grid(matrix_shape(tuple(layer.weight.shape)), block)
     entries, rows, columns = blocks_of(density, grid), grid[0] + 1, grid[1] + 1
     geometry = None
     if isinstance(layer, nn.Conv2d):

@@ -20,11 +20,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from gpu_networks import NETWORKS, GpuNetwork
+from gpu_networks import NETWORKS, GpuNetwork, whole_blocks
 from torch import nn
 
 from sparse_moon.nn.batch_norm_relu import FEWEST_ON_A_GPU
-from sparse_moon.topology import blocks_of
 
 STREAM, DENSE_STREAM = 3.3e12, 3.0e12
 L2_LINEAR, L2_CONV, L2_CONV_GRAD = 12e12, 8.5e12, 4.3e12
@@ -68,13 +67,11 @@ class Layer:
         return max(2.0 * self.m * self.weights / matrix, self.bytes_ / DENSE_STREAM) + NODE
 
     def kept(self, block: int | None, density: float) -> float:
-        """Density after rounding to whole blocks; 1 of a layer that stays dense, see ``gpu_networks.has_blocks``."""
+        """Density after rounding to whole blocks; 1 of a layer that stays dense, see ``gpu_networks.whole_blocks``."""
         if block is None:
             return density
-        if self.inputs % block or self.outputs % block:
-            return 1.0
-        blocks = blocks_of(density, grid := (self.outputs // block, self.inputs * self.taps // block))
-        return blocks / math.prod(grid) if blocks >= 2 else 1.0
+        kept, blocks = whole_blocks((self.outputs, self.inputs, self.taps), density, (block, block))
+        return kept / blocks if kept else 1.0
 
     def sparse(self, block: int, density: float) -> float:
         """Forward and both gradients, of a density that was rounded."""

@@ -44,7 +44,7 @@ def beside_dense(
         steps = {}
         for name, network in copies(model, config, data).items():
             layout = _LAYOUTS.get(name, torch.contiguous_format)
-            step = _captured_step(network, config) if captured else _step(network, config)
+            step = _step(network, config, captured)
             steps[name] = partial(step, images.contiguous(memory_format=layout), labels)
         times = _interleaved(steps, images.device, skip=REHEARSALS + 1 if captured else 1)
     faster = min(_LAYOUTS, key=times.__getitem__)
@@ -66,33 +66,32 @@ def copies(model: nn.Module, config: TrainConfig, data: RunData) -> dict[str, nn
     return networks
 
 
-def _step(model: nn.Module, config: TrainConfig) -> Callable[[Tensor, Tensor], None]:
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, nesterov=config.momentum > 0)
+def _step(model: nn.Module, config: TrainConfig, captured: bool) -> Callable[[Tensor, Tensor], object]:
+    lr = torch.tensor(config.lr, device=config.device) if captured else config.lr
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr, config.momentum, nesterov=config.momentum > 0, fused=captured or None
+    )
 
-    def run(images: Tensor, labels: Tensor) -> None:
+    def backward(images: Tensor, labels: Tensor) -> None:
         with autocast(config):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
+
+    if captured:
+        method = Method(model, optimizer)
+
+        def run(images: Tensor, labels: Tensor) -> None:
+            backward(images, labels)
+            method.step()
+
+        return CapturedStep(run, method, model)
+
+    def eager(images: Tensor, labels: Tensor) -> None:
+        backward(images, labels)
         optimizer.step()
         optimizer.zero_grad()
 
-    return run
-
-
-def _captured_step(model: nn.Module, config: TrainConfig) -> Callable[[Tensor, Tensor], object]:
-    optimizer = torch.optim.SGD(
-        model.parameters(), torch.tensor(config.lr, device=config.device), config.momentum,
-        nesterov=config.momentum > 0, fused=True,
-    )  # fmt: skip
-    method = Method(model, optimizer)
-
-    def run(images: Tensor, labels: Tensor) -> None:
-        with autocast(config):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        method.step()
-
-    return CapturedStep(run, method, model)
+    return eager
 
 
 def _interleaved(steps: Mapping[str, Callable[[], object]], device: torch.device, skip: int) -> dict[str, float]:

@@ -18,7 +18,8 @@ from sparse_moon.app.datasets import Images
 from sparse_moon.app.diagnostics import Diagnostics
 from sparse_moon.app.run_data import RunData, difference, identity, plain_batches
 from sparse_moon.capture import CapturedStep
-from sparse_moon.distributed import average_gradients_, rank, world_size
+from sparse_moon.capture.step import say_not_captured
+from sparse_moon.distributed import average_gradients_, world_size
 from sparse_moon.nn import overall_sparsity, refresh_batch_norm
 from sparse_moon.nn.movement import Movement
 from sparse_moon.reliability import Reliability
@@ -69,8 +70,7 @@ class Trainer:
         elif (kind.before_batch, kind.loss_of) != (Reliability.before_batch, Reliability.loss_of):
             reason = f"reliability method {kind.name!r} may do something else in each batch"
         if reason is not None:
-            if rank() == 0:
-                warnings.warn(f"training steps are not captured in a CUDA graph: {reason}", stacklevel=3)
+            say_not_captured(reason, stacklevel=4)
             return None
         return CapturedStep(self._draw_and_train, self.method, self.model, self.reliability.loss)
 

@@ -172,8 +172,13 @@ class CapturedStep:
 
     def _give_up(self, reason: str, stacklevel: int = 4) -> None:
         self.reason = reason
-        if rank() == 0:  # processes have the same reason
-            warnings.warn(f"training steps are not captured in a CUDA graph: {reason}", stacklevel=stacklevel)
+        say_not_captured(reason, stacklevel + 1)
+
+
+def say_not_captured(reason: str, stacklevel: int) -> None:
+    """Warn that training steps run eagerly, in one process of several, which all have the same reason."""
+    if rank() == 0:
+        warnings.warn(f"training steps are not captured in a CUDA graph: {reason}", stacklevel=stacklevel)
 
 
 def _unfit(method: Method, modules: tuple[nn.Module, ...]) -> str | None:
