@@ -26,6 +26,8 @@ COMMANDS = {
     "sparse-moon --version": ["-m", "sparse_moon", "--version"],
     "sparse-moon train --help": ["-m", "sparse_moon", "train", "--help"],
     "sparse-moon train --epoch 3": ["-m", "sparse_moon", "train", "--epoch", "3"],
+    "sparse-moon train --dataset nowhere": ["-m", "sparse_moon", "train", "--dataset", "nowhere"],
+    "sparse-moon eval nowhere": ["-m", "sparse_moon", "eval", "nowhere"],
 }
 
 

@@ -151,7 +151,9 @@ def test_what_is_said_at_once_imports_nothing_heavy(argv):
             "import sparse_moon as sm; sm.RigL, sm.sparsify, sm.UnknownAwareLoss, sm.tune",
             [*HEAVY[1:-1], "torch._dynamo"],
         ),
-        ("import sparse_moon.app.commands.flops", ["matplotlib", "sklearn"]),
+        ("import sparse_moon.app.commands.flops", ["matplotlib", "sklearn", "torchvision"]),
+        ("import sparse_moon.app.commands.eval", ["matplotlib", "sklearn", "torchvision", "torch._dynamo"]),
+        ("import sparse_moon.app.commands.train", ["sklearn", "torchvision", "torch._dynamo"]),
         ("import sparse_moon.app.commands.export", ["sparse_moon.app.report", "sparse_moon.app.plots"]),
     ],
 )  # fmt: skip

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from sparse_moon.app.image_files import MAX_PIXELS, check_images, find_images, read_image
+from sparse_moon.app.image_files import ENDINGS, MAX_PIXELS, check_images, find_images, read_image
 
 SIZE = (7, 5)
 
@@ -18,6 +19,10 @@ def picture(mode: str = "RGB", seed: int = 0, size: tuple[int, int] = SIZE) -> I
     pixels = np.random.default_rng(seed).integers(256, size=(size[1], size[0], 4), dtype=np.uint8)
     image = Image.fromarray(pixels)
     return image if mode == "RGBA" else image.convert("RGB").convert(mode) if mode != "LA" else image.convert("LA")
+
+
+def test_what_torchvision_reads_is_read():
+    assert set(ENDINGS) > set(IMG_EXTENSIONS)
 
 
 def test_all_modes_are_what_pillow_makes_of_them(tmp_path: Path) -> None:

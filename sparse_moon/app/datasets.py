@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from sparse_moon.app.data_root import find_archive, find_folder_of_parts, find_list
 from sparse_moon.app.image_arrays import labels, pixels, read_npz
 from sparse_moon.app.image_files import ENDINGS, MAX_PIXELS, check_images, find_images, visible
 from sparse_moon.app.images import Batches, FolderImages, Images, Shape, TensorImages, convert
-from sparse_moon.app.torchvision_sets import read
 
 __all__ = [
     "Batches",
@@ -148,6 +146,8 @@ def _named(name: str, root: Path, download: bool, view: _View) -> DataSet:
         classes = _check_labels(lists[0].labels, lists[1].labels, where)
         return _from_files(name, where, parts, _class_names(name, classes), view)
     if name in _FROM_TORCHVISION:
+        from sparse_moon.app.torchvision_sets import read  # here, because importing torchvision takes seconds
+
         arrays = [array for train in (True, False) for array in read(name, root, train, download)]
         return _from_arrays(name, str(root), arrays, view)
     if folder := find_folder_of_parts(root, name, ("train", "val")):
@@ -160,6 +160,8 @@ def _named(name: str, root: Path, download: bool, view: _View) -> DataSet:
 
 def digits_by_class() -> list[np.ndarray]:
     """Scikit-learn's digits, uint8 (N, 8, 8), of each of the ten classes."""
+    from sklearn.datasets import load_digits  # here, because importing it takes seconds
+
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     return [pixels[digits.target == label] for label in range(10)]

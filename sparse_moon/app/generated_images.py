@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from sparse_moon.app.images import Shape
 
 
 def _photos(shape: Shape, rng: np.random.Generator) -> Tensor:
+    from sklearn.datasets import load_sample_images  # here, because importing it takes seconds
+
     _, height, width = shape
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     images = []
@@ -28,6 +28,8 @@ def _photos(shape: Shape, rng: np.random.Generator) -> Tensor:
 
 
 def _letters(shape: Shape, rng: np.random.Generator) -> Tensor:
+    import matplotlib  # here, for its fonts alone
+
     _, height, width = shape
     # Drawn at 64 pixels or more and averaged down, the way scikit-learn's digits were made from larger bitmaps.
     over = max(1, 64 // min(height, width))

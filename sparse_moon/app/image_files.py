@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-ENDINGS = (*IMG_EXTENSIONS, ".gif", ".pbm", ".pnm", ".jpe", ".jfif")
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 """Endings of the files that are read, in lower case; upper case will do."""
 
 MAX_PIXELS = 89_478_485

@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import resized_crop
 
 from sparse_moon.app.image_files import MAX_PIXELS, read_image
 
@@ -111,6 +110,8 @@ class TensorImages(Images):
             yield convert(self.pixels[indices], self.shape, self.resize)
 
     def random_crops(self, order: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        from torchvision.transforms.v2.functional import resized_crop  # here, because importing it takes seconds
+
         channels, *size = self.shape
         height, width = self.pixels.shape[2:]
         for indices, seeds in order:

@@ -3,7 +3,6 @@
 from importlib import import_module
 from typing import Any
 
-import torchvision
 from torch import nn
 
 
@@ -24,10 +23,12 @@ def build_of_library(name: str, num_outputs: int, in_channels: int, image_size: 
 
 
 def _torchvision(name: str, num_outputs: int, in_channels: int, image_size: int) -> nn.Module:
+    from torchvision.models import get_model  # here, because importing it takes seconds
+
     if in_channels != 3:
         raise ValueError(f"torchvision's networks are for 3 channels, got {in_channels}")
     sizes = {"image_size": image_size} if name.startswith("vit_") else {}
-    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_outputs, **sizes)
+    network: nn.Module = get_model(name, weights=None, num_classes=num_outputs, **sizes)
     return network
 
 

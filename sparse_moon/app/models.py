@@ -4,16 +4,18 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from sparse_moon.app.library_models import build_of_library
 from sparse_moon.app.own import imported
 from sparse_moon.settings import is_library_model
+
+if TYPE_CHECKING:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
 
 # Up to this side, in pixels, a ResNet has CIFAR's stem, above it ImageNet's.
 _LARGEST_SMALL_IMAGE = 64
@@ -135,7 +137,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock | Bottleneck],
+        block: "type[BasicBlock | Bottleneck]",
         blocks: Sequence[int],
         num_outputs: int,
         in_channels: int,
@@ -286,38 +288,32 @@ def _initialise(network: nn.Module) -> None:
 
 
 def _small_resnet(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock  # here, because importing it takes seconds
+
     return ResNet(BasicBlock, (2, 2, 2), num_outputs, in_channels, width)
 
 
-def _resnet18(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
-    if image_size > _LARGEST_SMALL_IMAGE:
-        return _torchvision(torchvision.models.resnet18, num_outputs, in_channels, width)
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_outputs, in_channels, width)
+def _resnet(name: str, block: str, blocks: Sequence[int]) -> Callable[[int, int, int, int], nn.Module]:
+    """How to build the network of this name, and its block's, in torchvision."""
 
+    def build(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
+        from torchvision.models import resnet  # here, because importing it takes seconds
 
-def _resnet50(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
-    if image_size > _LARGEST_SMALL_IMAGE:
-        return _torchvision(torchvision.models.resnet50, num_outputs, in_channels, width)
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_outputs, in_channels, width)
+        if image_size <= _LARGEST_SMALL_IMAGE:
+            return ResNet(getattr(resnet, block), blocks, num_outputs, in_channels, width)
+        if (in_channels, width) != (3, 64):
+            raise ValueError(
+                f"a ResNet for images over {_LARGEST_SMALL_IMAGE} pixels has 3 channels and width 64, "
+                f"got {in_channels} and {width}"
+            )
+        network: nn.Module = getattr(resnet, name)(num_classes=num_outputs)
+        return network
 
-
-def _resnet101(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
-    if image_size > _LARGEST_SMALL_IMAGE:
-        return _torchvision(torchvision.models.resnet101, num_outputs, in_channels, width)
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_outputs, in_channels, width)
+    return build
 
 
 def _densenet101(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
     return DenseNet(100, width, num_outputs, in_channels)
-
-
-def _torchvision(network: Callable[..., nn.Module], num_outputs: int, in_channels: int, width: int) -> nn.Module:
-    if (in_channels, width) != (3, 64):
-        raise ValueError(
-            f"a ResNet for images over {_LARGEST_SMALL_IMAGE} pixels has 3 channels and width 64, "
-            f"got {in_channels} and {width}"
-        )
-    return network(num_classes=num_outputs)
 
 
 def _wrn_22_2(num_outputs: int, in_channels: int, image_size: int, width: int) -> nn.Module:
@@ -327,9 +323,9 @@ def _wrn_22_2(num_outputs: int, in_channels: int, image_size: int, width: int) -
 MODELS: dict[str, Model] = {
     "mlp": Model(_mlp, width=512),
     "small-resnet": Model(_small_resnet, width=16, smallest_image=4),
-    "resnet18": Model(_resnet18, width=64, smallest_image=8),
-    "resnet50": Model(_resnet50, width=64, smallest_image=8),
-    "resnet101": Model(_resnet101, width=64, smallest_image=8),
+    "resnet18": Model(_resnet("resnet18", "BasicBlock", (2, 2, 2, 2)), width=64, smallest_image=8),
+    "resnet50": Model(_resnet("resnet50", "Bottleneck", (3, 4, 6, 3)), width=64, smallest_image=8),
+    "resnet101": Model(_resnet("resnet101", "Bottleneck", (3, 4, 23, 3)), width=64, smallest_image=8),
     "wrn-22-2": Model(_wrn_22_2, width=16, smallest_image=4),
     "densenet101": Model(_densenet101, width=12, smallest_image=4),
 }

@@ -14,7 +14,6 @@ from sparse_moon.app.image_arrays import pixels, read_npz
 from sparse_moon.app.image_files import ENDINGS, MAX_PIXELS, check_images, find_images
 from sparse_moon.app.images import FolderImages, Images, TensorImages
 from sparse_moon.app.ood_groups import SPELLINGS, canonical
-from sparse_moon.app.torchvision_sets import DOWNLOADED, READ, download_files, read
 
 
 def default_ood(dataset: str) -> list[str]:
@@ -134,6 +133,8 @@ def _named(name: str, like: DataSet, root: Path, download: bool, max_pixels: int
         return _from_files(listed.files, like, max_pixels)
     if folder := find_folder(root, name):
         return _at(folder, like, max_pixels)
+    from sparse_moon.app.torchvision_sets import DOWNLOADED, READ, download_files, read  # here: it takes seconds
+
     if name in READ:
         return _in_memory(read(name, root, False, download)[0], name, like)
     if download and name in DOWNLOADED:
