@@ -248,12 +248,14 @@ def open_set_classification_rate(id_scores: Tensor, correct: Tensor, ood_scores:
     Raises:
         ValueError: no samples, shapes that differ, ``correct`` not bool, or scores that are NaN.
     """
+    from sklearn.metrics import roc_auc_score  # here, because importing it takes a second
+
     check_predictions(id_scores, correct, bounded=False)
     check_scores("ood_scores", ood_scores)
     right = id_scores[correct.to(id_scores.device)]
     if not len(right):
         return 0.0
-    return len(right) / len(id_scores) * ood_metrics(right, ood_scores)["auroc"]
+    return len(right) / len(id_scores) * float(roc_auc_score(*_ranks(right, ood_scores)))
 
 
 def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
@@ -275,16 +277,12 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
     Raises:
         ValueError: scores that are empty, not 1-d, or NaN.
     """
-    check_scores("id_scores", id_scores)
-    check_scores("ood_scores", ood_scores)
-    is_id = np.repeat([True, False], [len(id_scores), len(ood_scores)])
-    scores = torch.cat([id_scores.detach().cpu().double(), ood_scores.detach().cpu().double()])
-    # Ranks in place of scores: scikit-learn refuses infinities.
-    rank = scores.unique(return_inverse=True)[1].numpy()
-
-    accepted = -(-95 * len(id_scores) // 100)  # ceil(0.95 N), in integers
     from sklearn.metrics import average_precision_score, roc_auc_score  # here, because importing it takes a second
 
+    check_scores("id_scores", id_scores)
+    check_scores("ood_scores", ood_scores)
+    is_id, rank = _ranks(id_scores, ood_scores)
+    accepted = -(-95 * len(id_scores) // 100)  # ceil(0.95 N), in integers
     threshold = np.sort(rank[is_id])[-accepted]
     return {
         "auroc": float(roc_auc_score(is_id, rank)),
@@ -292,6 +290,13 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
         "aupr_in": float(average_precision_score(is_id, rank)),
         "aupr_out": float(average_precision_score(~is_id, -rank)),
     }
+
+
+def _ranks(id_scores: Tensor, ood_scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Which of all scores are of ID, and ranks in place of scores: scikit-learn refuses infinities."""
+    is_id = np.repeat([True, False], [len(id_scores), len(ood_scores)])
+    scores = torch.cat([id_scores.detach().cpu().double(), ood_scores.detach().cpu().double()])
+    return is_id, scores.unique(return_inverse=True)[1].numpy()
 
 
 def check_scores(name: str, scores: Tensor) -> None:
