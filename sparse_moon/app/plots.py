@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
@@ -29,6 +30,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
     "text.parse_math": False,  # a name may hold a dollar sign
     "font.size": 10.5,
+    "figure.facecolor": "none",
     "text.color": _INK,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _MUTED,
@@ -298,7 +300,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], scores: Sequence[str]) -> Figu
 
 def _axes(width: int, height: int) -> tuple[Figure, Axes]:
     """One set of axes in a figure of this size in CSS pixels. Not pyplot's: nothing is kept after it is drawn."""
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    figure = Figure(figsize=(width / 72, height / 72))
     return figure, figure.subplots()
 
 
@@ -339,7 +341,9 @@ def _svg(figure: Figure, title: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": title}), warnings.catch_warnings():
         # the page's fonts draw the text, and they know more scripts than matplotlib's
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        # half of the time of savefig with a constrained layout, which draws all of it twice more
+        figure.tight_layout(pad=0.3)
+        FigureCanvasSVG(figure).print_svg(file, metadata=nothing)
     text = file.getvalue()
     text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
     text = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
