@@ -113,9 +113,12 @@ def test_mistakes_in_a_settings_file_get_one_line(tmp_path, capsys):
     path = tmp_path / "own.yaml"
     for text, message in (
         ("epoch: 3\n", "epoch"),
+        ("sparsty: 0.9\n", "--config has an unknown setting sparsty; did you mean sparsity?"),
+        ("width: 16\nwidth: 32\n", "own.yaml cannot be read: width is set twice"),
         ("lr: fast\n", "--lr must be a number, got fast"),
         ("a: [", "the settings of --config cannot be read: "),
         ("[1, 2]\n", "--config"),
+        ("- mlp\n", "the settings of --config cannot be read: expected NAME: VALUE, got - mlp"),
         *((f"{name}: {value}\n", f"error: --{name.replace('_', '-')} must be a list, got ")
           for name in ("ood", "score", "exclude", "without", "lr_milestones") for value in ("a", 3, "{a: 1}")),
         ("\x00", "--config"),

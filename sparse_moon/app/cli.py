@@ -30,6 +30,7 @@ from sparse_moon.app.names import Log, ModelName, Score
 from sparse_moon.app.own import NAMES, import_modules, typed_paths
 from sparse_moon.app.parsers import ArgumentParser
 from sparse_moon.app.presets import presets
+from sparse_moon.app.settings_files import parse_settings
 from sparse_moon.app.sweep import parse_sweeps
 from sparse_moon.options import MethodOptions, Refresh, ReliabilityOptions, TrainingMethod
 from sparse_moon.settings import OR_IMPORT_PATH, ImportPath, LibraryModel, helps, is_import_path
@@ -175,12 +176,14 @@ def _settings(path: Path) -> dict[str, Any] | None:
     """Settings in a YAML file; None where there are none, of which the parser says what is wrong.
 
     Raises:
-        ValueError: one that should be a list, of which the parser would not say which.
+        ValueError: one that is set twice, or one that should be a list, of which the parser would not say which.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = parse_settings(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return None
+    except ValueError as error:
+        raise ValueError(f"the settings of {path} cannot be read: {error}") from None
     if not isinstance(settings, dict):
         return None
     for name in _LISTS:
@@ -283,12 +286,9 @@ def _eval_parser(description: str) -> _Parser:
     parser.add_argument("run", type=str, help="run folder")
     parser.add_argument("--ood", type=str, nargs="+", help="OOD sets, NAME or NAME=PATH; default the run's own")
     parser.add_argument(
-        "--score",
-        type=str,
-        nargs="+",
-        help=f"scores to compute, of {scores}{OR_IMPORT_PATH}, with options as in knn:k=200 or "
-        "dice:p=0.7,score=msp; default all that fit the model",
-    )
+        "--score", type=str, nargs="+", help=f"scores to compute, of {scores}{OR_IMPORT_PATH}, with options as in "
+        "knn:k=200 or dice:p=0.7,score=msp; default all that fit the model",
+    )  # fmt: skip
     _add_imports(parser)
     _add_data_root(parser)
     parser.add_argument("--device", type=str | None, default=None, help="default the run's own")

@@ -59,8 +59,12 @@ def parse_message(message: str, known: Sequence[str]) -> str:
         return unknown or f"unexpected {found[1]}"
     if found := re.match(r"argument command: invalid choice: '(.*?)'", text):
         return f"unknown command {found[1]}, expected {listing(COMMANDS)}{suggestion(found[1], list(COMMANDS))}"
-    if found := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", text):
-        return f"the settings of --config cannot be read: {found[1]}"
+    if found := re.match(r"(Problems parsing|Unexpected) config: (.*)", text):
+        expected = "expected NAME: VALUE, got " if found[1] == "Unexpected" else ""
+        return f"the settings of --config cannot be read: {expected}{found[2]}"
+    if found := re.match(r"(?:Subcommand|Group) '.*?' does not accept option '(.*?)'", text):
+        names = [option.lstrip("-").replace("-", "_") for option in known]
+        return f"--config has an unknown setting {found[1]}{suggestion(found[1], names)}"
     if text.endswith(("object is not iterable", "object does not support item assignment")):
         return "a setting of --config that takes a list has another value"
     if text.startswith('expected "command"'):

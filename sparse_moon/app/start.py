@@ -1,7 +1,6 @@
 """A run from its settings, wherever they come from: what the command line and :func:`sparse_moon.train` share."""
 
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -18,21 +17,13 @@ from sparse_moon.app.config import TrainConfig, config_of
 from sparse_moon.app.experiment import WHERE, plain, run_name
 from sparse_moon.app.own import NAMES, import_modules
 from sparse_moon.app.presets import presets
+from sparse_moon.app.settings_files import parse_settings
 from sparse_moon.app.train import train as train_in
 from sparse_moon.memory import keep_for_training
 from sparse_moon.settings import is_import_path
 
 # The others wait while the first process evaluates, for which NCCL's 10 minutes, or gloo's 30, may be too few.
 _EVALUATION = timedelta(days=2)
-
-
-class _Loader(yaml.SafeLoader):
-    """As the command line reads YAML: ``1e-1`` is a number, too."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def train(
@@ -119,8 +110,8 @@ def _content(config: TrainConfig | Mapping[str, Any] | Path | str | None) -> dic
     elif not path.exists():
         raise ValueError(f"{path} is neither a file nor one of the presets {', '.join(presets())}")
     try:
-        content = yaml.load(files.read_text(path), _Loader)
-    except yaml.YAMLError as error:
+        content = parse_settings(files.read_text(path))
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"the settings of {path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings by name, got {type(content).__name__}")
