@@ -321,13 +321,16 @@ def test_wrong_arguments(tmp_path, capsys):
         (["--reliability", "moo"], "reliability must be one of"),
         (["--method", "dense", "--reliability", "cigl"], "needs another method than 'dense'"),
         (["--jobs", "0"], "--jobs must be at least 1"),
-        (["--table-only"], "holds no finished run"),
+        (["--table-only"], "--table-only writes the table of all finished runs, as they are: leave out --model, "),
         (["--score", "mps"], "unknown scores ['mps']"),
         (["--what"], "--what"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["compare", *QUICK, "--out", str(tmp_path / "none"), *options])
         assert stop.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", "--out", str(tmp_path / "none"), "--table-only"])
+    assert "holds no finished run" in capsys.readouterr().err
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").glob("*/results.json"))
 
 

@@ -1,6 +1,7 @@
 """``sparse-moon compare``."""
 
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -23,8 +24,11 @@ def run(arguments: Namespace) -> None:
         raise ValueError("--log is for training; without --table-only and --evaluate finished runs are logged, too")
     where = {name: arguments[name] for name in WHERE if name in arguments.given}
     failed: list[str] = []
+    if arguments.table_only and not arguments.evaluate:
+        _check_unread(arguments, {"headline"}, "--table-only writes the table of all finished runs, as they are")
     if arguments.evaluate:
-        _check_evaluation(arguments)
+        read = {*WHERE, "ood", "score", "headline"}
+        _check_unread(arguments, read, "--evaluate evaluates all finished runs, with the settings that they have")
         failed = evaluate_again(folder, ood=arguments.ood, scores=arguments.score, where=where)
     if not (arguments.table_only or arguments.evaluate):
         if arguments.jobs < 1:
@@ -39,16 +43,13 @@ def run(arguments: Namespace) -> None:
         sys.exit(1)
 
 
-def _check_evaluation(arguments: Namespace) -> None:
-    """Raise ``ValueError`` for options that finished runs are not evaluated with, as they have their own."""
-    read = {*WHERE, "ood", "score", "headline", *(name for name in NAMES if _imports(arguments[name]))}
+def _check_unread(arguments: Namespace, read: Collection[str], why: str) -> None:
+    """Raise ``ValueError`` for options other than ``read`` and those that import, as finished runs have their own."""
+    read = {*read, *(name for name in NAMES if _imports(arguments[name]))}
     unread = [name for name in arguments.given if name not in read]
     unread += ["sweep"] * bool(arguments.sweep) + ["jobs"] * (arguments.jobs != 1)
     if unread:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
-        raise ValueError(
-            f"--evaluate evaluates all finished runs, with the settings that they have: leave out {options}"
-        )
+        raise ValueError(f"{why}: leave out {', '.join('--' + name.replace('_', '-') for name in unread)}")
 
 
 def _imports(asked: str | list[str]) -> bool:
