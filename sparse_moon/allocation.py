@@ -9,7 +9,9 @@ Allocation = Literal["uniform", "er", "erk"]
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise ``ValueError`` unless ``0 <= sparsity < 1``."""
+    """Raise ``ValueError`` unless ``0 <= sparsity < 1``, ``TypeError`` for what is no number."""
+    if isinstance(sparsity, str) or sparsity is None:
+        raise TypeError(f"sparsity must be a number, got {sparsity!r}")
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
 

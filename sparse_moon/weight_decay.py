@@ -41,6 +41,8 @@ def param_groups(model: nn.Module, weight_decay: float, no_decay: Iterable[str] 
     Raises:
         ValueError: a weight decay below 0 or not finite, a name that no parameter has.
     """
+    if isinstance(weight_decay, str) or weight_decay is None:
+        raise TypeError(f"weight_decay must be a number, got {weight_decay!r}")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be finite and at least 0, got {weight_decay}")
     model, patterns = unwrapped(model), (no_decay,) if isinstance(no_decay, str) else tuple(no_decay)

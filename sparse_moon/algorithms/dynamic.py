@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Required, Self, TypedDict
+from typing import Any, NoReturn, Required, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +78,9 @@ class DynamicMethod(Method):
         stop: float = 0.75,
         moved_state: Collection[str] = (),
     ) -> None:
+        super().__init__(model, optimizer)
         if not sparse_layers(model):
             raise ValueError(f"method {self.name!r} needs a model with sparse layers; call sparsify(model, ...) first")
-        super().__init__(model, optimizer)
         adapted = [n for n, layer in {**self.layers, **self.untouched}.items() if layer.lora is not None]
         if adapted and (not self.layers or not self.layers.keys().isdisjoint(adapted)):
             raise ValueError(
@@ -174,7 +174,7 @@ class DynamicMethod(Method):
         return max(self.stop_step - 1, 0) // self.interval * self.interval
 
     def step(self, scaler: GradScaler | None = None, closure: Callable[[], Any] | None = None) -> bool:
-        if not self._steps_now():
+        if not self._steps_now(scaler):
             return False
         self._stepped = True
         self._check_loaded()
@@ -235,6 +235,11 @@ class DynamicMethod(Method):
         other._watch()  # copied optimizers have no hooks
         other._prepare()  # copied layers give no dense gradient until they are asked anew
         return other
+
+    def __reduce__(self) -> NoReturn:  # files have no hooks of tensors and optimizers
+        raise TypeError(
+            f"method {self.name!r} cannot be pickled: keep its state_dict(), and those of the model and the optimizer"
+        )
 
     def _prepare(self) -> None:
         """Called before each batch."""

@@ -79,6 +79,8 @@ class Method:
     """Of an attached method that its optimizer calls: the optimizer's own step, which takes a closure or nothing."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"a method takes a model and then its optimizer, got {type(model).__name__} first")
         self.optimizer = optimizer
         self.sharding_modules = sharding_modules(model)
         """The modules that FSDP2's ``fully_shard`` was called for."""
@@ -110,6 +112,14 @@ class Method:
                 stacklevel=3,
             )
         self._check_division()
+        if not self.resizes and any(layer.pruned_later for layer in self.layers.values()):
+            warnings.warn(
+                f"the model was made sparse with start_sparsity, which method {self.name!r} keeps: it prunes nothing. "
+                "Leave start_sparsity out, or train with a method that prunes, as GMP",
+                stacklevel=3,
+            )
+        for layer in self.layers.values():
+            layer.pruned_later = False
         if launched_alone():
             warnings.warn(
                 "several processes were started, but torch.distributed is not initialised: each trains a network of "
@@ -213,10 +223,10 @@ class Method:
             True where the topology was updated. While accelerate accumulates gradients nothing happens: False.
 
         Raises:
-            RuntimeError: it is attached; or another method has begun to step with one of its layers since, where either
-                changes topologies.
+            RuntimeError: it is attached; another method has begun to step with one of its layers since, where either
+                changes topologies; or the model was made dense.
         """
-        if not self._steps_now():
+        if not self._steps_now(scaler):
             return False
         self._step_optimizer(scaler, closure)
         self.next_batch()
@@ -229,8 +239,10 @@ class Method:
         """
         self.steps += 1
 
-    def _steps_now(self) -> bool:
+    def _steps_now(self, scaler: GradScaler | None) -> bool:
         """Whether this batch ends with a step: not while accelerate accumulates gradients."""
+        if scaler is not None and not hasattr(scaler, "unscale_"):
+            raise TypeError(f"step() takes a gradient scaler first, got {scaler!r}; a closure is step(closure=...)")
         if self.attached and self.own_step is None:
             raise RuntimeError(
                 f"method {self.name!r} is attached to its optimizer: call optimizer.step(), not step() besides"
@@ -239,6 +251,12 @@ class Method:
             raise RuntimeError(
                 f"method {self.name!r} cannot go on: method {self._successor!r} has begun to train layers of it since, "
                 f"and a topology has one method at a time{'; detach() this one' if self.attached else ''}"
+            )
+        if any(layer.made_dense for layer in self.layers.values()):
+            raise RuntimeError(
+                f"densify() has put dense layers in the places of those that method {self.name!r} trains, in the model "
+                "itself, and the optimizer has the weights of the sparse ones: densify copy.deepcopy(model) in its "
+                "place, or train on with a new optimizer and method"
             )
         if not self._begun:
             self._begin()

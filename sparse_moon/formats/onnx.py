@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from onnx_ir import serde
 from torch import Tensor, nn
+
+try:
+    import onnxscript  # noqa: F401 - what torch.onnx exports with
+    from onnx_ir import serde
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"sparse_moon.formats.onnx needs onnx and onnxscript ({error}): pip install 'sparse_moon[integrations]'"
+    ) from error
 
 from sparse_moon import files
 from sparse_moon.formats.onnx_functions import DOMAIN, VERSION, DenseWeight, SparseConv2d, SparseLinear

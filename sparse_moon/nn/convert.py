@@ -130,6 +130,8 @@ def sparsify(
         model, done = replace_layers(model, places, make)
         for layer, reason in plan.dense_because.items():
             layer.dense_because = reason  # type: ignore[assignment]  # for summary
+        for name, layer in done.items():
+            layer.pruned_later = start[name] > plan.densities[name]
         notes = plan.notes + _missed(model, plan, done, pruned_later=start_sparsity is not None) + without_weights(done)
     notes += lost_hooks(hooked, model)
     if fuse is True or (fuse == "auto" and (native is not None or has_triton())):
@@ -185,7 +187,9 @@ def densify(model: nn.Module) -> nn.Module:
 
     What :func:`sparse_moon.fuse` did is undone as well: every module runs the forward pass of its class. Of a model
     that is compiled or wrapped for several processes the model inside is meant. Hooks of layers move to the new ones,
-    those of ``values`` do not. Names in ``state_dict()`` change for the sparse layers' weights only.
+    those of ``values`` do not. Names in ``state_dict()`` change for the sparse layers' weights only. A method that
+    trains the layers raises in its next step, as neither it nor its optimizer knows the new ones: to look at a dense
+    copy and train on, densify a ``copy.deepcopy``.
 
     Modules of this package without sparse weights stay as they are. That is said for a
     :class:`sparse_moon.BatchNormReLU2d` that the model's own code calls, as no module of torch could take its place;
@@ -212,6 +216,7 @@ def densify(model: nn.Module) -> nn.Module:
             dense.weight = dense_weights.setdefault(key, cast(nn.Parameter, dense.weight))
             dense.bias = module.bias
             _move_hooks(module, dense)
+            module.made_dense = True
             replaced[module] = dense
         model = _replace(model, name, replaced[module])
     _say([note] if (note := _held_elsewhere(model, replaced)) else [])

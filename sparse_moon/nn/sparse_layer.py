@@ -39,6 +39,10 @@ class SparseLayer(nn.Module):
     topology: Topology
     bias: nn.Parameter | None
     weight_shape: tuple[int, ...]
+    pruned_later = False
+    """Whether it has more weights than it is to end with, and no method yet that prunes them."""
+    made_dense = False
+    """Whether :func:`sparse_moon.densify` has put a dense layer in its place."""
     hide: Callable[[Tensor], Tensor] | None = None
     probe: Tensor | None = None
     _geometry: Geometry | None = None

@@ -286,6 +286,8 @@ def _give_own_code(name: str, function: Callable[..., Any]) -> None:
 
 
 def _refuse(input: Tensor, values: Tensor, bias: Tensor | None, plan: Plan, probe: Tensor | None) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
     expect_shape("values", values, plan.values_shape)
     if bias is not None:
         expect_shape("bias", bias, plan.bias_shape)
