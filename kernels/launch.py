@@ -71,7 +71,7 @@ class Launch:
             elif parameter.is_constexpr or value is None:
                 described.append(value)
             elif isinstance(value, int):
-                described.append((value % 16 == 0, value == 1, -(2**31) <= value < 2**31))
+                described.append((type(value), value % 16 == 0, value == 1, -(2**31) <= value < 2**31))
             else:
                 described.append(type(value))
         return tuple(described)

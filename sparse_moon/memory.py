@@ -5,8 +5,9 @@ import os
 import sys
 
 # of glibc's malloc.h, and what it starts with
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+# What glibc's thresholds come to once large blocks were freed: set ones do not move any more.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = 64 << 20, 32 << 20, 65536
 
 # mallopt makes the largest size of it. With the largest int the system got back what lay free at the end of the heap
 # from 2 GB on: half of the processes with steps of 2.4 GB had all their page faults again, 1.9 s of two steps.
@@ -30,7 +31,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
     evaluation under ``torch.no_grad()``, never do it.
 
     Args:
-        keep: False not to do it, or to go back to what glibc starts with; what was kept is then given back.
+        keep: False not to do it, or to go back to what glibc does by itself; what was kept is then given back.
 
     Returns:
         Whether freed memory is kept from now on: with ``keep`` True with glibc (most of Linux), else False, and nothing
@@ -48,6 +49,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
         _kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
     else:
         mallopt(_M_MMAP_MAX, _MMAP_MAX)
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         library.malloc_trim(0)
         _kept = False

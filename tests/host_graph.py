@@ -199,6 +199,9 @@ class HostGraph:
         self.ops = operators.ops
         return outputs
 
+    def forget(self):
+        self.ops = []
+
     @torch.no_grad()
     def replay(self):
         for func, args, kwargs, outputs in self.ops:

@@ -150,3 +150,74 @@ def test_parameters_on_several_devices_are_not_captured(monkeypatch):
     method = sm.Static(model, torch.optim.SGD(model.parameters(), torch.tensor(0.05), fused=True))
     with pytest.warns(UserWarning, match=r"not captured in a CUDA graph: .* several devices \(cpu, meta\)"):
         CapturedStep(lambda: None, method, model, nn.Linear(2, 2, device="meta"))  # meta stands for another GPU
+
+
+class Scaled(nn.Module):
+    """A loss with a number of Python's."""
+
+    def __init__(self, each_batch):
+        super().__init__()
+        self.scale, self.each_batch = 1.0, each_batch
+
+    def forward(self, z, y):
+        self.scale *= self.each_batch
+        return self.scale * F.cross_entropy(z, y)
+
+
+class WithLoss(Training):
+    """Its loss is a module, too."""
+
+    def __init__(self, each_batch):
+        super().__init__(captured=False)
+        self.loss = Scaled(each_batch)
+        self.step = CapturedStep(self.train, self.method, self.model, self.loss)
+
+    def train(self, x, y):
+        loss = self.loss(self.model(x), y)
+        loss.backward()
+        self.method.step()
+        return loss
+
+
+def test_a_number_of_a_module_that_changes_between_epochs_is_captured_anew(monkeypatch):
+    monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
+    training = WithLoss(1.0)
+    losses = training.run(lambda one: setattr(one.loss, "scale", 0.0))
+    assert losses[:CHANGED].all() and not losses[CHANGED:].any()
+    assert training.step.captures == 2 and training.step.reason is None and training.method.steps == BATCHES
+
+
+def test_a_number_of_a_module_that_changes_in_a_step_ends_captures(monkeypatch):
+    monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
+    forgotten = []
+    monkeypatch.setattr(HostGraph, "forget", lambda self: forgotten.append(self))  # of the memory of a whole step
+    training = WithLoss(0.5)
+    with pytest.warns(UserWarning, match=r"not captured in a CUDA graph: Scaled\.scale is another"):
+        training.run(lambda one: None)
+    assert training.loss.scale == 0.5**BATCHES and len(forgotten) == 1
+
+
+class Masked(Training):
+    """Weights are hidden but in batches that end with an update."""
+
+    def __init__(self, captured):
+        super().__init__(captured=False)
+        self.method = sm.RigL(self.model, self.optimizer, total_steps=40, interval=6)
+        self.mask, self.drawn = sm.RandomMask(self.model), []
+        self.step = CapturedStep(self.train, self.method, self.model) if captured else self.train
+
+    def train(self, x, y):
+        self.mask.clear() if self.method.updates_now else self.mask.draw()
+        return super().train(x, y)
+
+    def run(self, change):
+        step = self.step
+        self.step = lambda *batch: (step(*batch), self.drawn.append(self.mask.drawn))[0]
+        return super().run(change)
+
+
+def test_a_mask_knows_after_a_replay_whether_it_hides(monkeypatch):
+    monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
+    both = Masked(True), Masked(False)
+    losses = [training.run(lambda one: None) for training in both]
+    assert torch.equal(*losses) and both[0].drawn == both[1].drawn and not all(both[0].drawn)

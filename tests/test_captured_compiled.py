@@ -46,10 +46,17 @@ def test_other_threads_may_use_the_gpu_during_a_capture(monkeypatch):
     @contextmanager
     def record(*_, **options):
         given.update(options)
+        given["stream"] = "the graph's"
         yield
+        given["stream"] = "torch's"
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
     monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the first")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: given.update(stream=stream))
     assert graph.StepGraph(torch.device("cpu")).capture(lambda: None) is None
-    assert given["capture_error_mode"] == "thread_local"
+    assert given["capture_error_mode"] == "thread_local" and given["stream"] == "the first"
+    with pytest.raises(ZeroDivisionError):  # after which torch leaves the graph's stream in its place
+        graph.StepGraph(torch.device("cpu")).capture(lambda: 1 / 0)
+    assert given["stream"] == "the first"

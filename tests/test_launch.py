@@ -31,7 +31,7 @@ launches = {
     "first": (x, None, 8, 0.5, 64), "factor": (x, None, 8, 1.5, 64), "one": (x, None, 1, 0.5, 64),
     "divisible": (x, None, 32, 0.5, 64), "long": (x, None, 2**31, 0.5, 64), "dtype": (half, None, 8, 0.5, 64),
     "aligned": (odd, None, 8, 0.5, 64), "there": (x, other, 8, 0.5, 64), "constant": (x, None, 8, 0.5, 32),
-    "grid": (x, None, 9, 0.5, 64),
+    "grid": (x, None, 9, 0.5, 64), "zero": (x, None, 0, 0.5, 64), "false": (x, None, False, 0.5, 64),
 }
 names = kernel.arg_names
 for name, arguments in launches.items():

@@ -92,6 +92,28 @@ def test_freed_memory_comes_back_without_page_faults():
     assert run("layer, train", SPARSE_MOON_KEEP_MEMORY="0")[1] > 0.5 * returned
 
 
+MIDDLING_BLOCKS = """
+import resource, sys, torch
+from sparse_moon.memory import keep_freed_memory
+if sys.argv[1] == "back":
+    keep_freed_memory()
+    keep_freed_memory(False)
+for _ in range(20):
+    torch.ones(2_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    torch.ones(2_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
+def test_who_goes_back_still_reuses_blocks_below_32_mb():
+    if run("as ever", script=MIDDLING_BLOCKS)[0] >= 50:
+        pytest.skip("the C library is not glibc")
+    assert run("back", script=MIDDLING_BLOCKS)[0] < 50
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
 def test_steps_of_more_than_2_gb_come_back_without_page_faults():
     if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 6e9:

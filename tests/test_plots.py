@@ -1,6 +1,7 @@
 import re
 from io import StringIO
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -83,3 +84,9 @@ def test_names_with_dollar_signs_are_no_mathematics(sparsities: tuple[float, ...
     file = StringIO()
     plots.comparison(rows, ["msp"]).savefig(file, format="svg")
     assert "dataset=/d/$a_{$b" in file.getvalue()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_user_s_layout_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "figure.constrained_layout.use", True)
+    assert plots.curve([1, 2], {"a": np.array([1.0, 2.0])}, "t")

@@ -10,10 +10,11 @@ from sparse_moon.app.build import build_run
 from sparse_moon.app.cli import main
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import load_dataset
-from sparse_moon.app.step_times import copies
+from sparse_moon.app.step_times import beside_dense, copies
 from sparse_moon.app.tables import kernels_line
 from sparse_moon.app.train import train
-from sparse_moon.nn import sparse_layers
+from sparse_moon.app.trainer import Trainer
+from sparse_moon.nn import SparseConv2d, sparse_layers
 from sparse_moon.nn.fusion import fusions
 from sparse_moon.ops import choice
 from sparse_moon.ops.choice import PASSES, Work
@@ -94,6 +95,24 @@ def test_a_dense_run_says_its_step_time_and_no_kernels(tmp_path, capsys):
     main(["train", *OPTIONS, "--method", "dense", "--out", str(tmp_path / "run")])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training step"))
     assert line.endswith("ms (median, without loading data)")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_sparse_network_is_timed_in_the_layout_of_the_run(layout):
+    config = replace(CONFIG, model="small-resnet", width=8, epochs=1, reliability="none", memory_format=layout)
+    trainer = Trainer(config, load_dataset(config))
+    seen = []
+
+    def note(module, inputs):
+        if isinstance(module, SparseConv2d) and inputs[0].shape[1] > 1:
+            seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        beside_dense(trainer.model, config, trainer.dataset, next(trainer.batches.epoch(0)))
+    finally:
+        handle.remove()
+    assert set(seen) == {layout == "channels_last"}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ _STYLE: Any = {
     "text.parse_math": False,  # a name may hold a dollar sign
     "font.size": 10.5,
     "figure.facecolor": "none",
+    "figure.constrained_layout.use": False,
     "text.color": _INK,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _MUTED,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_moon.algorithms import Method
 from sparse_moon.app.build import autocast, fuse_network, load_network
 from sparse_moon.app.config import TrainConfig
-from sparse_moon.app.run_data import RunData
+from sparse_moon.app.run_data import RunData, channels_last
 from sparse_moon.capture import CapturedStep
 from sparse_moon.capture.step import REHEARSALS
 from sparse_moon.nn import densify
@@ -43,7 +43,7 @@ def beside_dense(
     with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
         steps = {}
         for name, network in copies(model, config, data).items():
-            layout = _LAYOUTS.get(name, torch.contiguous_format)
+            layout = _LAYOUTS.get(name, _layout_of(config))
             step = _step(network, config, captured)
             steps[name] = partial(step, images.contiguous(memory_format=layout), labels)
         times = _interleaved(steps, images.device, skip=REHEARSALS + 1 if captured else 1)
@@ -57,13 +57,18 @@ def copies(model: nn.Module, config: TrainConfig, data: RunData) -> dict[str, nn
     def copy() -> nn.Module:
         return load_network(config, data, model.state_dict()).to(config.device).train()
 
-    networks = {"sparse": copy()}
+    networks = {"sparse": copy().to(memory_format=_layout_of(config))}
     for name, layout in _LAYOUTS.items():
         networks[name] = densify(copy()).to(memory_format=layout)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it was said of the run's network
             fuse_network(networks[name], config)
     return networks
+
+
+def _layout_of(config: TrainConfig) -> torch.memory_format:
+    """That in which the run trains."""
+    return torch.channels_last if channels_last(config) else torch.contiguous_format
 
 
 def _step(model: nn.Module, config: TrainConfig, captured: bool) -> Callable[[Tensor, Tensor], object]:

@@ -13,6 +13,7 @@ from sparse_moon.algorithms.optimizers import inner_optimizers, parameters_of
 from sparse_moon.nn import SparseLayer
 from sparse_moon.topology import Topology
 
+_PLAIN = (bool, int, float, str)  # what Python reads in a step, and a graph keeps
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -27,7 +28,7 @@ class Frame:
         self.rebound: str | None = None
         self._bound: list[tuple[Any, Any, Any, str]] = []  # container, key, what is there, name
         self._tensors: list[tuple[Tensor, int, torch.Size, bool, str]] = []
-        self._numbers: list[tuple[dict[str, Any], str, Any]] = []  # of the optimizer
+        self._numbers: list[tuple[dict[str, Any], str, Any, str]] = []  # container, key, what is there, name
         self._lists: list[tuple[dict[str, Any], str, list[Any], str]] = []  # container, key, what is in it, name
         self._sized: list[Sized] = []  # to which something may be added
         self._sizes: list[int] = []
@@ -50,7 +51,9 @@ class Frame:
 
     def _see_module(self, name: str, module: nn.Module) -> None:
         own = module.__dict__
-        self._bound.append((own, "training", module.training, f"{name}.training"))
+        if not isinstance(module, Topology):  # which keeps notes, and has its own check
+            plain = ((key, value) for key, value in own.items() if type(value) in _PLAIN)
+            self._numbers += [(own, key, value, f"{name}.{key}") for key, value in plain]
         for kind in ("_modules", "_parameters", "_buffers"):
             self._see_size(getattr(module, kind), f"{name}.{kind}")
         for kind in _HOOKS:
@@ -82,7 +85,7 @@ class Frame:
                 elif key == "params":
                     self._lists.append((group, key, list(value), key))
                 else:
-                    self._numbers.append((group, key, value))
+                    self._numbers.append((group, key, value, f"{key} of the optimizer"))
         self._see_size(optimizer.state, f"the state of {name}")
         for state in optimizer.state.values():
             self._see_size(state, f"the state of a parameter in {name}")
@@ -142,9 +145,9 @@ class Frame:
         for container, key, items, name in self._lists:
             if len(container[key]) != len(items) or not all(map(is_, container[key], items)):
                 return f"{name} of the optimizer is another"
-        for group, key, number in self._numbers:
-            if group.get(key) != number:
-                return f"{key} of the optimizer is another"
+        for container, key, number, name in self._numbers:
+            if (now := container.get(key)) is not number and now != number:
+                return f"{name} is another"
         for layer, hide, by_step in self._hides:
             if not by_step and layer.hide is not hide:
                 return "a random mask is drawn or cleared outside of the step"

@@ -56,10 +56,17 @@ class StepGraph:
 
     def capture(self, step: Callable[[], Outputs]) -> Outputs:
         """Record a step, which does not run; its outputs are what :meth:`replay` writes."""
+        self.graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # other threads may go on, such as those that pin the memory of the next batches
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                return step()
+        finally:
+            torch.cuda.set_stream(current)  # which torch leaves where it is, if CUDA has given the capture up
+
+    def forget(self) -> None:
+        """Free what was recorded, and its memory."""
         self.graph = torch.cuda.CUDAGraph()
-        # other threads may go on, such as those that pin the memory of the next batches
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            return step()
 
     def replay(self) -> None:
         """Run what was recorded, on the current stream."""

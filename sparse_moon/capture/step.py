@@ -66,16 +66,17 @@ class CapturedStep:
         self.device = next(p for module in modules for p in module.parameters()).device
         self.captures = 0
         self.reason: str | None = None
+        self._graph: Any = None  # a StepGraph, where there can be one
+        self._rehearsals = self._replays = self._vain = 0
+        self._inputs: tuple[Tensor, ...] | None = None
+        self._outputs: Outputs = None
+        self._frame: Frame | None = None
         reason = StepGraph.missing(self.device) or _unfit(method, modules)
         if reason is not None:
             self._give_up(reason, stacklevel=3)
             return
         _check_optimizer(method.optimizer, self.device)
         self._graph = StepGraph(self.device)
-        self._rehearsals = self._replays = self._vain = 0
-        self._inputs: tuple[Tensor, ...] | None = None
-        self._outputs: Outputs = None
-        self._frame: Frame | None = None
 
     def __call__(self, *batch: Tensor) -> Outputs:
         """Train on a batch of tensors, which may be on another device; returns what the step does, detached."""
@@ -105,9 +106,10 @@ class CapturedStep:
         self._replays += 1
         assert self._frame is not None
         self._frame.restore()
-        if self._frame.rebound is not None:
-            self._give_up(self._frame.rebound, stacklevel=3)
-        return _detached(self._outputs, copy=True)
+        outputs, rebound = _detached(self._outputs, copy=True), self._frame.rebound
+        if rebound is not None:
+            self._give_up(rebound, stacklevel=3)
+        return outputs
 
     def _taken(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The inputs of the captured step, with the numbers of this batch."""
@@ -156,8 +158,8 @@ class CapturedStep:
                 self._outputs = _detached(self._graph.capture(lambda: self._eager(*(self._inputs or ()))))
         except RuntimeError as error:
             raise RuntimeError(
-                "the training step cannot be captured in a CUDA graph, and was left half done: run it without "
-                f"CapturedStep. {error}"
+                "the training step cannot be captured in a CUDA graph, whose memory comes beside that of eager steps, "
+                f"and was left half done: run it without CapturedStep (--no-capture, capture=False). {error}"
             ) from error
         frame.rebound = frame.change(stepped=True)
         self._frame, self._replays = frame, 0
@@ -172,6 +174,9 @@ class CapturedStep:
 
     def _give_up(self, reason: str, stacklevel: int = 4) -> None:
         self.reason = reason
+        self._frame = self._outputs = self._inputs = None
+        if self._graph is not None:
+            self._graph.forget()  # its memory is all that a step takes
         say_not_captured(reason, stacklevel + 1)
 
 
