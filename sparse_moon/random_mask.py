@@ -41,8 +41,8 @@ class RandomMask:
     Attributes:
         step: 0-d int64 tensor, how many masks were drawn.
         drawn: whether a mask hides weights now.
-        draws: how often :meth:`draw` was called, which a replayed graph does not do, and one more for each call that
-            found gradients of a pass that hid nothing.
+        draws: how often this object has drawn, and one more for each draw that found gradients of a pass that hid
+            nothing.
 
     Raises:
         ValueError: a keep probability outside its range, or a model without sparse layers.
@@ -57,11 +57,7 @@ class RandomMask:
             raise ValueError("a random mask needs a model with sparse layers; call sparsify(model, ...) first")
         self.keep, self.seed = keep, seed
         self._step = torch.zeros((), dtype=torch.int64, device=self.layers[0].values.device)
-        self.draws = 0
-
-    @property
-    def drawn(self) -> bool:
-        return any(layer.hide is not None for layer in self.layers)
+        self.drawn, self.draws = False, 0
 
     @property
     def step(self) -> Tensor:
@@ -77,6 +73,7 @@ class RandomMask:
         self._step += 1
         whole = not self.drawn and any(layer.values.grad is not None for layer in self.layers)
         self.draws += 1 + whole
+        self.drawn = True
         for stream, layer in enumerate(self.layers):
             hide = _Hide(self.mask(stream, layer))
             for tied in self._tied[layer]:
@@ -84,6 +81,7 @@ class RandomMask:
 
     def clear(self) -> None:
         """Hide nothing from now on."""
+        self.drawn = False
         for layers in self._tied.values():
             for layer in layers:
                 layer.hide = None
@@ -91,12 +89,12 @@ class RandomMask:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """After the block ``step`` is as before, and so is what is hidden."""
-        step = self.step.clone()
+        step, drawn = self.step.clone(), self.drawn
         hidden = {layer: layer.hide for layers in self._tied.values() for layer in layers}
         try:
             yield
         finally:
-            self.step = step
+            self.step, self.drawn = step, drawn
             for layer, hide in hidden.items():
                 layer.hide = hide
 

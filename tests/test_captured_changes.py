@@ -195,29 +195,3 @@ def test_a_number_of_a_module_that_changes_in_a_step_ends_captures(monkeypatch):
     with pytest.warns(UserWarning, match=r"not captured in a CUDA graph: Scaled\.scale is another"):
         training.run(lambda one: None)
     assert training.loss.scale == 0.5**BATCHES and len(forgotten) == 1
-
-
-class Masked(Training):
-    """Weights are hidden but in batches that end with an update."""
-
-    def __init__(self, captured):
-        super().__init__(captured=False)
-        self.method = sm.RigL(self.model, self.optimizer, total_steps=40, interval=6)
-        self.mask, self.drawn = sm.RandomMask(self.model), []
-        self.step = CapturedStep(self.train, self.method, self.model) if captured else self.train
-
-    def train(self, x, y):
-        self.mask.clear() if self.method.updates_now else self.mask.draw()
-        return super().train(x, y)
-
-    def run(self, change):
-        step = self.step
-        self.step = lambda *batch: (step(*batch), self.drawn.append(self.mask.drawn))[0]
-        return super().run(change)
-
-
-def test_a_mask_knows_after_a_replay_whether_it_hides(monkeypatch):
-    monkeypatch.setattr(capture_step, "StepGraph", HostGraph)
-    both = Masked(True), Masked(False)
-    losses = [training.run(lambda one: None) for training in both]
-    assert torch.equal(*losses) and both[0].drawn == both[1].drawn and not all(both[0].drawn)

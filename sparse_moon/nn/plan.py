@@ -87,11 +87,10 @@ class Plan:
             if indivisible:
                 largest = some(f"{name} {tuple(layer.weight.shape)}" for layer, name in indivisible.items())
                 raise ValueError(f"block {block} divides none of the layers to make sparse: {largest}")
-            if convertible(model):
-                raise ValueError("exclude leaves no linear or 2-d convolution layer to make sparse")
             kinds = shares_of([weight for weight in weights(model) if weight.key not in kept])
             others = f", its weights are in {some(kinds)}" if kinds else ""
-            raise ValueError(f"the model has no linear or 2-d convolution layer to make sparse{others}")
+            but = " but those that exclude names" if convertible(model) else ""
+            raise ValueError(f"the model has no linear or 2-d convolution layer to make sparse{but}{others}")
         shapes: dict[str, tuple[int, ...]] = {}
         owners: dict[nn.Parameter, str] = {}
         for layer, names in places.items():
