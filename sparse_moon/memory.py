@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 
-# of glibc's malloc.h, and what it starts with
+# of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 # What glibc's thresholds come to once large blocks were freed: set ones do not move any more.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = 64 << 20, 32 << 20, 65536

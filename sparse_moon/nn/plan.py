@@ -85,8 +85,8 @@ class Plan:
             order = [layer for layer in order if layer not in indivisible]
         if not places and not sparse:
             if indivisible:
-                largest = some(f"{name} {tuple(layer.weight.shape)}" for layer, name in indivisible.items())
-                raise ValueError(f"block {block} divides none of the layers to make sparse: {largest}")
+                named = some(f"{name} {tuple(layer.weight.shape)}" for layer, name in indivisible.items())
+                raise ValueError(f"block {block} divides none of the layers to make sparse: {named}")
             kinds = shares_of([weight for weight in weights(model) if weight.key not in kept])
             others = f", its weights are in {some(kinds)}" if kinds else ""
             but = " but those that exclude names" if convertible(model) else ""
