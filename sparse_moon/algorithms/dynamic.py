@@ -213,7 +213,11 @@ class DynamicMethod(Method):
         self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "first_blocks": list(self.first_blocks.values())}
+        first = list(self.first_blocks.values())
+        return {**super().state_dict(), "first_blocks": first, "schedule": self._schedule()}
+
+    def _schedule(self) -> dict[str, int]:
+        return {"total_steps": self.total_steps, "interval": self.interval, "stop_step": self.stop_step}
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         super()._check_state(state)
@@ -226,6 +230,12 @@ class DynamicMethod(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        if (then := dict(state["schedule"])) != (now := self._schedule()):
+            warnings.warn(
+                f"the state of method {self.name!r} is of another schedule, {then}: it goes on with the one that it "
+                f"was made with, {now}, so not as the training would have gone on",
+                stacklevel=2,
+            )
         self._prints = dict.fromkeys(self.layers)  # the model may be loaded after this
         self.first_blocks = dict(zip(self.layers.values(), state["first_blocks"], strict=True))
         self._prepare()
