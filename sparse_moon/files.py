@@ -31,6 +31,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The file is on the disk before it takes the place, and the place before the block ends, so that a crash of the
     machine leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written; its ``filename`` is ``path``, also where the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     temporary.touch(exist_ok=False)  # mkstemp would make it for its owner alone
@@ -41,6 +44,10 @@ def replacing(path: Path) -> Iterator[Path]:
         _to_disk(temporary)
         os.replace(temporary, path)
         _to_disk(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):  # None of a write
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
