@@ -230,7 +230,8 @@ class DynamicMethod(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        if (then := dict(state["schedule"])) != (now := self._schedule()):
+        now = self._schedule()
+        if (then := dict(state.get("schedule", now))) != now:  # a state of before has none
             warnings.warn(
                 f"the state of method {self.name!r} is of another schedule, {then}: it goes on with the one that it "
                 f"was made with, {now}, so not as the training would have gone on",
