@@ -10,7 +10,7 @@ import torch
 from host_graph import Dispatched, HostGraph
 from tqdm import tqdm
 
-from sparse_moon.app import build, trainer
+from sparse_moon.app import build, run_folder, trainer
 from sparse_moon.app.config import TrainConfig
 from sparse_moon.app.run_data import load_dataset
 from sparse_moon.app.train import train
@@ -50,7 +50,7 @@ def run(config, digits, epochs=2):
 
 
 def kept(made):
-    history = [{k: v for k, v in row.items() if k not in ("time_s", "step_ms")} for row in made.history]
+    history = [{k: v for k, v in row.items() if k not in ("time_s", "step_ms", "captured")} for row in made.history]
     return history, {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
 
 
@@ -104,6 +104,10 @@ def test_times_beside_a_dense_network_are_of_captured_steps(tmp_path, monkeypatc
     steps = train(replace(SMALL, epochs=1), tmp_path, progress=False, time_dense=True)["steps"]
     assert steps["beside_dense"]["dense_ms"] > 0
     assert len(replays) == 4 and min(replays.values()) > 5  # the run, its copy, and a dense network in two layouts
+    (tmp_path / run_folder.RESULTS).unlink()  # a process that makes none of the steps
+    replays.clear()
+    assert train(replace(SMALL, epochs=1), tmp_path, resume=True, progress=False, time_dense=True)["steps"]["captured"]
+    assert len(replays) == 3 and min(replays.values()) > 5
 
 
 def test_one_process_of_several_says_why(digits, monkeypatch):

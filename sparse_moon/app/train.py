@@ -147,8 +147,7 @@ def _finished(
         if untimed:
             trainer = Trainer(replace(config, diagnostics=False), load_dataset(config))
             trainer.load_state_dict(state)
-            steps = results.get("steps", {})
-            results = {**results, "steps": {**_steps(trainer, time_dense, steps.get("captured", False)), **steps}}
+            results = {**results, "steps": {**_steps(trainer, time_dense), **results.get("steps", {})}}
             files.write_json(folder / run_folder.RESULTS, results)
     if untimed or run_folder.REPORT in lacks:
         write_report(folder, run_record.read_record(folder))
@@ -198,13 +197,9 @@ def _say_what_is_slow(trainer: Trainer) -> None:
         warnings.warn(note, stacklevel=2)
 
 
-def _captures(trainer: Trainer) -> bool:
-    """Whether the steps that it made in this process ended as CUDA graphs."""
-    return trainer.captured is not None and trainer.captured.reason is None and trainer.captured.captures > 0
-
-
-def _steps(trainer: Trainer, time_dense: bool, captured: bool) -> dict[str, Any]:
+def _steps(trainer: Trainer, time_dense: bool) -> dict[str, Any]:
     """``steps`` in ``results.json``: the median of the epochs' medians, which products ran on kernels in the end."""
+    captured = bool(trainer.history) and trainer.history[-1].get("captured", False)
     with autocast(trainer.config):
         steps: dict[str, Any] = {"kernels": what_runs(trainer.model, _zeros(trainer)), "captured": captured}
     medians = [row["step_ms"] for row in trainer.history if "step_ms" in row]
@@ -251,7 +246,7 @@ def _results(
         "memory": flops.memory_report(trainer.model, trainer.optimizer),
         "epochs": trainer.epoch,
         "time_s": sum(row["time_s"] for row in trainer.history),
-        "steps": _steps(trainer, time_dense, _captures(trainer)),
+        "steps": _steps(trainer, time_dense),
         "environment": environment(config.device),
     }
     if trainer.diagnostics is not None:

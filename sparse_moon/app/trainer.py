@@ -110,6 +110,8 @@ class Trainer:
         }
         if (step_ms := self.clock.median_ms()) is not None:
             row["step_ms"] = step_ms
+        if self.captured is not None:  # whether steps end as CUDA graphs
+            row["captured"] = self.captured.reason is None and self.captured.captures > 0
         self.epoch += 1
         self.reliability.end_epoch(self.model, self.epoch)
         row["test_accuracy"] = self._test_accuracy()
