@@ -214,10 +214,7 @@ class DynamicMethod(Method):
 
     def state_dict(self) -> dict[str, Any]:
         first = list(self.first_blocks.values())
-        return {**super().state_dict(), "first_blocks": first, "schedule": self._schedule()}
-
-    def _schedule(self) -> dict[str, int]:
-        return {"total_steps": self.total_steps, "interval": self.interval, "stop_step": self.stop_step}
+        return {**super().state_dict(), "first_blocks": first, "last_update": self.last_update}
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         super()._check_state(state)
@@ -230,11 +227,12 @@ class DynamicMethod(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        now = self._schedule()
-        if (then := dict(state.get("schedule", now))) != now:  # a state of before has none
+        then = state.get("last_update", 0)  # a state of before has none
+        if self.last_update < self.steps <= then:
             warnings.warn(
-                f"the state of method {self.name!r} is of another schedule, {then}: it goes on with the one that it "
-                f"was made with, {now}, so not as the training would have gone on",
+                f"method {self.name!r} updates the topology no more: its state is of {self.steps} batches, after which "
+                f"updates went on until batch {then}, and here the last one is at batch {self.last_update} of "
+                f"{self.total_steps}",
                 stacklevel=2,
             )
         self._prints = dict.fromkeys(self.layers)  # the model may be loaded after this
